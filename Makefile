@@ -1,0 +1,38 @@
+# Every target works on a fresh machine with nothing but Python (3.11 or newer) and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench docs clean
+
+demo: .venv/installed
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/count_calls.py
+	$(BIN)/python benchmarks/overhead.py
+
+docs: .venv/installed
+	$(BIN)/hookengine events --markdown > docs/events.md
+
+# The stamps make a second run cost nothing; they are remade when pyproject.toml changes.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	touch $@
+
+clean:
+	rm -rf .venv work_dir .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

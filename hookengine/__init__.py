@@ -1,0 +1,51 @@
+"""hookengine: a training loop that emits events, and plugins that answer them."""
+
+from hookengine.config import EvalCfg, TrainCfg
+from hookengine.data import batch_size
+from hookengine.environment import describe_environment
+from hookengine.evaluator import BaseMetric, Evaluator
+from hookengine.hookspecs import EVENTS, hookimpl
+from hookengine.manager import PluginManager
+from hookengine.model import BaseModel, BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.optim import OptimWrapper, OptimWrapperDict
+from hookengine.plugins import DEFAULT_PLUGINS, Plugin, options_of
+from hookengine.progress import Progress
+from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
+from hookengine.registry import MODELS, PLUGINS, WEIGHT_INITIALIZERS, Registry
+from hookengine.runner import Runner
+from hookengine.sink import Record, Sink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_PLUGINS",
+    "EVENTS",
+    "MODELS",
+    "PLUGINS",
+    "WEIGHT_INITIALIZERS",
+    "BaseMetric",
+    "BaseModel",
+    "BaseModule",
+    "EvalCfg",
+    "Evaluator",
+    "ModuleDict",
+    "ModuleList",
+    "OptimWrapper",
+    "OptimWrapperDict",
+    "Plugin",
+    "PluginManager",
+    "Progress",
+    "Record",
+    "Registry",
+    "Runner",
+    "Sequential",
+    "Sink",
+    "TrainCfg",
+    "batch_size",
+    "describe_environment",
+    "get_random_state",
+    "hookimpl",
+    "options_of",
+    "preserved_random_state",
+    "set_random_state",
+]

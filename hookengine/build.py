@@ -1,0 +1,242 @@
+"""What the Runner accepts, and the objects that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from hookengine import migration
+from hookengine.config import EvalCfg, parse
+from hookengine.data import length_of
+from hookengine.evaluator import Evaluator
+from hookengine.model import BaseModel
+from hookengine.optim import OptimWrapper, OptimWrapperDict
+from hookengine.registry import MODELS, unknown
+
+_SOURCES = (Mapping, Optimizer, OptimWrapper)
+
+
+def build_model(model: Any) -> nn.Module:
+    """A module from a module, ``dict(type=NAME, ...)``, or a function that returns one of them."""
+    if callable(model) and not isinstance(model, nn.Module):
+        model = model()
+    if isinstance(model, Mapping):
+        model = MODELS.build(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Sequence[str]) -> None:
+    """Refuse a model that cannot do what is asked of it.
+
+    Raises:
+        TypeError: a plain module without a loss, or a BaseModel with one.
+    """
+    if loss is not None:
+        if isinstance(model, BaseModel):
+            raise TypeError(
+                f"{type(model).__name__} is a BaseModel, which returns its own losses: drop loss="
+            )
+        return
+    missing = [f"{phase}_step" for phase in phases if not hasattr(model, f"{phase}_step")]
+    if missing:
+        raise TypeError(
+            f"{type(model).__name__} has no {', '.join(missing)}: derive it from "
+            "hookengine.BaseModel, or pass a plain module together with its loss, as in "
+            "Runner(model, loss=F.cross_entropy, ...)"
+        )
+
+
+def build_optimizer(cfg: Any, model: nn.Module, where: str) -> Optimizer:
+    """An optimizer over the parameters of ``model``.
+
+    Args:
+        cfg: An optimizer, which is returned, or ``dict(type=NAME or class, lr=..., ...)`` with a
+            name of ``torch.optim``.
+        model: The model whose parameters an optimizer from a dict gets.
+        where: What the user wrote, for messages.
+    """
+    if isinstance(cfg, Optimizer):
+        return cfg
+    if not isinstance(cfg, Mapping) or "type" not in cfg:
+        raise TypeError(
+            f"{where} takes an optimizer or dict(type='SGD', lr=...), got {type(cfg).__name__}: "
+            f"{cfg!r}"
+        )
+    arguments = dict(cfg)
+    target = arguments.pop("type")
+    if isinstance(target, str):
+        known = {
+            name: cls
+            for name, cls in vars(torch.optim).items()
+            if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+        }
+        if target not in known:
+            raise KeyError(unknown("optimizer", target, known))
+        target = known[target]
+    try:
+        optimizer: Optimizer = target(model.parameters(), **arguments)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"while building {where}={dict(cfg)!r}")
+        raise
+    return optimizer
+
+
+def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
+    """What ``Runner(optim_wrapper=...)`` accepts.
+
+    A wrapper; an optimizer; ``dict(optimizer=optimizer or dict(type=..., ...))``; or a dict of
+    these by name, for several optimizers.
+    """
+    if isinstance(cfg, (OptimWrapper, OptimWrapperDict)):
+        return cfg
+    if isinstance(cfg, Optimizer):
+        return OptimWrapper(cfg)
+    if not isinstance(cfg, Mapping):
+        raise TypeError(
+            "optim_wrapper takes an optimizer, dict(optimizer=dict(type='SGD', lr=...)) or a dict "
+            f"of these by name, got {type(cfg).__name__}"
+        )
+    if "optimizer" in cfg:
+        return _one(cfg, model, "optim_wrapper")
+    if not cfg or "type" in cfg or not all(isinstance(v, _SOURCES) for v in cfg.values()):
+        raise ValueError(
+            "optim_wrapper=dict(...) needs an 'optimizer', as in "
+            f"dict(optimizer=dict(type='SGD', lr=0.1)); got {dict(cfg)!r}"
+        )
+    wrappers = {}
+    for name, value in cfg.items():
+        if isinstance(value, Mapping) and "optimizer" not in value:
+            value = {"optimizer": value}
+        where = f"optim_wrapper[{name!r}]"
+        wrappers[name] = _one(value, model, where) if isinstance(value, Mapping) else value
+    return OptimWrapperDict(
+        **{n: w if isinstance(w, OptimWrapper) else OptimWrapper(w) for n, w in wrappers.items()}
+    )
+
+
+def _one(cfg: Mapping[str, Any], model: nn.Module, where: str) -> OptimWrapper:
+    options = dict(cfg)
+    kind = options.pop("type", "OptimWrapper")
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    if name != "OptimWrapper":
+        raise ValueError(migration.explain(where, {"type": name, **options}))
+    optimizer = build_optimizer(options.pop("optimizer"), model, f"{where}['optimizer']")
+    return OptimWrapper(optimizer, **options)
+
+
+def check_optimizers(wrapper: OptimWrapper | OptimWrapperDict, model: nn.Module) -> None:
+    """Refuse several optimizers where the model's ``train_step`` uses one.
+
+    Raises:
+        TypeError: that is so.
+    """
+    if not isinstance(wrapper, OptimWrapperDict):
+        return
+    if getattr(type(model), "train_step", None) is BaseModel.train_step:
+        raise TypeError(
+            f"there are several optimizers ({', '.join(wrapper)}) and {type(model).__name__} has "
+            "the train_step of BaseModel, which uses one: write a train_step(self, data, "
+            "optim_wrapper) that uses optim_wrapper[NAME]"
+        )
+
+
+def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, str]) -> None:
+    """Replace the parameters of an optimizer that was built beforehand by the wrapped model's.
+
+    Args:
+        wrapper: The optimizer's.
+        model: The bare model; converting or wrapping it may have replaced its parameters.
+        names: The names of the parameters that it had at first, by ``id``.
+
+    Raises:
+        ValueError: a parameter that is not the model's.
+    """
+    current = dict(model.named_parameters())
+    known = {**names, **{id(parameter): name for name, parameter in current.items()}}
+    optimizer = wrapper.optimizer
+    for group in optimizer.param_groups:
+        for index, old in enumerate(group["params"]):
+            if (new := current.get(known.get(id(old), ""))) is None:
+                raise ValueError(
+                    f"the optimizer {wrapper.name!r} holds a parameter of shape "
+                    f"{tuple(old.shape)} that is not the model's: build it from "
+                    "model.parameters() of the model that you pass to the Runner"
+                )
+            if new is not old:
+                group["params"][index] = new
+                if old in optimizer.state:
+                    optimizer.state[new] = optimizer.state.pop(old)
+
+
+def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
+    """A dataloader from what the user gave: anything iterable, or ``dict(dataset=..., ...)``.
+
+    Raises:
+        TypeError: it cannot be iterated. ValueError: it is empty.
+    """
+    if isinstance(dataloader, Mapping):
+        if "dataset" not in dataloader:
+            raise ValueError(f"{name}=dict(...) needs a 'dataset', as torch's DataLoader does")
+        try:
+            dataloader = DataLoader(**dataloader)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}: {error}; the dict takes the arguments of torch.utils.data.DataLoader"
+            ) from error
+    if not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
+        raise TypeError(
+            f"{name} must be iterable (a DataLoader, a list of batches) or dict(dataset=..., "
+            f"batch_size=...), got {type(dataloader).__name__}"
+        )
+    if length_of(dataloader) == 0:
+        raise ValueError(
+            f"{name} is empty: its dataset has no samples, or drop_last=True with fewer samples "
+            "than one batch"
+        )
+    return cast("Iterable[Any]", dataloader)
+
+
+def build_evaluator(metrics: Any) -> Evaluator:
+    """An evaluator from what ``Evaluator`` takes, or from one."""
+    return metrics if isinstance(metrics, Evaluator) else Evaluator(metrics)
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        if device is not None:
+            return device
+    return torch.device("cpu")
+
+
+def all_or_none(arguments: Mapping[str, Any], what: str) -> None:
+    """Refuse some of the arguments without the others."""
+    missing = [name for name, value in arguments.items() if value is None]
+    if missing and len(missing) < len(arguments):
+        given = [name for name in arguments if name not in missing]
+        raise ValueError(f"{what} needs {' and '.join(missing)} beside {' and '.join(given)}")
+
+
+def eval_cfg(phase: str, cfg: Any, dataloader: Any, evaluator: Any) -> EvalCfg | None:
+    """The options of validation or testing, None where nothing of it is given.
+
+    Raises:
+        ValueError: a dataloader without an evaluator (or ``loss=True``), or the reverse.
+    """
+    if cfg is None and dataloader is None and evaluator is None:
+        return None
+    parsed: EvalCfg = parse(EvalCfg, cfg if cfg is not None else {}, f"{phase}_cfg")
+    parts = {f"{phase}_dataloader": dataloader, f"{phase}_evaluator": evaluator}
+    if dataloader is None and evaluator is None:
+        raise ValueError(f"{phase}_cfg needs {' and '.join(parts)} beside it")
+    if dataloader is None or not parsed.loss:
+        all_or_none(parts, "validation" if phase == "val" else "testing")
+    return parsed

@@ -1,0 +1,98 @@
+"""What ``train_cfg``, ``val_cfg`` and ``test_cfg`` may hold, and how a bad value is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self, TypeVar
+
+import pydantic
+from pydantic import Field, model_validator
+
+from hookengine.registry import unknown
+
+Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
+
+
+class TrainCfg(pydantic.BaseModel):
+    """The limits of training and the rhythm of validation.
+
+    Either ``max_epochs`` or ``max_iters``; the first makes the epoch the unit of ``val_interval``
+    and ``val_begin``, the second the iteration. Validation also follows the last epoch or
+    iteration.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    by_epoch: bool | None = Field(None, description="unit; by default told by the limit given")
+    max_epochs: int | None = Field(None, gt=0)
+    max_iters: int | None = Field(None, gt=0)
+    val_interval: int | None = Field(None, gt=0, description="default 1 epoch, 1000 iterations")
+    val_begin: int = Field(1, ge=0, description="no validation before this epoch or iteration")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        if self.by_epoch is None:
+            self.by_epoch = self.max_iters is None
+        limit, other = ("max_epochs", "max_iters") if self.by_epoch else ("max_iters", "max_epochs")
+        if getattr(self, limit) is None or getattr(self, other) is not None:
+            raise ValueError(
+                f"by_epoch={self.by_epoch} needs {limit} and no {other}, as in "
+                f"train_cfg=dict(by_epoch={self.by_epoch}, {limit}=10)"
+            )
+        if self.val_interval is None:
+            self.val_interval = 1 if self.by_epoch else 1000
+        return self
+
+    @property
+    def limit(self) -> int:
+        """``max_epochs`` or ``max_iters``, whichever counts."""
+        return self.max_epochs or self.max_iters or 0
+
+    @property
+    def unit(self) -> str:
+        """``epochs`` or ``iters``."""
+        return "epochs" if self.by_epoch else "iters"
+
+    def validates_at(self, count: int) -> bool:
+        """Whether validation follows when ``count`` epochs (or iterations) are finished."""
+        if count < self.val_begin:
+            return False
+        return count % (self.val_interval or 1) == 0 or count == self.limit
+
+
+class EvalCfg(pydantic.BaseModel):
+    """Options of validation and testing."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    loss: bool = Field(False, description="also report the losses of forward(mode='loss')")
+
+
+def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
+    """Validate ``cfg`` into ``model``.
+
+    Raises:
+        TypeError: ``cfg`` is no dict. ValueError: a bad value or an unknown key.
+    """
+    if isinstance(cfg, model):
+        return cfg
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f"{name} takes a dict, got {cfg!r}")
+    try:
+        return model.model_validate(dict(cfg))
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{name}: {explain(error, model.model_fields)}") from error
+
+
+def explain(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
+    """One line out of pydantic's report: each bad option, what it got and what would do."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            parts.append(unknown("option", where, known))
+        elif where:
+            parts.append(f"{where}={item['input']!r}: {item['msg']}")
+        else:
+            parts.append(item["msg"].removeprefix("Value error, "))
+    return "; ".join(parts)

@@ -1,0 +1,61 @@
+"""Dataloaders and batches: what the Runner accepts, and how many samples a batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples in a batch of any nesting.
+
+    A tensor holds its first dimension's; a dict what its first value holds, a list there being a
+    list of samples; a tuple or list of tensors what the first of them holds; a list of dicts (or
+    other objects) is a list of samples. A batch that tells nothing counts as one sample.
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        first = next(iter(batch.values()), None)
+        return len(first) if isinstance(first, (list, tuple)) else batch_size(first)
+    if isinstance(batch, (list, tuple)) and batch:
+        first = batch[0]
+        if isinstance(first, Tensor):
+            return first.shape[0] if first.dim() else len(batch)
+        return batch_size(first) if isinstance(first, (list, tuple)) else len(batch)
+    return 1
+
+
+def length_of(dataloader: Iterable[Any]) -> int | None:
+    """The number of batches, or None where the dataloader does not tell."""
+    try:
+        return len(dataloader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def dataset_size(dataloader: Iterable[Any]) -> int | None:
+    """The number of samples in the dataset behind a dataloader, or None where it does not tell."""
+    return length_of(getattr(dataloader, "dataset", None) or ()) or None
+
+
+def iterate_from(dataloader: Iterable[Any], epoch: int, batch: int) -> tuple[Iterator[Any], bool]:
+    """Start a pass over the dataloader at ``batch``.
+
+    A dataloader with a method ``seek(epoch, batch)`` is told, and starts there by itself. An
+    iterator (a generator) goes on where it is. Of any other the batches before are dropped.
+
+    Returns:
+        The iterator, and whether batches had to be fetched and dropped.
+    """
+    if (seek := getattr(dataloader, "seek", None)) is not None:
+        seek(epoch, batch)
+        return iter(dataloader), False
+    iterator = iter(dataloader)
+    if batch == 0 or iterator is dataloader:
+        return iterator, False
+    next(islice(iterator, batch - 1, batch), None)
+    return iterator, True

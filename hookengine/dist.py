@@ -1,0 +1,79 @@
+"""Rank, world size, gather: thin helpers over torch.distributed that also work on one process.
+
+They look at the process group that exists, and never make one: a plugin does, in ``configure``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def get_rank() -> int:
+    """The rank of this process, 0 alone."""
+    return torch_dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """The number of processes, 1 alone."""
+    return torch_dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if is_distributed():
+        torch_dist.barrier()
+
+
+def broadcast_object(obj: T, src: int = 0) -> T:
+    """Rank ``src``'s object, on all ranks. Pickled among the job's own processes."""
+    if not is_distributed():
+        return obj
+    box: list[Any] = [obj]
+    torch_dist.broadcast_object_list(box, src=src)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def gather_objects(obj: T, dst: int = 0) -> list[T] | None:
+    """The objects of all ranks in order, on rank ``dst``; None on the others."""
+    if not is_distributed():
+        return [obj]
+    gathered: list[Any] | None = [None] * get_world_size() if get_rank() == dst else None
+    torch_dist.gather_object(obj, gathered, dst=dst)
+    return gathered
+
+
+def collect_results(results: list[T], size: int) -> list[T] | None:
+    """The results of all ranks on rank 0, in the order of a sampler that deals samples in turn.
+
+    Args:
+        results: This rank's results.
+        size: Length of the dataset; what a sampler padded beyond it is dropped.
+    """
+    parts = gather_objects(results)
+    if parts is None or len(parts) == 1:
+        return results if parts else None
+    turns = itertools.zip_longest(*([[r] for r in part] for part in parts), fillvalue=[])
+    return [result for turn in turns for dealt in turn for result in dealt][:size]
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if is_distributed():
+        torch_dist.all_reduce(tensor)
+    return tensor

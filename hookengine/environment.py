@@ -1,0 +1,34 @@
+"""What a run runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, devices and threads, as plain values; fast, and starts no device."""
+    packages = {}
+    for name in ("hookengine", "torch", "torchvision", "numpy", "pluggy", "pydantic"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    devices = []
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": devices,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }

@@ -1,0 +1,233 @@
+"""Metrics: process batches, gather over ranks, compute."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from hookengine import dist
+
+
+class BaseMetric(ABC):
+    """Base class of metrics: ``process`` each batch, then ``compute_metrics`` from the results.
+
+    Args:
+        prefix: Put before the names of the metrics, as ``prefix/name``; by default the class's
+            ``default_prefix``, or nothing.
+
+    Attributes:
+        results: What ``process`` has put there since the last ``evaluate``; gathered over ranks,
+            on the CPU, before ``compute_metrics`` sees it on rank 0.
+        dataset_meta: ``metainfo`` of the dataset, where it has any.
+    """
+
+    default_prefix: str | None = None
+
+    def __init__(self, prefix: str | None = None) -> None:
+        self.results: list[Any] = []
+        self.prefix = prefix or self.default_prefix
+        self.dataset_meta: Mapping[str, Any] | None = None
+
+    @abstractmethod
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        """Put what one batch contributes into ``self.results``.
+
+        Args:
+            data_batch: The batch as the dataloader gave it.
+            data_samples: What the model returned for it in ``mode="predict"``.
+        """
+
+    @abstractmethod
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        """The metrics by name, from the results of all batches of all ranks."""
+
+    def evaluate(self, size: int) -> dict[str, Any]:
+        """Gather the results, compute, and start anew.
+
+        Args:
+            size: Length of the dataset; results that a sampler padded beyond it are dropped.
+
+        Returns:
+            The metrics on all ranks, prefixed; scalars as Python numbers.
+        """
+        if not self.results:
+            warnings.warn(
+                f"{type(self).__name__}.results is empty: process() must append to self.results",
+                stacklevel=2,
+            )
+        results = dist.collect_results(_to_cpu(self.results), size)
+        metrics = None if results is None else self.compute_metrics(results)
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}.compute_metrics must return a dict of metrics by name, "
+                f"got {metrics!r}"
+            )
+        metrics = dist.broadcast_object(metrics)
+        self.results = []
+        return _named(metrics or {}, self.prefix)
+
+    def reset(self) -> None:
+        """Forget what was processed (an evaluation that was interrupted)."""
+        self.results = []
+
+
+class TorchMetric(BaseMetric):
+    """A ``torchmetrics.Metric`` (or collection) as a metric; it gathers over ranks by itself.
+
+    What the model returned is handed to its ``update``: a tuple or list as ``update(*outputs)``,
+    a dict as ``update(**outputs)``.
+    """
+
+    def __init__(self, metric: Any, prefix: str | None = None) -> None:
+        super().__init__(prefix)
+        self.metric = metric
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        """Update the metric, on the device of the model's outputs."""
+        values = data_samples.values() if isinstance(data_samples, Mapping) else data_samples
+        device = next((v.device for v in values if isinstance(v, Tensor)), None)
+        if device is not None:
+            self.metric.to(device)
+        if isinstance(data_samples, Mapping):
+            self.metric.update(**data_samples)
+        else:
+            self.metric.update(*data_samples)
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        """The metric's value, under its class's name; a collection's under its own names."""
+        value = self.metric.compute()
+        return value if isinstance(value, dict) else {type(self.metric).__name__.lower(): value}
+
+    def evaluate(self, size: int) -> dict[str, Any]:
+        """Compute and reset."""
+        metrics = self.compute_metrics([])
+        self.metric.reset()
+        return _named(metrics, self.prefix)
+
+    def reset(self) -> None:
+        """Forget what was processed."""
+        self.metric.reset()
+
+
+class Evaluator:
+    """Several metrics over the same predictions.
+
+    Args:
+        metrics: A ``BaseMetric``, a ``torchmetrics.Metric``, ``dict(type=class, ...)``, or a list
+            of these.
+    """
+
+    def __init__(self, metrics: Any) -> None:
+        several = metrics if isinstance(metrics, (list, tuple)) else [metrics]
+        if not several:
+            raise ValueError("an evaluator needs at least one metric, got an empty list")
+        self.metrics: list[BaseMetric] = [_build(metric) for metric in several]
+
+    def set_dataset_meta(self, meta: Mapping[str, Any] | None) -> None:
+        """Tell all metrics the dataset's ``metainfo``."""
+        for metric in self.metrics:
+            metric.dataset_meta = meta
+
+    def process(self, data_samples: Any, data_batch: Any = None) -> None:
+        """Hand the predictions for one batch to all metrics."""
+        for metric in self.metrics:
+            metric.process(data_batch, data_samples)
+
+    def evaluate(self, size: int) -> dict[str, Any]:
+        """The metrics of all, by name.
+
+        Raises:
+            ValueError: two of them report the same name.
+        """
+        metrics: dict[str, Any] = {}
+        for metric in self.metrics:
+            for name, value in metric.evaluate(size).items():
+                if name in metrics:
+                    raise ValueError(
+                        f"two metrics report {name!r}: give one of them a prefix, as in "
+                        f"{type(metric).__name__}(prefix='other')"
+                    )
+                metrics[name] = value
+        return metrics
+
+    def reset(self) -> None:
+        """Forget what was processed."""
+        for metric in self.metrics:
+            metric.reset()
+
+    def offline_evaluate(
+        self, data_samples: Sequence[Any], data: Sequence[Any] | None = None, chunk_size: int = 1
+    ) -> dict[str, Any]:
+        """Evaluate predictions that were kept, without a model.
+
+        Args:
+            data_samples: The predictions, one per sample.
+            data: The samples of the dataset, as many.
+            chunk_size: Samples handed to ``process`` at a time, as lists.
+        """
+        if data is not None and len(data) != len(data_samples):
+            raise ValueError(
+                f"{len(data_samples)} predictions for {len(data)} samples: they must be as many"
+            )
+        inputs = None if data is None else _chunks(iter(data), chunk_size)
+        for chunk in _chunks(iter(data_samples), chunk_size):
+            self.process(chunk, None if inputs is None else next(inputs))
+        return self.evaluate(len(data_samples))
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _build(metric: Any) -> BaseMetric:
+    if isinstance(metric, Mapping):
+        options = dict(metric)
+        kind = options.pop("type", None)
+        if not callable(kind):
+            raise TypeError(
+                f"dict(type=...) of a metric takes the class itself, got type={kind!r}: import it "
+                "and write dict(type=Accuracy)"
+            )
+        metric = kind(**options)
+    if isinstance(metric, BaseMetric):
+        return metric
+    if isinstance(metric, type):
+        raise TypeError(
+            f"the metric {metric.__name__} is a class: pass an instance, {metric.__name__}(), or "
+            f"dict(type={metric.__name__})"
+        )
+    if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+        return TorchMetric(metric)
+    raise TypeError(
+        f"a metric is a hookengine.BaseMetric or a torchmetrics.Metric, got {type(metric).__name__}"
+    )
+
+
+def _named(metrics: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
+    return {f"{prefix}/{k}" if prefix else k: _plain(v) for k, v in metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A tensor or array of one element as a Python number; anything else as it is."""
+    size = value.numel() if isinstance(value, Tensor) else getattr(value, "size", None)
+    return value.item() if size == 1 and hasattr(value, "item") else value
+
+
+def _to_cpu(data: Any) -> Any:
+    """``data`` with its tensors on the CPU; the results of a metric are small."""
+    if isinstance(data, Tensor):
+        return data.detach().cpu()
+    if isinstance(data, list):
+        return [_to_cpu(item) for item in data]
+    if isinstance(data, tuple):
+        items = [_to_cpu(item) for item in data]
+        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
+    if isinstance(data, dict):
+        return {key: _to_cpu(value) for key, value in data.items()}
+    return data

@@ -1,0 +1,277 @@
+"""The training loop, with two units of progress, and the evaluation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hookengine import dist
+from hookengine.config import EvalCfg, TrainCfg
+from hookengine.data import batch_size, dataset_size, iterate_from, length_of
+from hookengine.evaluator import Evaluator
+from hookengine.optim import combine
+from hookengine.random_state import preserved_random_state
+
+if TYPE_CHECKING:
+    from hookengine.runner import Runner
+
+
+class TrainLoop:
+    """Training: passes over the dataloader until ``max_epochs`` or ``max_iters``.
+
+    Args:
+        runner: The Runner, with its model and optimizer wrapper.
+        dataloader: The training batches.
+        cfg: Limits and the rhythm of validation.
+    """
+
+    def __init__(self, runner: Runner, dataloader: Iterable[Any], cfg: TrainCfg) -> None:
+        self.runner = runner
+        self.dataloader = dataloader
+        self._iterator: Iterator[Any] | None = None  # kept where a run stops within an epoch
+        self.set_limits(cfg)
+
+    def set_limits(self, cfg: TrainCfg) -> None:
+        """Train up to other limits from now on."""
+        self.cfg = cfg
+        progress = self.runner.progress
+        progress.epoch_length = length = length_of(self.dataloader)
+        progress.max_epochs = cfg.max_epochs
+        known = None if length is None or cfg.max_epochs is None else length * cfg.max_epochs
+        progress.max_iters = known if cfg.by_epoch else cfg.max_iters
+
+    @property
+    def done(self) -> bool:
+        """Whether the limit is reached and no validation is owed."""
+        progress = self.runner.progress
+        count = progress.epoch if self.cfg.by_epoch else progress.iter
+        return count >= self.cfg.limit and not progress.val_due
+
+    def run(self) -> None:
+        """Train, or go on training, until the limit or an agreed stop."""
+        runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
+        progress.stopped = None
+        runner.optim_wrapper.zero_grad()  # what an interrupted iteration may have left
+        with runner.plugins.opened("before_train"):
+            hooks.before_train(runner)
+            if progress.val_due:
+                self._validate()
+            while not self.done and progress.stopped is None:
+                self._run_epoch()
+            hooks.after_train(runner)
+
+    def _run_epoch(self) -> None:
+        runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
+        runner.model.train()
+        with runner.plugins.opened("before_train_epoch"):
+            hooks.before_train_epoch(runner)
+            if not self._run_batches(self._open()):
+                return
+            if progress.batch == 0:
+                raise ValueError(
+                    f"the training dataloader gave no batch in epoch {progress.epoch + 1}. An "
+                    "iterator (a generator) can be gone through once: pass an iterable that "
+                    "starts anew each time, or limit the run with max_iters"
+                )
+            progress.epoch += 1
+            progress.batch = 0
+            self._iterator = None
+            progress.val_due |= bool(self.cfg.by_epoch) and self._validates_at(progress.epoch)
+            hooks.after_train_epoch(runner)
+        if not self._at_safe_point() and progress.val_due:
+            self._validate()
+
+    def _run_batches(self, batches: Iterator[Any]) -> bool:
+        """Run the iterations of an epoch; returns whether it is complete."""
+        runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
+        train_step, optim_wrapper = runner.model.train_step, runner.optim_wrapper
+        last, milestone = self._last_batch(), self._next_milestone()
+        for batch_idx, data_batch in enumerate(batches, progress.batch):
+            progress.is_last = batch_idx + 1 == last
+            data_batch = hooks.before_train_iter(runner, batch_idx, data_batch)
+            outputs = train_step(data_batch, optim_wrapper)
+            progress.iter += 1
+            progress.batch += 1
+            hooks.after_train_iter(runner, batch_idx, data_batch, outputs)
+            if progress.iter == milestone:
+                progress.val_due = not self.cfg.by_epoch and self._validates_at(milestone)
+            if self._at_safe_point():
+                return False
+            if progress.iter == milestone:
+                if progress.val_due:
+                    self._validate()
+                if progress.stopped is not None or milestone == self.cfg.limit:
+                    return progress.batch == progress.epoch_length
+                milestone = self._next_milestone()
+        return True
+
+    def _at_safe_point(self) -> bool:
+        """Let plugins save and settle requests, if no window is open; returns whether to stop."""
+        runner = self.runner
+        if runner.optim_wrapper.window_open:
+            return False
+        agreed = runner.hooks.agree(runner, runner.requests)
+        runner.agreed = runner.requests if agreed is None else agreed
+        runner.hooks.safe_point(runner)
+        if runner.agreed:
+            self._settle(dict(runner.agreed))
+        return runner.progress.stopped is not None
+
+    def _settle(self, agreed: Mapping[str, str]) -> None:
+        runner = self.runner
+        for request in agreed:
+            runner.requests.pop(request, None)
+        runner.agreed = {}
+        if "stop" in agreed:
+            runner.progress.stopped = agreed["stop"]
+            runner.logger.info("training stops", reason=agreed["stop"])
+
+    def _validate(self) -> None:
+        if self.runner.val_loop is not None:
+            self.runner.val_loop.run()
+        self.runner.progress.val_due = False
+        self._at_safe_point()
+
+    def _validates_at(self, count: int) -> bool:
+        return self.runner.val_loop is not None and self.cfg.validates_at(count)
+
+    def _open(self) -> Iterator[Any]:
+        """The batches that are left of this epoch."""
+        if self._iterator is None:
+            progress = self.runner.progress
+            start = progress.epoch, progress.batch
+            self._iterator, dropped = iterate_from(self.dataloader, *start)
+            if dropped:
+                self.runner.logger.warning(
+                    f"fetched and dropped the first {progress.batch} batches of epoch "
+                    f"{progress.epoch + 1}, which were trained on already; they were the same "
+                    "ones only if the dataloader's random state is what it was"
+                )
+        return self._iterator
+
+    def forget(self) -> None:
+        """Drop the iterator of an epoch that was left in the middle."""
+        self._iterator = None
+
+    def _last_batch(self) -> int | None:
+        """The number of the last batch of this pass, as far as it is known."""
+        progress = self.runner.progress
+        left = None if self.cfg.by_epoch else progress.batch + self.cfg.limit - progress.iter
+        known = [end for end in (progress.epoch_length, left) if end is not None]
+        return min(known, default=None)
+
+    def _next_milestone(self) -> int:
+        """The next iteration after which something is due: a validation, the end; -1 for none."""
+        if self.cfg.by_epoch:
+            return -1
+        interval, done = self.cfg.val_interval or 1, self.runner.progress.iter
+        return min(self.cfg.limit, done + interval - done % interval)
+
+
+class EvalLoop:
+    """Validation or testing: one pass over the dataloader per evaluated model.
+
+    Under a random state that is restored afterwards, without gradients, in evaluation mode; each
+    module's mode is restored too, also after an error.
+
+    Args:
+        runner: The Runner, with its model.
+        phase: ``val`` or ``test``.
+        dataloader: The batches.
+        evaluator: The metrics, or None where only the losses are asked for.
+        cfg: Options.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        phase: Literal["val", "test"],
+        dataloader: Iterable[Any],
+        evaluator: Evaluator | None,
+        cfg: EvalCfg,
+    ) -> None:
+        self.runner = runner
+        self.phase = phase
+        self.dataloader = dataloader
+        self.evaluator = evaluator
+        self.cfg = cfg
+        self.metrics: dict[str, Any] = {}
+        if evaluator is not None:
+            dataset = getattr(dataloader, "dataset", None)
+            evaluator.set_dataset_meta(getattr(dataset, "metainfo", None))
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, and return the metrics of all evaluated models by (prefixed) name."""
+        runner, hooks, plugins = self.runner, self.runner.hooks, self.runner.plugins
+        before, before_epoch = f"before_{self.phase}", f"before_{self.phase}_epoch"
+        with preserved_random_state(), plugins.opened(before):
+            getattr(hooks, before)(runner)
+            with plugins.opened(before_epoch):
+                getattr(hooks, before_epoch)(runner)
+                models = hooks.evaluated_models(runner, self.phase) or {"": runner.model}
+                metrics: dict[str, Any] = {}
+                for prefix, model in models.items():
+                    for name, value in self._evaluate(model).items():
+                        metrics[f"{prefix}/{name}" if prefix else name] = value
+                self.metrics = metrics
+                getattr(hooks, f"after_{self.phase}_epoch")(runner, metrics)
+            getattr(hooks, f"after_{self.phase}")(runner)
+        return metrics
+
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._run_batches(model)
+        finally:
+            for module, training in modes:
+                module.training = training
+            if self.evaluator is not None:
+                self.evaluator.reset()
+
+    def _run_batches(self, model: nn.Module) -> dict[str, Any]:
+        runner, hooks, phase = self.runner, self.runner.hooks, self.phase
+        step = getattr(model, f"{phase}_step")
+        losses: dict[str, Tensor] = {}
+        size = 0
+        for batch_idx, data_batch in enumerate(self.dataloader):
+            data_batch = getattr(hooks, f"before_{phase}_iter")(runner, batch_idx, data_batch)
+            with combine(hooks.forward_context(runner, model, None, phase)):
+                outputs = step(data_batch)
+                loss = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
+            count = batch_size(data_batch)
+            size += count
+            for name, value in loss.items():
+                losses[name] = losses.get(name, 0) + value * count
+            if self.evaluator is not None:
+                self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+            getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
+        if size == 0:
+            raise ValueError(f"the {phase} dataloader gave no batch: nothing was evaluated")
+        return self._summarize(losses, size)
+
+    def _summarize(self, losses: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+        metrics = _mean_over_samples(losses, size)
+        if self.evaluator is not None:
+            total = dataset_size(self.dataloader) or size
+            for name, value in self.evaluator.evaluate(total).items():
+                if name in metrics:
+                    raise ValueError(
+                        f"a metric and a loss are both called {name!r}: give the metric a prefix"
+                    )
+                metrics[name] = value
+        return metrics
+
+
+def _mean_over_samples(losses: Mapping[str, Tensor], size: int) -> dict[str, float]:
+    """The losses averaged over the samples of all ranks; one synchronisation for all of them."""
+    if not losses:
+        return {}
+    sums = torch.stack([*losses.values()]).double()
+    totals = torch.cat([sums, sums.new_tensor([size])])
+    *values, count = dist.sum_over_ranks(totals).tolist()
+    return {name: value / count for name, value in zip(losses, values, strict=True)}

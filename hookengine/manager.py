@@ -1,0 +1,332 @@
+"""The plugin manager: which plugins are on, their order, their states, and who is to blame."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+
+import pluggy
+import pydantic
+
+from hookengine.config import explain
+from hookengine.dispatch import Hooks, Observer, observed, resolve
+from hookengine.hookspecs import EVENTS, PROJECT, HookSpecs
+from hookengine.plugins import DEFAULT_PLUGINS, check_methods, name_of, resolve_order
+from hookengine.registry import PLUGINS, distribution_of, unknown
+
+PluginLike: TypeAlias = str | Mapping[str, Any] | object
+
+
+class PluginManager(pluggy.PluginManager):
+    """The plugins that are on, in order; ``hooks`` calls them.
+
+    Args:
+        plugins: Names, ``dict(type=NAME or class, **options)``, instances, or ``"no:NAME"`` to
+            switch a default off. Naming a default gives its options.
+        defaults: Names of the plugins that are on without being named.
+
+    Raises:
+        ValueError: a name twice, or an order that is a cycle.
+        KeyError: an unknown name. ImportError: one that cannot be imported.
+        TypeError: a misspelt event, an option that does not exist or does not validate.
+    """
+
+    def __init__(
+        self, plugins: Iterable[PluginLike] = (), defaults: Sequence[str] = DEFAULT_PLUGINS
+    ) -> None:
+        super().__init__(PROJECT)
+        self.add_hookspecs(HookSpecs)
+        self._hooks = Hooks()
+        self._observers: tuple[Observer, ...] = ()
+        self._sources: dict[str, str] = {}
+        self._open: list[str] = []
+        self.configured: set[str] = set()
+        self.order: list[str] = []
+        self._declared = self._select(plugins, defaults)
+        self._arrange(self._declared)
+
+    @property
+    def hooks(self) -> HookSpecs:
+        """Every event as a function with positional arguments; the same object for ever."""
+        return cast(HookSpecs, self._hooks)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._declared:
+            raise KeyError(unknown("active plugin", name, self._declared))
+        return self._declared[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._declared
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.order)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """(name, plugin) in the resolved order."""
+        return [(name, self._declared[name]) for name in self.order]
+
+    def source(self, name: str) -> str:
+        """Where a plugin comes from: ``distribution version``, or its module."""
+        plugin = self[name]
+        module = plugin if isinstance(plugin, types.ModuleType) else inspect.getmodule(type(plugin))
+        return self._sources.get(name) or str(getattr(module, "__name__", "__main__"))
+
+    # -- which ----------------------------------------------------------------------------------
+
+    def _select(self, plugins: Iterable[PluginLike], defaults: Sequence[str]) -> dict[str, object]:
+        blocked = {n.strip() for n in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
+        if isinstance(plugins, str | Mapping):
+            raise TypeError(f"plugins= takes a list, got {plugins!r}: write plugins=[...]")
+        named: dict[str, PluginLike] = {}
+        for entry in plugins:
+            if isinstance(entry, str) and entry.startswith("no:"):
+                name = entry.removeprefix("no:")
+                if name not in defaults and name not in DEFAULT_PLUGINS:
+                    raise KeyError(unknown("default plugin", name, DEFAULT_PLUGINS))
+                blocked.add(name)
+                continue
+            name = self._name(entry)
+            if name in named:
+                raise ValueError(
+                    f"the plugin {name!r} is given twice; give one of them another plugin_name"
+                )
+            named[name] = entry
+        wanted: dict[str, PluginLike] = {**{name: name for name in defaults}, **named}
+        return {n: self._build(n, entry) for n, entry in wanted.items() if n not in blocked}
+
+    def _name(self, entry: PluginLike) -> str:
+        if isinstance(entry, Mapping):
+            if "type" not in entry:
+                raise KeyError(f"a plugin needs a 'type', a name or a class; got {dict(entry)!r}")
+            entry = entry["type"]
+        return entry if isinstance(entry, str) else name_of(entry)
+
+    def _build(self, name: str, entry: PluginLike) -> object:
+        if isinstance(entry, str):
+            entry = {"type": entry}
+        if isinstance(entry, type):
+            raise TypeError(
+                f"the plugin {name!r} is a class: pass an instance, {entry.__name__}(...), or "
+                f"dict(type={entry.__name__}, ...)"
+            )
+        if not isinstance(entry, Mapping):
+            return entry
+        target = entry["type"]
+        if isinstance(target, str) and (point := PLUGINS.entry_point(target)) is not None:
+            self._sources[name] = distribution_of(point)
+        try:
+            return PLUGINS.build(entry)
+        except pydantic.ValidationError as error:
+            raise TypeError(f"plugin {name!r}: {explain(error)}") from error
+
+    # -- in which order -------------------------------------------------------------------------
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        """Take every method that is named after an event for an implementation of it."""
+        if name not in EVENTS or not inspect.isroutine(getattr(plugin, name, None)):
+            return None
+        return super().parse_hookimpl_opts(plugin, name) or _NO_OPTIONS.copy()
+
+    def _arrange(self, declared: dict[str, object]) -> None:
+        """Register all of them anew in the resolved order, and resolve the hooks."""
+        order = resolve_order(declared)
+        for name in order:
+            check_methods(name, declared[name])
+        for name in self.order:
+            self.unregister(name=name)
+        for name in reversed(order):  # pluggy calls the last registered first
+            self.register(declared[name], name=name)
+        self._declared, self.order = declared, order
+        self._resolve()
+
+    def _resolve(self) -> None:
+        resolve(self._hooks, self.hook, self._observers)
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Let ``observer`` wrap each implementation; returns what takes it away again."""
+        self._observers += (observer,)
+        self._resolve()
+
+        def stop() -> None:
+            self._observers = tuple(o for o in self._observers if o is not observer)
+            self._resolve()
+
+        return stop
+
+    def calls(self) -> dict[str, list[str]]:
+        """Per event that somebody implements, the plugins in the order in which it calls them."""
+        table = {}
+        for event in EVENTS.values():
+            impls = getattr(self.hook, event.name).get_hookimpls()
+            names = [impl.plugin_name for impl in impls]
+            if names:
+                table[event.name] = names if event.kind.reverse else names[::-1]
+        return table
+
+    # -- in mid-run -----------------------------------------------------------------------------
+
+    def configure(self) -> None:
+        """Emit ``configure``; remembers who was told, for ``unconfigure``."""
+        for name in self.order:
+            self.configured.add(name)
+            self._tell(name, "configure", runner=self._hooks.runner)
+
+    def unconfigure(self) -> None:
+        """Emit ``unconfigure`` to all who were configured, in reverse order, once each.
+
+        Raises:
+            BaseExceptionGroup: what they raised, after all were told; one alone as it is.
+        """
+        errors: list[BaseException] = []
+        for name in reversed(self.order):
+            if name in self.configured:
+                self.configured.discard(name)
+                try:
+                    self._tell(name, "unconfigure", runner=self._hooks.runner)
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else BaseExceptionGroup("in unconfigure", errors)
+
+    @contextmanager
+    def opened(self, event: str) -> Iterator[None]:
+        """Remember that ``event``, a ``before_*``, is open; who is added meanwhile is told it."""
+        self._open.append(event)
+        try:
+            yield
+        finally:
+            self._open.remove(event)
+
+    def add(self, plugin: PluginLike, *, replace: bool = False) -> str:
+        """Switch a plugin on, also in mid-run; returns its name.
+
+        In mid-run it is told ``configure`` and the ``before_*`` events that are open.
+
+        Raises:
+            ValueError: the name is taken, or (in a built Runner) the plugin has build events.
+        """
+        name = self._name(plugin)
+        if name in self._declared and not replace:
+            raise ValueError(f"the plugin {name!r} is on already; remove({name!r}) it first")
+        built = self._build(name, plugin)
+        late = self._hooks.runner is not None
+        if late:
+            build = [e.name for e in EVENTS.values() if e.subject == "build"]
+            if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
+                raise ValueError(
+                    f"the plugin {name!r} implements {', '.join(missed)}, and this Runner is built "
+                    "already: pass it as Runner(plugins=[...])"
+                )
+        if name in self._declared:
+            self.remove(name)
+        self._arrange({**self._declared, name: built})
+        if late:
+            self.configured.add(name)
+            for event in ("configure", *self._open):
+                self._tell(name, event, runner=self._hooks.runner)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Switch a plugin off, also in mid-run; it is told ``unconfigure``."""
+        self[name]
+        if name in self.configured:
+            self.configured.discard(name)
+            self._tell(name, "unconfigure", runner=self._hooks.runner)
+        self._arrange({n: p for n, p in self._declared.items() if n != name})
+
+    def _tell(self, name: str, event: str, **arguments: Any) -> None:
+        for impl in getattr(self.hook, event).get_hookimpls():
+            if impl.plugin_name == name:
+                wanted = [*impl.argnames, *impl.kwargnames]
+                call = observed(event, impl, self._observers)
+                call(**{argument: arguments[argument] for argument in wanted})
+
+    # -- state and blame ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states that are not empty, by plugin name."""
+        return self._collect("state_dict")
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The states of this rank that are not empty, by plugin name."""
+        return self._collect("rank_state_dict")
+
+    def _collect(self, method: str) -> dict[str, Any]:
+        states = {n: getattr(p, method)() for n, p in self.items() if hasattr(p, method)}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+        """Give every plugin its state back.
+
+        Args:
+            states: What ``state_dict`` returned.
+            allow: Names that may be missing on either side.
+
+        Raises:
+            ValueError: a state without its plugin, or a plugin whose state is missing.
+        """
+        mine, allowed = set(self.state_dict()), set(allow)
+        problems = [f"state of {n!r}, which is not on" for n in {*states} - {*self} - allowed]
+        problems += [f"no state for {n!r}" for n in mine - {*states} - allowed]
+        if problems:
+            raise ValueError(
+                f"the plugins differ from those of the checkpoint: {'; '.join(sorted(problems))}. "
+                "Switch the same ones on, or allow the difference by name"
+            )
+        for name, state in states.items():
+            if name in self._declared:
+                self[name].load_state_dict(state)
+
+    def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give every plugin that is on the state of this rank back."""
+        for name, state in states.items():
+            if name in self._declared:
+                self[name].load_rank_state_dict(state)
+
+    def blame(self, error: BaseException) -> None:
+        """Add a note to ``error``: which plugin raised it, in which event, at which iteration.
+
+        Costs nothing before: the frames of the traceback are compared with the implementations.
+        """
+        if isinstance(error, BaseExceptionGroup):
+            for inner in error.exceptions:
+                self.blame(inner)
+            return
+        if any(note.startswith("raised by plugin") for note in getattr(error, "__notes__", ())):
+            return
+        impls: dict[types.CodeType, list[tuple[str, pluggy.HookImpl]]] = {}
+        for event in EVENTS:
+            for impl in getattr(self.hook, event).get_hookimpls():
+                function = inspect.unwrap(impl.function)
+                if (code := getattr(function, "__code__", None)) is not None:
+                    impls.setdefault(code, []).append((event, impl))
+        culprit = None
+        traceback = error.__traceback__
+        while traceback is not None:
+            frame = traceback.tb_frame
+            for event, impl in impls.get(frame.f_code, ()):
+                first = frame.f_code.co_varnames[:1]
+                owner = frame.f_locals.get(first[0]) if first else None
+                if owner is impl.plugin or not isinstance(owner, type(impl.plugin)):
+                    culprit = (event, impl.plugin_name)
+            traceback = traceback.tb_next
+        if culprit is not None:
+            event, name = culprit
+            note = f"raised by plugin {name!r} ({self.source(name)}), event {event!r}"
+            if (progress := getattr(self._hooks.runner, "progress", None)) is not None:
+                note += f", epoch {progress.epoch}, iteration {progress.iter}"
+            error.add_note(note)
+
+
+_NO_OPTIONS: pluggy.HookimplOpts = {
+    "wrapper": False,
+    "hookwrapper": False,
+    "optionalhook": False,
+    "tryfirst": False,
+    "trylast": False,
+    "specname": None,
+}

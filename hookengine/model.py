@@ -1,0 +1,296 @@
+"""Models: BaseModule and BaseModel; and what plugins contribute to this page.
+
+``from hookengine.model import ImgDataPreprocessor`` asks the ``MODELS`` registry: the names that
+distributions offer in the entry-point group ``hookengine.model`` can be imported from here.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABCMeta, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hookengine.dispatch import SILENT
+from hookengine.hookspecs import HookSpecs
+from hookengine.optim import OptimWrapper
+from hookengine.registry import MODELS
+
+if TYPE_CHECKING:
+    # What type checkers and editors see of the registry; a test holds the two equal.
+    from hookengine_preprocess import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
+
+__all__ = [
+    "BaseDataPreprocessor",
+    "BaseModel",
+    "BaseModule",
+    "ImgDataPreprocessor",
+    "ModuleDict",
+    "ModuleList",
+    "Sequential",
+    "stack_batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    try:
+        return MODELS.get(name)
+    except KeyError as error:
+        raise AttributeError(
+            f"module 'hookengine.model' has no {name!r}; {error.args[0]}"
+        ) from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODELS.names()})
+
+
+class BaseModule(nn.Module, metaclass=ABCMeta):
+    """A module whose weights are initialised as its ``init_cfg`` says.
+
+    Args:
+        init_cfg: One dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
+    """
+
+    def __init__(self, init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self._is_init = False
+
+    @property
+    def is_init(self) -> bool:
+        """Whether ``init_weights`` was called."""
+        return self._is_init
+
+    def init_weights(self) -> None:
+        """Initialise the weights of this module and its children.
+
+        Raises:
+            RuntimeError: no plugin provides the initializers.
+        """
+        if "init_weights" not in MODELS:
+            raise RuntimeError(
+                f"{type(self).__name__}.init_weights(): no installed plugin provides weight "
+                "initialization (an entry point 'init_weights' in the group 'hookengine.model'). "
+                "Install one, or override init_weights() and use torch.nn.init"
+            )
+        MODELS.get("init_weights")(self)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return f"{text}\ninit_cfg={self.init_cfg}" if self.init_cfg else text
+
+
+class Sequential(BaseModule, nn.Sequential):
+    """``nn.Sequential`` with an ``init_cfg``."""
+
+    def __init__(self, *args: Any, init_cfg: Any = None) -> None:
+        BaseModule.__init__(self, init_cfg)
+        nn.Sequential.__init__(self, *args)
+
+
+class ModuleList(BaseModule, nn.ModuleList):
+    """``nn.ModuleList`` with an ``init_cfg``."""
+
+    def __init__(self, modules: Any = None, init_cfg: Any = None) -> None:
+        BaseModule.__init__(self, init_cfg)
+        nn.ModuleList.__init__(self, modules)
+
+
+class ModuleDict(BaseModule, nn.ModuleDict):
+    """``nn.ModuleDict`` with an ``init_cfg``."""
+
+    def __init__(self, modules: Any = None, init_cfg: Any = None) -> None:
+        BaseModule.__init__(self, init_cfg)
+        nn.ModuleDict.__init__(self, modules)
+
+
+class BaseModel(BaseModule):
+    """Base class of models that the Runner trains: a subclass implements ``forward``.
+
+    Args:
+        data_preprocessor: A module, or ``dict(type=NAME or class, ...)``; by default the
+            ``BaseDataPreprocessor``, which moves batches to the model's device.
+        init_cfg: See ``BaseModule``.
+    """
+
+    def __init__(
+        self,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self._hooks: HookSpecs = SILENT
+        if data_preprocessor is None or isinstance(data_preprocessor, Mapping):
+            cfg = {"type": "BaseDataPreprocessor", **(data_preprocessor or {})}
+            data_preprocessor = MODELS.build(cfg)
+        if not isinstance(data_preprocessor, nn.Module):
+            raise TypeError(
+                "data_preprocessor takes a dict or an nn.Module, got "
+                f"{type(data_preprocessor).__name__}"
+            )
+        self.data_preprocessor = data_preprocessor
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Losses, predictions or tensors, as the argument ``mode`` says.
+
+        Called as ``forward(*batch, mode=...)`` or ``forward(**batch, mode=...)``.
+
+        Args:
+            mode: ``"loss"``: a dict of scalar tensors (or lists of them) by name. ``"predict"``:
+                what the metrics' ``process`` takes. ``"tensor"``: tensors, for use of your own.
+        """
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """Preprocess, forward, backward, step.
+
+        Args:
+            data: A batch: dict, tuple or list.
+            optim_wrapper: Updates the parameters.
+
+        Returns:
+            The losses by name, detached scalar tensors on the device; ``loss`` is their sum.
+        """
+        with optim_wrapper.optim_context(self):
+            data = self.data_preprocessor(data, True)
+            losses = self._run_forward(data, "loss")
+        loss, log_vars = self.parse_losses(losses)
+        optim_wrapper.update_params(loss)
+        return log_vars
+
+    def val_step(self, data: Any) -> Any:
+        """The predictions for a batch, which the metrics get."""
+        data = self.data_preprocessor(data, False)
+        return self._run_forward(data, "predict")
+
+    def test_step(self, data: Any) -> Any:
+        """The predictions for a batch, as ``val_step``."""
+        return self.val_step(data)
+
+    def loss_step(self, data: Any) -> dict[str, Tensor]:
+        """The losses of a batch without an update, for ``val_cfg=dict(loss=True)``."""
+        data = self.data_preprocessor(data, False)
+        return _sum_losses(self._run_forward(data, "loss"))[1]
+
+    def parse_losses(
+        self, losses: dict[str, Tensor | list[Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses; what plugins answer to ``after_forward`` comes in here.
+
+        Args:
+            losses: By name a tensor, which is averaged, or a list of tensors, whose averages are
+                summed. Every entry whose name contains ``loss`` counts.
+
+        Returns:
+            The scalar to backpropagate, and every entry (and ``loss``, the sum) for the log,
+            detached.
+
+        Raises:
+            TypeError: no dict, or an entry of another type. ValueError: no name contains "loss".
+        """
+        hooks = self._hooks
+        return _sum_losses(hooks.after_forward(hooks.runner, losses))
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        if isinstance(data, dict):
+            outputs = self(**data, mode=mode)
+        elif isinstance(data, (list, tuple)):
+            outputs = self(*data, mode=mode)
+        else:
+            raise TypeError(
+                "a batch must be a dict, tuple or list to become the arguments of forward(), got "
+                f"{type(data).__name__}; return one from the dataset or the data_preprocessor"
+            )
+        if outputs is None:
+            raise TypeError(
+                f"{type(self).__name__}.forward(mode={mode!r}) returned None: does every branch "
+                "of it return?"
+            )
+        return outputs
+
+    def npu(self, device: int | str | torch.device | None = None) -> Self:
+        """Move to an Ascend NPU (torch_npu), the data preprocessor included."""
+        return self._move("npu", device)
+
+    def mlu(self, device: int | str | torch.device | None = None) -> Self:
+        """Move to a Cambricon MLU (torch_mlu), the data preprocessor included."""
+        return self._move("mlu", device)
+
+    def musa(self, device: int | str | torch.device | None = None) -> Self:
+        """Move to a Moore Threads GPU (torch_musa), the data preprocessor included."""
+        return self._move("musa", device)
+
+    def _move(self, backend: str, device: int | str | torch.device | None) -> Self:
+        try:
+            target = (
+                torch.device(device)
+                if isinstance(device, (str, torch.device))
+                else torch.device(backend, device or 0)
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this torch has no device {backend!r}: import torch_{backend} first"
+            ) from error
+        return self.to(target)
+
+
+class SupervisedModel(BaseModel):
+    """A plain module and a loss function as a BaseModel; a batch is (inputs, target).
+
+    What the Runner puts around a plain ``nn.Module`` when it gets ``loss=``. Evaluation sees
+    (output, target).
+
+    Args:
+        module: Called as ``module(inputs)``.
+        loss: Called as ``loss(output, target)``; returns a scalar tensor, or a dict of them.
+    """
+
+    def __init__(self, module: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, inputs: Any, target: Any, mode: str = "tensor") -> Any:
+        """The loss, (output, target), or the output."""
+        output = self.module(inputs)
+        if mode == "loss":
+            loss = self.loss(output, target)
+            return loss if isinstance(loss, dict) or loss is None else {"loss": loss}
+        return (output, target) if mode == "predict" else output
+
+
+def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    if not isinstance(losses, dict):
+        raise TypeError(
+            "forward(mode='loss') must return a dict of losses by name, as in dict(loss=loss); got "
+            f"{type(losses).__name__}"
+        )
+    total: Tensor | None = None
+    log_vars: dict[str, Tensor] = {}
+    for name, value in losses.items():
+        if isinstance(value, Tensor):
+            mean = value.mean() if value.dim() else value
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            mean = sum(item.mean() for item in value[1:]) + value[0].mean()
+        else:
+            raise TypeError(
+                f"the loss {name!r} must be a tensor or a list of tensors, got "
+                f"{type(value).__name__}"
+            )
+        if "loss" in name:  # the first is taken as it is: no sum, no extra autograd node
+            total = mean if total is None else total + mean
+        log_vars[name] = mean.detach()
+    if total is None:
+        raise ValueError(
+            "forward(mode='loss') returned no loss: at least one name must contain 'loss', got "
+            f"{sorted(losses)}"
+        )
+    if "loss" not in log_vars or len(log_vars) > 1:
+        log_vars = {"loss": total.detach(), **{k: v for k, v in log_vars.items() if k != "loss"}}
+    return total, log_vars

@@ -1,0 +1,169 @@
+"""Plugins: what they are, what they are called, and in which order they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import graphlib
+import heapq
+import inspect
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from hookengine.hookspecs import EVENTS
+from hookengine.registry import unknown
+
+DEFAULT_PLUGINS = ("preprocess", "logging", "progress_bar")
+"""On without being named; each is inert where it has nothing to do. Names only."""
+
+CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@dataclass_transform(
+    kw_only_default=True, eq_default=False, field_specifiers=(pydantic.Field, dataclasses.field)
+)
+class Plugin:
+    """Base class of plugins: annotated fields are options, methods named after events are hooks.
+
+    Each subclass becomes a keyword-only pydantic dataclass: options are validated, an unknown one
+    is refused. Anything else is a plain attribute (``self.best = 0``). Equality and hash are
+    identity. A subclass with an ``__init__`` of its own stays as it is written.
+
+    ::
+
+        class Stopwatch(Plugin, name="stopwatch"):
+            every: int = Field(10, gt=0, description="iterations")
+
+            def after_train_iter(self, runner): ...
+
+    Args:
+        name: (class keyword) The plugin's name; by default the class's in snake case.
+    """
+
+    plugin_name: ClassVar[str] = "plugin"
+    """The name by which it is switched off, ordered, blamed and its state kept; may also be set
+    on an instance, to have two of one class."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of plugins that are called before this one."""
+    before: ClassVar[tuple[str, ...]] = ()
+    """Names of plugins that are called after this one."""
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.plugin_name = name or _snake_case(cls.__name__)
+        if "__init__" not in cls.__dict__:
+            pydantic_dataclass(cls, config=CONFIG, eq=False, kw_only=True, repr=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the plugin needs to go on after a resume: tensors and plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The part of the state that differs from rank to rank; kept for each of them."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``rank_state_dict`` returned on this rank."""
+
+
+def options_of(plugin: object) -> dict[str, Any]:
+    """The options of a plugin as JSON would hold them; what JSON cannot, as its repr."""
+    if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
+        return {}
+    values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
+    return {
+        name: pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
+        for name, value in values.items()
+    }
+
+
+def name_of(plugin: object) -> str:
+    """The name of a plugin object: its ``plugin_name``, or its class's in snake case."""
+    named = getattr(plugin, "plugin_name", None)
+    if isinstance(named, str):
+        return named
+    if isinstance(plugin, types.ModuleType):
+        return plugin.__name__
+    return _snake_case(type(plugin).__name__)
+
+
+def check_methods(name: str, plugin: object) -> None:
+    """Refuse misspelt events and arguments that an event does not have.
+
+    Raises:
+        TypeError: with the plugin, the method and the nearest match.
+    """
+    for attribute in dir(plugin):
+        if attribute not in EVENTS and not re.match(r"(before|after|on)_", attribute):
+            continue
+        if not inspect.isroutine(inspect.getattr_static(plugin, attribute, None)):
+            continue
+        if attribute not in EVENTS:
+            raise TypeError(
+                f"plugin {name!r}: {unknown('event', attribute, EVENTS)}. A method that is no "
+                "event must not be called before_*, after_* or on_*"
+            )
+        event = EVENTS[attribute]
+        for argument, parameter in inspect.signature(getattr(plugin, attribute)).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise TypeError(
+                    f"plugin {name!r}, event {event}: name the arguments that {attribute!r} wants "
+                    f"instead of *{argument}"
+                )
+            if argument not in event.arguments:
+                problem = unknown("argument", argument, event.arguments)
+                raise TypeError(f"plugin {name!r}, event {event}: {problem}")
+
+
+def resolve_order(plugins: Mapping[str, object]) -> list[str]:
+    """Order plugins: as given, subject to their ``after`` and ``before``.
+
+    A pure function of what is declared; among those that may come next, the first given does.
+
+    Raises:
+        ValueError: the constraints form a cycle, which the message prints.
+    """
+    names = list(plugins)
+    position = {name: index for index, name in enumerate(names)}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, plugin in plugins.items():
+        for other in _names(plugin, "after"):
+            if other in graph:
+                graph[name].add(other)
+        for other in _names(plugin, "before"):
+            if other in graph:
+                graph[other].add(name)
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        cycle = " -> ".join(reversed(error.args[1]))
+        raise ValueError(
+            f"the order of the plugins is a cycle: {cycle} (each says that it is called after the "
+            "next). Drop one of these 'after' or 'before' declarations"
+        ) from None
+    order: list[str] = []
+    ready: list[int] = []
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, position[name])
+        name = names[heapq.heappop(ready)]
+        order.append(name)
+        sorter.done(name)
+    return order
+
+
+def _names(plugin: object, attribute: str) -> tuple[str, ...]:
+    value = getattr(plugin, attribute, ())
+    return (value,) if isinstance(value, str) else tuple(value) if value else ()

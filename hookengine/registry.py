@@ -1,0 +1,199 @@
+"""Names -> objects: what user code registered by decorator, then entry points.
+
+A name is looked up first among the objects that were registered in this process, then among the
+entry points of the installed distributions, of which only the one asked for is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any, TypeVar, overload
+
+from packaging.requirements import Requirement
+
+T = TypeVar("T")
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """Say that ``name`` is unknown, with the nearest match and all the known names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}"
+
+
+def distribution_of(entry_point: EntryPoint) -> str:
+    """The distribution that offers an entry point, as ``name version``."""
+    dist = entry_point.dist
+    return f"{dist.name} {dist.version}" if dist is not None else "an unnamed distribution"
+
+
+def _identity(obj: object) -> tuple[object, object]:
+    return getattr(obj, "__module__", None), getattr(obj, "__qualname__", id(obj))
+
+
+class Registry:
+    """One group of names.
+
+    Args:
+        group: The entry-point group, for instance ``hookengine.plugins``.
+        kind: What the names stand for, in messages.
+    """
+
+    def __init__(self, group: str, kind: str) -> None:
+        self.group = group
+        self.kind = kind
+        self._registered: dict[str, Any] = {}
+        self._entry_points: dict[str, EntryPoint] | None = None
+
+    def __repr__(self) -> str:
+        return f"Registry({self.group!r})"
+
+    def entry_points(self) -> dict[str, EntryPoint]:
+        """The entry points of the group by name, from metadata alone: nothing is imported.
+
+        Raises:
+            ValueError: two distributions offer the same name.
+        """
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.group):
+            other = found.setdefault(point.name, point)
+            if other.value != point.value:
+                raise ValueError(
+                    f"two distributions offer the {self.kind} {point.name!r}: "
+                    f"{distribution_of(other)} ({other.value}) and "
+                    f"{distribution_of(point)} ({point.value}); uninstall one of them"
+                )
+        self._entry_points = dict(sorted(found.items()))
+        return self._entry_points
+
+    def entry_point(self, name: str) -> EntryPoint | None:
+        """The entry point of that name, or None; looks again where the name is a new one."""
+        points = self._entry_points
+        if points is None or name not in points:
+            points = self.entry_points()
+        return points.get(name)
+
+    def names(self) -> list[str]:
+        """All names, sorted; nothing is imported."""
+        return sorted({*self._registered, *self.entry_points()})
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (
+            name in self._registered or self.entry_point(name) is not None
+        )
+
+    @overload
+    def register_module(
+        self, name: str | None = ..., *, force: bool = ..., module: None = ...
+    ) -> Callable[[T], T]: ...
+    @overload
+    def register_module(self, name: str | None = ..., *, force: bool = ..., module: T) -> T: ...
+    def register_module(
+        self, name: str | None = None, *, force: bool = False, module: Any = None
+    ) -> Any:
+        """Register a class or function, as a decorator or by ``module=``.
+
+        Args:
+            name: The name; by default the object's own.
+            force: Replace another object of that name. The same object defined again (a notebook
+                cell that is run again) replaces itself without it.
+            module: The object, where no decorator is wanted.
+
+        Raises:
+            KeyError: the name is taken by another object.
+        """
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"register_module() takes a name, not {name!r}; write @{self.kind.upper()}S"
+                ".register_module() with parentheses"
+            )
+
+        def register(obj: Any) -> Any:
+            key = name or obj.__name__
+            other = self._registered.get(key)
+            if other is not None and not force and _identity(other) != _identity(obj):
+                raise KeyError(
+                    f"the {self.kind} {key!r} is registered already, as {other!r}; "
+                    "choose another name or pass force=True"
+                )
+            self._registered[key] = obj
+            return obj
+
+        return register(module) if module is not None else register
+
+    def get(self, name: str) -> Any:
+        """The object of that name; imports its module if it is an entry point's.
+
+        Raises:
+            KeyError: unknown; the message has the known names and the nearest match.
+            ImportError: the entry point cannot be loaded; the message names the distribution and
+                says what to do.
+        """
+        if name in self._registered:
+            return self._registered[name]
+        point = self.entry_point(name)
+        if point is None:
+            raise KeyError(unknown(self.kind, name, self.names()))
+        return self._load(point)
+
+    def build(self, cfg: Mapping[str, Any], **defaults: Any) -> Any:
+        """Call what ``cfg["type"]`` names, or is, with the rest of ``cfg`` as keyword arguments.
+
+        Args:
+            cfg: ``dict(type=NAME or class, **kwargs)``.
+            defaults: Arguments that ``cfg`` may override.
+
+        Raises:
+            TypeError: ``cfg`` is not a dict.
+            KeyError: it has no ``type``, or an unknown one.
+        """
+        if not isinstance(cfg, Mapping):
+            raise TypeError(f"expected dict(type=..., ...) for a {self.kind}, got {cfg!r}")
+        if "type" not in cfg:
+            raise KeyError(f"a {self.kind} needs a 'type', a name or a class; got {dict(cfg)!r}")
+        arguments = {**defaults, **cfg}
+        target = arguments.pop("type")
+        factory = self.get(target) if isinstance(target, str) else target
+        try:
+            return factory(**arguments)
+        except Exception as error:
+            label = target if isinstance(target, str) else getattr(target, "__name__", target)
+            error.add_note(f"while building the {self.kind} {label!r} with {arguments!r}")
+            raise
+
+    def _load(self, point: EntryPoint) -> Any:
+        dist = distribution_of(point)
+        self._check_requirement(point, dist)
+        try:
+            return point.load()
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and point.extras and point.dist is not None:
+                fix = f'pip install "{point.dist.name}[{",".join(point.extras)}]"'
+            elif isinstance(error, AttributeError):
+                fix = f"its module has no {point.attr!r}: tell its authors, or install a newer one"
+            else:
+                fix = f"repair or uninstall it, or do not name {point.name!r}"
+            raise ImportError(
+                f"the {self.kind} {point.name!r} of {dist} ({point.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}. Fix: {fix}"
+            ) from error
+
+    def _check_requirement(self, point: EntryPoint, dist: str) -> None:
+        """Refuse a distribution that asks for another version of hookengine."""
+        for line in (point.dist.requires if point.dist is not None else None) or ():
+            requirement = Requirement(line)
+            if requirement.name == "hookengine" and requirement.marker is None:
+                mine = version("hookengine")
+                if not requirement.specifier.contains(mine, prereleases=True):
+                    raise ImportError(
+                        f"the {self.kind} {point.name!r} of {dist} needs {requirement}, and this "
+                        f"is hookengine {mine}. Fix: install versions that fit one another"
+                    )
+
+
+PLUGINS = Registry("hookengine.plugins", "plugin")
+MODELS = Registry("hookengine.model", "model")
+WEIGHT_INITIALIZERS = Registry("hookengine.weight_initializers", "weight initializer")

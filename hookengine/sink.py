@@ -1,0 +1,221 @@
+"""Sinks: plugins that hand records to somewhere else, and can fail or hang without harm."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import structlog
+
+from hookengine.hookspecs import EVENTS
+from hookengine.plugins import Plugin
+
+if TYPE_CHECKING:
+    from hookengine.runner import Runner
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a run's history, reduced: what every sink gets.
+
+    Attributes:
+        phase: ``train``, ``val`` or ``test``.
+        epoch: Finished epochs.
+        iter: Finished iterations.
+        step: Optimizer steps taken.
+        scalars: Python floats by name.
+        media: Images, figures, histograms, tables by name.
+    """
+
+    phase: str
+    epoch: int
+    iter: int
+    step: int
+    scalars: Mapping[str, float]
+    media: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Sink(Plugin):
+    """A plugin whose ``write(runner, record)`` runs on a thread of its own, behind a queue.
+
+    A subclass defines ``write``, and may define ``open(runner)`` and ``close(runner)``, which
+    run on that thread before the first record and after the last one. It may also answer events,
+    on the main thread. Whatever any of these raises is reported once and counted; training goes
+    on, bit-identically.
+
+    The delay that a sink adds is bounded: a record that finds the queue full (``queue_size``
+    records are waiting) is dropped and counted, without waiting; at the end of a run and in
+    ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry. What was dropped
+    stands in the run's ``metrics.jsonl``.
+
+    A record at or before the iteration that ``held`` names for its phase is one that the sink
+    already has (a run that was resumed repeats some) and is left out.
+    """
+
+    queue_size: ClassVar[int] = 1000
+    flush_timeout: ClassVar[float] = 10.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        for name in EVENTS.keys() & cls.__dict__.keys():
+            method = cls.__dict__[name]
+            if callable(method):
+                isolate = _queued if name == "write" else _isolated
+                setattr(cls, name, isolate(method))
+        super().__init_subclass__(**kwargs)
+
+    def open(self, runner: Runner) -> None:
+        """Connect; on the sink's thread. May set ``held`` from what is there already."""
+
+    def close(self, runner: Runner) -> None:
+        """Disconnect; on the sink's thread, after the last record."""
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Per phase the last iteration that this sink has a record of."""
+        return self._state.held
+
+    @property
+    def failures(self) -> int:
+        """How often the sink raised."""
+        return self._state.failures
+
+    @property
+    def dropped(self) -> int:
+        """How many records were dropped because the queue was full."""
+        return self._state.dropped
+
+    @property
+    def _state(self) -> _SinkState:
+        state = self.__dict__.get("_sink_state")
+        if state is None:
+            state = self.__dict__["_sink_state"] = _SinkState(self)
+        return state
+
+    # A subclass that answers these two events adds to them: see _isolated.
+
+    def after_run(self, runner: Runner) -> None:
+        """Wait, ``flush_timeout`` seconds at most, until the records so far are written."""
+        self._state.flush(self.flush_timeout)
+
+    def unconfigure(self, runner: Runner) -> None:
+        """Write what is left, close, and report what was lost."""
+        self._state.finish(self.flush_timeout)
+
+
+class _SinkState:
+    """The queue, the thread and the counts of one sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.held: dict[str, int] = {}
+        self.failures = 0
+        self.dropped = 0
+        self.queue: queue.Queue[Callable[[], None] | None] = queue.Queue(sink.queue_size)
+        self.thread: threading.Thread | None = None
+        self.gave_up = False
+        self.runner: Any = None
+
+    def put(self, job: Callable[[], None]) -> None:
+        if self.thread is None:
+            name = f"sink {self.sink.plugin_name}"
+            self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self.thread.start()
+        try:
+            self.queue.put_nowait(job)
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
+
+    def _work(self) -> None:
+        self.guard("open", lambda: self.sink.open(self.runner))
+        while (job := self.queue.get()) is not None:
+            job()
+            self.queue.task_done()
+        self.guard("close", lambda: self.sink.close(self.runner))
+        self.queue.task_done()
+
+    def guard(self, what: str, call: Callable[[], Any]) -> Any:
+        """Run ``call``; an exception is counted, and the first one reported."""
+        try:
+            return call()
+        except Exception as error:
+            self.failures += 1
+            if self.failures == 1:
+                self.warn(f"failed in {what}; training goes on", error)
+            return None
+
+    def warn(self, message: str, error: Exception | None = None) -> None:
+        details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+        logger = structlog.get_logger() if self.runner is None else self.runner.logger
+        logger.warning(f"sink {self.sink.plugin_name!r} {message}", **details)
+
+    def flush(self, timeout: float) -> bool:
+        if self.thread is None:
+            return True
+        if self.gave_up:  # a sink that hangs is waited for once
+            timeout = 0
+        deadline = time.monotonic() + timeout
+        with self.queue.all_tasks_done:
+            while self.queue.unfinished_tasks:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return self._give_up(timeout)
+                self.queue.all_tasks_done.wait(left)
+        return True
+
+    def _give_up(self, timeout: float) -> bool:
+        if not self.gave_up:
+            self.gave_up = True
+            waiting = self.queue.unfinished_tasks
+            self.warn(f"did not finish within {timeout:g} s; {waiting} records wait")
+        return False
+
+    def finish(self, timeout: float) -> None:
+        if self.thread is not None and self.flush(timeout):
+            self.queue.put(None)
+            self.thread.join(timeout)
+        self.thread = None
+        if self.failures or self.dropped:
+            self.warn(f"lost records: {self.failures} failures, {self.dropped} dropped")
+
+
+def _queued(write: Callable[..., None]) -> Callable[..., None]:
+    """Put a call of ``write`` into the sink's queue; on the sink's own thread call it directly."""
+
+    @functools.wraps(write)
+    def put(self: Sink, runner: Runner, record: Record) -> None:
+        state = self._state
+        state.runner = runner
+        if threading.current_thread() is state.thread:
+            write(self, runner, record)
+            return
+
+        def deliver() -> None:
+            if record.iter > state.held.get(record.phase, -1):
+                state.held[record.phase] = record.iter
+                state.guard("write", lambda: write(self, runner, record))
+
+        state.put(deliver)
+
+    return put
+
+
+def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what an event's implementation raises away from training."""
+    name = method.__name__
+    base: Callable[[Sink, Any], None] | None = Sink.__dict__.get(name)
+
+    @functools.wraps(method)
+    def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
+        result = self._state.guard(name, lambda: method(self, *args, **kwargs))
+        if base is not None:
+            base(self, self._state.runner)
+        return result
+
+    return call

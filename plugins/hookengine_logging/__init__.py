@@ -1,0 +1,224 @@
+"""Logging: readable lines on the console, the run's log, and its metrics as JSON lines.
+
+In the run's folder: ``metrics.jsonl``, one record per line, the complete local history;
+``run.log``, every line of the console and more; ``run.json``, the environment, the options of
+every plugin and the order in which the hooks are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hookengine import Plugin, Record, batch_size, describe_environment, dist, options_of
+from hookengine_logging.files import MetricsFile
+from hookengine_logging.meters import Meters, Stopwatch, memory
+from hookengine_logging.output import Output, make_logger
+
+__all__ = ["Logging"]
+
+
+class Logging(Plugin, name="logging"):
+    """Write what happens to the console and to the run's folder.
+
+    What ``train_step`` returns, and what ``runner.log`` is given, is kept as it is (tensors on
+    their device) and averaged once per ``interval`` iterations and at the end of an epoch: the
+    iterations between never synchronise the device. Only rank 0 writes.
+    """
+
+    interval: int = Field(50, gt=0, description="iterations between two records of training")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="what is shown on the console and in run.log"
+    )
+
+    def configure(self, runner: Any) -> None:
+        """Open the files and take over ``runner.logger``; write down what the run consists of."""
+        self._meters = Meters()
+        self._stopwatch = Stopwatch()
+        self._main = dist.is_main_process()
+        self._previous_logger = runner.logger
+        self._metrics: MetricsFile | None = None
+        path = None
+        if self._main:
+            try:
+                runner.run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(
+                    f"cannot make the run's folder {runner.run_dir}: {error.strerror}. Pass "
+                    "another work_dir, or plugins=['no:logging']"
+                ) from error
+            self._metrics = MetricsFile(runner.run_dir / "metrics.jsonl")
+            path = runner.run_dir / "run.log"
+        self._output = Output(path, self._main)
+        runner.logger = make_logger(self._output, self.level)
+        if self._main:
+            self._introduce(runner)
+
+    def _introduce(self, runner: Any) -> None:
+        plugins = [
+            {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
+            for name, plugin in runner.plugins.items()
+        ]
+        run = {
+            "name": runner.name,
+            "environment": describe_environment(),
+            "plugins": plugins,
+            "hooks": runner.plugins.calls(),
+        }
+        text = json.dumps(run, indent=2)
+        (runner.run_dir / "run.json").write_text(text + "\n")
+        self._output.to_file(text)
+        runner.logger.info(
+            f"run {runner.name}: files in {runner.run_dir}, device {runner.device}, plugins "
+            f"{', '.join(runner.plugins)}"
+        )
+
+    def unconfigure(self, runner: Any) -> None:
+        """Close the files and give the logger back."""
+        if self._metrics is not None:
+            self._metrics.close(runner.logger)
+        runner.logger = self._previous_logger
+        self._output.close()
+
+    # -- training -------------------------------------------------------------------------------
+
+    def before_train(self, runner: Any) -> None:
+        """Start the clocks."""
+        self._stopwatch.restart()
+        self._by_epoch = runner.progress.max_epochs is not None
+
+    def before_train_epoch(self) -> None:
+        """What lies between epochs is not an iteration's time."""
+        self._stopwatch.mark()
+
+    def after_val(self) -> None:
+        """Neither is a validation."""
+        self._stopwatch.mark()
+
+    def before_train_iter(self) -> None:
+        """The batch is here."""
+        self._stopwatch.batch_is_here()
+
+    def after_train_iter(self, runner: Any, data_batch: Any, outputs: Any) -> None:
+        """Keep the outputs; every ``interval`` iterations, reduce and write them."""
+        self._stopwatch.iteration_ends(batch_size(data_batch))
+        if isinstance(outputs, dict):
+            self._meters.add(outputs)
+        progress = runner.progress
+        count = progress.batch if self._by_epoch else progress.iter
+        if count % self.interval == 0 or (progress.is_last and self._by_epoch):
+            self._write_training(runner)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Write what is left, where the epoch's length was not known."""
+        if self._by_epoch:
+            self._write_training(runner)
+
+    def after_train(self, runner: Any) -> None:
+        """Write what is left at the limit or after a stop."""
+        self._write_training(runner)
+
+    def on_exception(self, runner: Any, error: BaseException) -> None:
+        """Write what is left, and the error."""
+        self._write_training(runner)
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        details = f" ({notes})" if notes else ""
+        runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
+
+    def _write_training(self, runner: Any) -> None:
+        clock, progress = self._stopwatch, runner.progress
+        if clock.iterations == 0:
+            return
+        scalars, media = self._meters.reduce("train")
+        scalars.update(_learning_rates(runner.optim_wrapper))
+        scalars["time"] = clock.seconds / clock.iterations
+        scalars["data_time"] = clock.data_seconds / clock.iterations
+        scalars["samples_per_second"] = clock.samples / clock.seconds if clock.seconds else 0.0
+        scalars["memory"] = memory(runner.device)
+        if progress.max_iters is not None:
+            left = max(progress.max_iters - progress.iter, 0)
+            scalars["eta"] = left * clock.seconds_per_iteration
+        clock.start_interval()
+        self._write(runner, "train", scalars, media)
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics."""
+        self._write_metrics(runner, "val", metrics)
+
+    def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics."""
+        self._write_metrics(runner, "test", metrics)
+
+    def _write_metrics(self, runner: Any, phase: str, metrics: Mapping[str, Any]) -> None:
+        self._meters.add(metrics, phase)
+        self._write(runner, phase, *self._meters.reduce(phase))
+
+    # -- records --------------------------------------------------------------------------------
+
+    def log(self, runner: Any, phase: str, values: Mapping[str, Any]) -> None:
+        """Keep values until the next record of their phase."""
+        self._meters.add(values, phase)
+
+    def _write(
+        self, runner: Any, phase: str, scalars: dict[str, float], media: dict[str, Any]
+    ) -> None:
+        progress = runner.progress
+        record = Record(phase, progress.epoch, progress.iter, progress.step, scalars, media)
+        if self._metrics is None:
+            return
+        self._metrics.append(record, runner.logger)
+        runner.hooks.write(runner, record)
+        runner.logger.info(_line(record, progress))
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values that wait for their record, so that a resumed run writes the same one."""
+        return {"meters": self._meters.state_dict(), "iterations": self._stopwatch.iterations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self._meters.load_state_dict(state["meters"])
+        self._stopwatch.iterations = state["iterations"]
+
+    def after_load_checkpoint(self, runner: Any) -> None:
+        """Cut ``metrics.jsonl`` back to where the run goes on from."""
+        if self._metrics is not None:
+            self._metrics.cut_back(runner.progress)
+
+
+def _learning_rates(optim_wrapper: Any) -> dict[str, float]:
+    """``lr`` of the first parameter group; ``NAME/lr`` where there are several optimizers."""
+    wrappers = optim_wrapper.by_name()
+    several = len(wrappers) > 1
+    return {f"{n}/lr" if several else "lr": w.get_lr()[0] for n, w in wrappers.items()}
+
+
+def _line(record: Record, progress: Any) -> str:
+    """One record for people to read."""
+    where = [f"{record.phase:<5}"]
+    training = record.phase == "train"
+    if progress.max_epochs is not None:
+        epoch = min(record.epoch + 1, progress.max_epochs) if training else record.epoch
+        where.append(f"epoch {epoch}/{progress.max_epochs}")
+    total = f"/{progress.max_iters}" if progress.max_iters is not None else ""
+    where.append(f"iter {record.iter}{total}")
+    values = []
+    for name, value in record.scalars.items():
+        if name == "eta":
+            values.append(f"eta {timedelta(seconds=round(value))}")
+        elif name == "samples_per_second":
+            values.append(f"{value:.0f} samples/s")
+        elif name == "memory":
+            values.append(f"{value:.0f} MB")
+        elif name in ("time", "data_time"):
+            values.append(f"{name} {1000 * value:.1f} ms")
+        else:
+            values.append(f"{name} {value:.4g}")
+    return "  ".join(where + values)

@@ -1,0 +1,82 @@
+"""Where the lines of ``runner.logger`` go: the console and ``run.log``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+from structlog.typing import EventDict
+
+
+class Output:
+    """The console, and a file beside it.
+
+    Each line is printed to what ``sys.stdout`` is at that moment, so that a progress bar that has
+    put itself there can place the line above itself.
+
+    Args:
+        path: The file, or None.
+        console: Whether this process prints all lines; without, it prints errors only.
+    """
+
+    def __init__(self, path: Path | None, console: bool) -> None:
+        self._console = console
+        self._file: TextIO | None = path.open("a", encoding="utf-8") if path is not None else None
+
+    def line(self, event: EventDict) -> None:
+        """Write one event."""
+        level = event.pop("level").upper()
+        timestamp = event.pop("timestamp")
+        text = str(event.pop("event"))
+        exception = event.pop("exception", None)
+        mark = "" if level == "INFO" else f"{level} "
+        details = "".join(f"  {key}={value}" for key, value in event.items())
+        line = f"{mark}{text}{details}" + (f"\n{exception}" if exception else "")
+        if self._console or level in ("ERROR", "CRITICAL"):
+            print(f"{timestamp[11:]}  {line}", flush=True)
+        self.to_file(f"{timestamp}  {line}")
+
+    def to_file(self, text: str) -> None:
+        """Write to the file alone; a disk that fails costs the line, not the run."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(text + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._file = None
+            print(f"cannot write run.log any more: {error.strerror}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file; later lines go to the console alone."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Logger:
+    """What structlog calls last: one method per level, each of which writes the event."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def _write(self, **event: Any) -> None:
+        self._output.line(event)
+
+    debug = info = warning = warn = error = err = critical = fatal = exception = msg = _write
+
+
+def make_logger(output: Output, level: str) -> Any:
+    """A structlog logger that writes to ``output`` from ``level`` up."""
+    return structlog.wrap_logger(
+        _Logger(output),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False),
+            structlog.processors.format_exc_info,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
+    )

@@ -1,0 +1,278 @@
+"""Data preprocessors: from what a dataloader gives to what a model takes, on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from hookengine import Plugin
+
+__all__ = ["BaseDataPreprocessor", "ImgDataPreprocessor", "Preprocess", "stack_batch"]
+
+
+class BaseDataPreprocessor(nn.Module):
+    """Move a batch to the device of the model that this module is part of.
+
+    Args:
+        non_blocking: Copy from pinned memory while the host goes on.
+    """
+
+    _anchor: Tensor
+
+    def __init__(self, non_blocking: bool | None = False) -> None:
+        super().__init__()
+        self._non_blocking = bool(non_blocking)
+        # An empty buffer goes wherever the model goes, by whatever method it is moved.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are moved to."""
+        return self._anchor.device
+
+    def cast_data(self, data: Any) -> Any:
+        """Move a batch of any nesting.
+
+        Dicts, lists, tuples and namedtuples are gone through; tensors, and anything else with a
+        method ``to(device)``, are moved; str, bytes, None and the rest stay as they are.
+        """
+        return _move(data, self._anchor.device, self._non_blocking)
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        """Preprocess a batch.
+
+        Args:
+            data: What the dataloader gave.
+            training: Whether for training; a subclass may augment then.
+
+        Returns:
+            What becomes the arguments of the model's ``forward``: a dict, tuple or list.
+        """
+        return _move(data, self._anchor.device, self._non_blocking)
+
+
+def _move(data: Any, device: torch.device, non_blocking: bool) -> Any:
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=non_blocking)
+    if isinstance(data, (str, bytes)) or data is None:
+        return data
+    if isinstance(data, (list, tuple)):
+        items = [_move(item, device, non_blocking) for item in data]
+        if isinstance(data, list):
+            return items
+        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
+    if hasattr(data, "to"):
+        return data.to(device, non_blocking=True) if non_blocking else data.to(device)
+    if isinstance(data, Mapping):
+        return {key: _move(value, device, non_blocking) for key, value in data.items()}
+    return data
+
+
+class ImgDataPreprocessor(BaseDataPreprocessor):
+    """Normalise, convert and pad images into one batch.
+
+    A batch is a dict with ``inputs``, or a tuple or list whose first item is it: a list of images
+    of shape (C, H, W), also of different sizes, or a stacked batch of shape (N, C, H, W), of any
+    dtype. They become float32 of shape (N, C, H', W'): channels swapped, then normalised, then
+    padded at the right and bottom to the largest image and to ``pad_size_divisor``.
+
+    Args:
+        mean: Per channel, in the order after the swap; 1 or 3 numbers. None: no normalisation.
+        std: Likewise.
+        pad_size_divisor: H' and W' are multiples of it.
+        pad_value: What is padded, after normalisation.
+        bgr_to_rgb: Swap the first and the last of 3 channels.
+        rgb_to_bgr: The same swap, the other way round.
+        non_blocking: See ``BaseDataPreprocessor``.
+
+    Raises:
+        ValueError: both swaps; only one of mean and std; another number of them than 1 or 3.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        pad_size_divisor: int = 1,
+        pad_value: float = 0,
+        bgr_to_rgb: bool = False,
+        rgb_to_bgr: bool = False,
+        non_blocking: bool | None = False,
+    ) -> None:
+        super().__init__(non_blocking)
+        if bgr_to_rgb and rgb_to_bgr:
+            raise ValueError("bgr_to_rgb and rgb_to_bgr are one and the same swap: give one")
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std are given together, or neither is")
+        self._enable_normalize = mean is not None and std is not None
+        if mean is not None and std is not None:
+            for name, numbers in (("mean", mean), ("std", std)):
+                if len(numbers) not in (1, 3):
+                    raise ValueError(f"{name} takes 1 or 3 numbers, got {len(numbers)}")
+                values = torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1)
+                self.register_buffer(name, values, persistent=False)
+        self._channel_conversion = rgb_to_bgr or bgr_to_rgb
+        self.pad_size_divisor = pad_size_divisor
+        self.pad_value = pad_value
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        """Preprocess; a dict gets ``data_samples=None`` where it has none."""
+        data = self.cast_data(data)
+        if isinstance(data, dict):
+            data["inputs"] = self._batch(data.get("inputs"))
+            data.setdefault("data_samples", None)
+            return data
+        if isinstance(data, (list, tuple)) and data:
+            return (self._batch(data[0]), *data[1:])
+        raise TypeError(_EXPECTED.format(type(data).__name__))
+
+    def _batch(self, images: Any) -> Tensor:
+        if isinstance(images, Tensor):
+            if images.dim() != 4:
+                raise ValueError(
+                    f"a stacked batch of images has shape (N, C, H, W), got {tuple(images.shape)}"
+                )
+            batch = self._convert(images)
+            pad = [-size % self.pad_size_divisor for size in batch.shape[:1:-1]]
+            return F.pad(batch, (0, pad[0], 0, pad[1]), value=self.pad_value) if any(pad) else batch
+        if isinstance(images, (list, tuple)) and images and isinstance(images[0], Tensor):
+            converted = [self._convert(image) for image in images]
+            return stack_batch(converted, self.pad_size_divisor, self.pad_value)
+        raise TypeError(_EXPECTED.format(type(images).__name__))
+
+    def _convert(self, images: Tensor) -> Tensor:
+        """Swap channels, make float32, normalise: (..., C, H, W)."""
+        channels = images.shape[-3] if images.dim() >= 3 else 0
+        if (self._channel_conversion or self._normalizes_three) and channels != 3:
+            raise ValueError(
+                "mean of 3 numbers and channel swaps need images of shape (3, H, W), got "
+                f"{tuple(images.shape)}"
+            )
+        if self._channel_conversion:
+            images = images.flip(-3)
+        images = images.float()
+        return (images - self.mean) / self.std if self._enable_normalize else images
+
+    @property
+    def _normalizes_three(self) -> bool:
+        return self._enable_normalize and self.mean.shape[0] == 3
+
+
+_EXPECTED = (
+    "ImgDataPreprocessor takes dict(inputs=images, ...) or (images, ...), where images are a list "
+    "of tensors or one stacked tensor, got {}"
+)
+
+
+def stack_batch(
+    tensor_list: list[Tensor], pad_size_divisor: int = 1, pad_value: float = 0
+) -> Tensor:
+    """Stack tensors of different sizes, padded at the end of each dimension but the first.
+
+    Args:
+        tensor_list: Tensors of the same number of dimensions and the same first one, (C, H, W).
+        pad_size_divisor: The padded dimensions are multiples of it.
+        pad_value: What is padded.
+
+    Returns:
+        A tensor of shape (N, C, H', W').
+
+    Raises:
+        TypeError: no list of tensors. ValueError: empty, or the dimensions do not fit.
+    """
+    if not isinstance(tensor_list, list) or not all(isinstance(t, Tensor) for t in tensor_list):
+        raise TypeError(f"stack_batch takes a list of tensors, got {type(tensor_list).__name__}")
+    if len({(tensor.dim(), *tensor.shape[:1]) for tensor in tensor_list}) != 1:
+        raise ValueError(
+            "the tensors to stack must have the same number of dimensions and the same first one, "
+            f"got shapes {[tuple(tensor.shape) for tensor in tensor_list]}"
+        )
+    sizes = zip(*(tensor.shape[1:] for tensor in tensor_list), strict=True)
+    target = [-(-max(size) // pad_size_divisor) * pad_size_divisor for size in sizes]
+    padded = []
+    for tensor in tensor_list:
+        missing = [t - s for t, s in zip(target, tensor.shape[1:], strict=True)]
+        pad = [n for amount in reversed(missing) for n in (0, amount)]
+        padded.append(F.pad(tensor, pad, value=pad_value) if any(pad) else tensor)
+    return torch.stack(padded)
+
+
+class Preprocess(Plugin, name="preprocess"):
+    """Prefetch: copy the next training batch to the GPU on a side stream, behind the computation.
+
+    On devices other than CUDA, and without ``prefetch``, there is nothing to do: the model's data
+    preprocessor moves the batches.
+    """
+
+    prefetch: bool = Field(False, description="copy the next batch while this one is trained on")
+
+    def setup_dataloader(self, runner: Any, dataloader: Iterable[Any], phase: str) -> Any:
+        """Put the prefetching dataloader around the training dataloader."""
+        if not self.prefetch or phase != "train":
+            return None
+        if runner.device.type != "cuda":
+            runner.logger.info("prefetch has nothing to do", device=str(runner.device))
+            return None
+        return CudaPrefetcher(dataloader, runner.device)
+
+
+class CudaPrefetcher:
+    """A dataloader whose next batch is copied on a side stream while the last one is in use.
+
+    The copy overlaps where the batches lie in pinned memory (``pin_memory=True``).
+    """
+
+    def __init__(self, dataloader: Iterable[Any], device: torch.device) -> None:
+        self.dataloader = dataloader
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.dataloader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataloader":
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)  # dataset, sampler, seek, ...
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        batches = iter(self.dataloader)
+        ahead = self._copy(batches, stream)
+        while ahead:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            batch = ahead[0]
+            _record(batch, current)
+            ahead = self._copy(batches, stream)
+            yield batch
+
+    def _copy(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> list[Any]:
+        with torch.cuda.stream(stream):
+            return [_move(batch, self.device, True) for batch in _next(batches)]
+
+
+def _next(batches: Iterator[Any]) -> list[Any]:
+    try:
+        return [next(batches)]
+    except StopIteration:
+        return []
+
+
+def _record(data: Any, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of ``data`` until ``stream`` has used it."""
+    if isinstance(data, Tensor):
+        data.record_stream(stream)
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            _record(value, stream)
+    elif isinstance(data, (list, tuple)):
+        for item in data:
+            _record(item, stream)

@@ -1,0 +1,130 @@
+"""A progress bar on a terminal; silent elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hookengine import Plugin, dist
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar(Plugin, name="progress_bar"):
+    """Show how far the epoch, and the validation, have come.
+
+    The bar is drawn by rich's own thread from the Runner's counters: training pays nothing for
+    it. What is printed meanwhile appears above it.
+    """
+
+    refresh_per_second: float = Field(5.0, gt=0, description="how often the bar is drawn")
+
+    def configure(self) -> None:
+        """Nothing is drawn yet."""
+        self._bar: _Bar | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Begin to draw, on a terminal and on rank 0."""
+        console = Console()
+        if dist.is_main_process() and (console.is_terminal or console.is_jupyter):
+            self._bar = _Bar(runner, console, self.refresh_per_second)
+            self._bar.start()
+
+    def after_run(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Show the validation."""
+        self._show("val", runner.val_loop)
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Show the test."""
+        self._show("test", runner.test_loop)
+
+    def _show(self, phase: str, loop: Any) -> None:
+        if self._bar is not None:
+            self._bar.begin(phase, loop.dataloader)
+
+    def after_val_iter(self, batch_idx: int) -> None:
+        """Count."""
+        if self._bar is not None:
+            self._bar.evaluated = batch_idx + 1
+
+    def after_test_iter(self, batch_idx: int) -> None:
+        """Count."""
+        if self._bar is not None:
+            self._bar.evaluated = batch_idx + 1
+
+    def after_val(self) -> None:
+        """Show training again."""
+        self._end()
+
+    def after_test(self) -> None:
+        """Nothing more to show."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.end()
+
+
+class _Bar(Progress):
+    """rich's progress bar, which reads the counters whenever it is about to be drawn."""
+
+    def __init__(self, runner: Any, console: Console, refresh_per_second: float) -> None:
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=refresh_per_second,
+            transient=True,
+        )
+        self.runner = runner
+        self.evaluated = 0
+        self._training = self.add_task("train", visible=False)
+        self._evaluation = self.add_task("val", visible=False)
+
+    def begin(self, phase: str, dataloader: Any) -> None:
+        """Show a pass over ``dataloader``."""
+        self.evaluated = 0
+        total = len(dataloader) if hasattr(dataloader, "__len__") else None
+        self.reset(self._evaluation, description=phase, total=total, visible=True)
+
+    def end(self) -> None:
+        """Hide it."""
+        self.update(self._evaluation, visible=False)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Read the counters, and draw."""
+        progress = self.runner.progress
+        if progress.iter or progress.batch:
+            by_epoch = progress.max_epochs is not None
+            name = f"epoch {progress.epoch + 1}/{progress.max_epochs}" if by_epoch else "train"
+            self.update(
+                self._training,
+                description=name,
+                completed=progress.batch if by_epoch else progress.iter,
+                total=progress.epoch_length if by_epoch else progress.max_iters,
+                visible=True,
+            )
+        self.update(self._evaluation, completed=self.evaluated)
+        return super().get_renderables()
