@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,18 @@ class BaseDataPreprocessor(nn.Module):
         self._non_blocking = bool(non_blocking)
         # An empty buffer goes wherever the model goes, by whatever method it is moved.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        self._device = self._anchor.device
 
     @property
     def device(self) -> torch.device:
         """Where batches are moved to."""
-        return self._anchor.device
+        return self._device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What every method that moves a module calls, on each of its children too."""
+        super()._apply(fn, recurse)
+        self._device = self._anchor.device
+        return self
 
     def cast_data(self, data: Any) -> Any:
         """Move a batch of any nesting.
@@ -41,7 +48,7 @@ class BaseDataPreprocessor(nn.Module):
         Dicts, lists, tuples and namedtuples are gone through; tensors, and anything else with a
         method ``to(device)``, are moved; str, bytes, None and the rest stay as they are.
         """
-        return _move(data, self._anchor.device, self._non_blocking)
+        return _move(data, self._device, self._non_blocking)
 
     def forward(self, data: Any, training: bool = False) -> Any:
         """Preprocess a batch.
@@ -53,7 +60,7 @@ class BaseDataPreprocessor(nn.Module):
         Returns:
             What becomes the arguments of the model's ``forward``: a dict, tuple or list.
         """
-        return _move(data, self._anchor.device, self._non_blocking)
+        return _move(data, self._device, self._non_blocking)
 
 
 def _move(data: Any, device: torch.device, non_blocking: bool) -> Any:
@@ -62,7 +69,12 @@ def _move(data: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(data, (str, bytes)) or data is None:
         return data
     if isinstance(data, (list, tuple)):
-        items = [_move(item, device, non_blocking) for item in data]
+        items = [
+            item.to(device, non_blocking=non_blocking)
+            if isinstance(item, Tensor)
+            else _move(item, device, non_blocking)
+            for item in data
+        ]
         if isinstance(data, list):
             return items
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)

@@ -1,0 +1,328 @@
+"""Microseconds per iteration that a framework adds to a loop written by hand.
+
+All contestants train the same network on the same batches in one process, in turn, round after
+round; each round's contestants are compared with that round's loop by hand, and the median over
+the rounds is reported. Time is taken inside the network, at its ``warmup``-th and its last
+forward pass, so that what a framework does before its loop does not count. Peers that are not
+installed are left out (``pip install "hookengine[bench]"``).
+
+    python benchmarks/overhead.py [--rounds 15] [--only raw,bare,defaults] [--long]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from workloads import W0, W1, Classifier, Workload, raw_loop
+
+from hookengine import Runner
+
+RESULTS = Path(__file__).parent / "results"
+ITERATIONS = {"w0": 1500, "w1": 500}
+TARGETS = {
+    ("w0", "bare"): (1.10, 20.0),
+    ("w0", "defaults"): (None, 35.0),
+    ("w1", "bare"): (1.02, None),
+    ("w1", "defaults"): (1.04, None),
+}
+
+
+class Timed(nn.Module):
+    """A network that takes the time at two of its training passes."""
+
+    def __init__(self, net: nn.Module, first: int, last: int) -> None:
+        super().__init__()
+        self.net = net
+        self.calls = 0
+        self.first, self.last = first, last
+        self.start = self.end = 0.0
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.calls += 1
+        if self.calls == self.first:
+            self.start = perf_counter()
+        elif self.calls == self.last:
+            self.end = perf_counter()
+        return self.net(inputs)
+
+    @property
+    def microseconds(self) -> float:
+        """Per iteration, between the two passes."""
+        if not self.end:
+            raise RuntimeError(f"only {self.calls} of {self.last} passes were made")
+        return (self.end - self.start) / (self.last - self.first) * 1e6
+
+
+Contestant = Callable[[Workload, Timed, int], None]
+
+
+def raw(work: Workload, net: Timed, iterations: int) -> None:
+    raw_loop(net, work.optimizer(net), work.loader(iterations))
+
+
+def _hookengine(work: Workload, net: Timed, iterations: int, **options: Any) -> None:
+    model = Classifier(net)
+    with Runner(
+        model,
+        tempfile.mkdtemp(),
+        work.loader(iterations),
+        optim_wrapper=work.optimizer(model),
+        train_cfg=dict(max_epochs=1),
+        **options,
+    ) as runner:
+        runner.train()
+
+
+def bare(work: Workload, net: Timed, iterations: int) -> None:
+    _hookengine(work, net, iterations, defaults=())
+
+
+def defaults(work: Workload, net: Timed, iterations: int) -> None:
+    _hookengine(work, net, iterations)
+
+
+def ignite(work: Workload, net: Timed, iterations: int) -> None:
+    from ignite.engine import create_supervised_trainer
+
+    trainer = create_supervised_trainer(net, work.optimizer(net), F.cross_entropy)
+    trainer.run(work.loader(iterations), max_epochs=1)
+
+
+def accelerate(work: Workload, net: Timed, iterations: int) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, loader = accelerator.prepare(
+        net, work.optimizer(net), work.loader(iterations)
+    )
+    model.train()
+    for inputs, labels in loader:
+        loss = F.cross_entropy(model(inputs), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fabric(work: Workload, net: Timed, iterations: int) -> None:
+    from lightning.fabric import Fabric
+
+    engine = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = engine.setup(net, work.optimizer(net))
+    loader = engine.setup_dataloaders(work.loader(iterations))
+    model.train()
+    for inputs, labels in loader:
+        loss = F.cross_entropy(model(inputs), labels)
+        engine.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _lightning(work: Workload, net: Timed, iterations: int, full: bool) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            inputs, labels = batch
+            loss = F.cross_entropy(self.net(inputs), labels)
+            if full:
+                self.log("loss", loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return work.optimizer(self)
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=full,
+        enable_model_summary=False,
+        default_root_dir=tempfile.mkdtemp(),
+    )
+    trainer.fit(Module(), work.loader(iterations))
+
+
+def lightning(work: Workload, net: Timed, iterations: int) -> None:
+    _lightning(work, net, iterations, full=False)
+
+
+def lightning_full(work: Workload, net: Timed, iterations: int) -> None:
+    _lightning(work, net, iterations, full=True)
+
+
+def mmengine(work: Workload, net: Timed, iterations: int) -> None:
+    from mmengine.model import BaseModel
+    from mmengine.optim import OptimWrapper
+    from mmengine.runner import Runner as MMRunner
+
+    class Model(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs: Tensor, labels: Tensor, mode: str) -> Any:
+            return {"loss": F.cross_entropy(self.net(inputs), labels)}
+
+    model = Model()
+    runner = MMRunner(
+        model,
+        tempfile.mkdtemp(),
+        work.loader(iterations),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=OptimWrapper(work.optimizer(model)),
+        default_hooks=dict(checkpoint=None),
+        log_level="ERROR",
+        experiment_name=tempfile.mktemp(),
+    )
+    runner.train()
+
+
+CONTESTANTS: dict[str, tuple[str, Contestant]] = {
+    "raw": ("the loop by hand", raw),
+    "bare": ("hookengine, bare kernel", bare),
+    "defaults": ("hookengine, default plugins", defaults),
+    "ignite": ("ignite, no handlers", ignite),
+    "fabric": ("lightning Fabric", fabric),
+    "accelerate": ("accelerate", accelerate),
+    "mmengine": ("mmengine, default hooks less checkpoint", mmengine),
+    "lightning": ("lightning, bare", lightning),
+    "lightning_full": ("lightning, bar and one logged value", lightning_full),
+}
+PACKAGES = {"fabric": "lightning", "lightning_full": "lightning"}
+
+
+def installed(name: str) -> bool:
+    """Whether a contestant can run here."""
+    own = ("raw", "bare", "defaults")
+    return name in own or importlib.util.find_spec(PACKAGES.get(name, name)) is not None
+
+
+def run_once(name: str, work: Workload, iterations: int, first: int) -> float:
+    """Microseconds per iteration of one contestant."""
+    net = Timed(work.net(), first, iterations)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stderr(io.StringIO()):
+            CONTESTANTS[name][1](work, net, iterations)
+    return net.microseconds
+
+
+def compare(names: list[str], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Run all contestants in turn; the medians over the rounds."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for work in (W0, W1):
+        iterations = ITERATIONS[work.name]
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        before: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                hand = run_once("raw", work, iterations, 100)
+                value = hand if name == "raw" else run_once(name, work, iterations, 100)
+                samples[name].append(value)
+                before[name].append(hand)
+        table[work.name] = {}
+        for name in list(names):
+            pairs = list(zip(samples[name], before[name], strict=True))
+            table[work.name][name] = {
+                "us": statistics.median(samples[name]),
+                "over": statistics.median(value - hand for value, hand in pairs),
+                "ratio": statistics.median(value / hand for value, hand in pairs),
+            }
+    return table
+
+
+def growth(name: str, iterations: int = 50_000, window: int = 5_000) -> float:
+    """The last iterations of a long run over the first ones, each relative to the loop by hand."""
+    values = []
+    for contestant in (name, "raw"):
+        nets = [
+            Timed(W0.net(), 500, 500 + window),
+            Timed(W0.net(), iterations - window, iterations),
+        ]
+        for net in nets:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                CONTESTANTS[contestant][1](W0, net, net.last)
+        values.append(nets[1].microseconds / nets[0].microseconds)
+    return values[0] / values[1]
+
+
+def plot(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Draw the overheads as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(table), figsize=(11, 3.6), layout="constrained")
+    for axis, (work, rows) in zip(axes, table.items(), strict=True):
+        names = [name for name in rows if name != "raw"][::-1]
+        values = [rows[name]["over"] for name in names]
+        colors = ["#c2410c" if name in ("bare", "defaults") else "#94a3b8" for name in names]
+        bars = axis.barh([CONTESTANTS[name][0] for name in names], values, color=colors)
+        axis.bar_label(bars, fmt="%+.0f", padding=3)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("microseconds per iteration over the loop by hand")
+        axis.set_title(f"{work}: {rows['raw']['us']:.0f} µs by hand", loc="left")
+    axes[1].set_yticklabels([])
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default=",".join(CONTESTANTS))
+    parser.add_argument("--long", action="store_true", help="also: does the cost grow with time?")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    names = [name for name in options.only.split(",") if installed(name)]
+    table = compare(names, options.rounds)
+    print(f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}")
+    for work, rows in table.items():
+        print(f"\n{work}")
+        for name, row in rows.items():
+            ratio, over = TARGETS.get((work, name), (None, None))
+            bounds = [f"<= {ratio}"] * (ratio is not None) + [f"<= +{over} µs"] * (over is not None)
+            missed = (ratio and row["ratio"] > ratio) or (over and row["over"] > over)
+            verdict = f"  ({', '.join(bounds)}: {'MISSED' if missed else 'ok'})" if bounds else ""
+            print(
+                f"  {CONTESTANTS[name][0]:42s} {row['us']:8.1f} µs  {row['over']:+8.1f} µs  "
+                f"{row['ratio']:6.3f}{verdict}"
+            )
+    if options.long:
+        for name in ("bare", "defaults"):
+            print(f"\ngrowth over 50,000 iterations, {name}: {growth(name):.3f} (1 is none)")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "overhead.json").write_text(json.dumps(table, indent=2))
+    if importlib.util.find_spec("matplotlib"):
+        plot(table, RESULTS / "overhead.png")
+        print(f"\nplot: {RESULTS / 'overhead.png'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
