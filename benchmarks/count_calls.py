@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import hookengine
 import hookengine_preprocess
 from workloads import W0, Classifier
 
+import hookengine
 from hookengine import Runner
 
 LIMITS = {"functions": 20, "calls": 30, "files": 6}

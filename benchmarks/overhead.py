@@ -2,11 +2,11 @@
 
 All contestants train the same network on the same batches in one process, in turn, round after
 round; each round's contestants are compared with that round's loop by hand, and the median over
-the rounds is reported. Time is taken inside the network, at its ``warmup``-th and its last
-forward pass, so that what a framework does before its loop does not count. Peers that are not
+the rounds is reported. Time is taken inside the network, at each forward pass, so that what a
+framework does before its loop does not count. Peers that are not
 installed are left out (``pip install "hookengine[bench]"``).
 
-    python benchmarks/overhead.py [--rounds 15] [--only raw,bare,defaults] [--long]
+    python benchmarks/overhead.py [--rounds 25] [--only raw,bare,defaults] [--long]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import io
+import itertools
 import json
 import logging
 import os
@@ -36,7 +36,8 @@ from workloads import W0, W1, Classifier, Workload, raw_loop
 from hookengine import Runner
 
 RESULTS = Path(__file__).parent / "results"
-ITERATIONS = {"w0": 1500, "w1": 500}
+ITERATIONS = {"w0": 800, "w1": 400}
+WARMUP = 100
 TARGETS = {
     ("w0", "bare"): (1.10, 20.0),
     ("w0", "defaults"): (None, 35.0),
@@ -46,29 +47,29 @@ TARGETS = {
 
 
 class Timed(nn.Module):
-    """A network that takes the time at two of its training passes."""
+    """A network that takes the time at each of its training passes."""
 
-    def __init__(self, net: nn.Module, first: int, last: int) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.calls = 0
-        self.first, self.last = first, last
-        self.start = self.end = 0.0
+        self.times: list[float] = []
 
     def forward(self, inputs: Tensor) -> Any:
-        self.calls += 1
-        if self.calls == self.first:
-            self.start = perf_counter()
-        elif self.calls == self.last:
-            self.end = perf_counter()
+        self.times.append(perf_counter())
         return self.net(inputs)
 
-    @property
-    def microseconds(self) -> float:
-        """Per iteration, between the two passes."""
-        if not self.end:
-            raise RuntimeError(f"only {self.calls} of {self.last} passes were made")
-        return (self.end - self.start) / (self.last - self.first) * 1e6
+    def microseconds(self, start: int, stop: int) -> float:
+        """The mean time per iteration between two passes.
+
+        An iteration that took more than five times the median was interrupted by something else
+        on the machine and is left out, alike for all contestants; a line of a log is well below.
+        """
+        times = self.times[start:stop]
+        if len(times) < stop - start:
+            raise RuntimeError(f"only {len(self.times)} of {stop} passes were made")
+        laps = [1e6 * (after - before) for before, after in itertools.pairwise(times)]
+        limit = 5 * statistics.median(laps)
+        return statistics.fmean(lap for lap in laps if lap < limit)
 
 
 Contestant = Callable[[Workload, Timed, int], None]
@@ -221,52 +222,50 @@ def installed(name: str) -> bool:
     return name in own or importlib.util.find_spec(PACKAGES.get(name, name)) is not None
 
 
-def run_once(name: str, work: Workload, iterations: int, first: int) -> float:
-    """Microseconds per iteration of one contestant."""
-    net = Timed(work.net(), first, iterations)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        with contextlib.redirect_stderr(io.StringIO()):
-            CONTESTANTS[name][1](work, net, iterations)
-    return net.microseconds
+def run_once(name: str, work: Workload, iterations: int) -> Timed:
+    """Run one contestant, in silence."""
+    net = Timed(work.net())
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        CONTESTANTS[name][1](work, net, iterations)
+    return net
 
 
 def compare(names: list[str], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Run all contestants in turn; the medians over the rounds."""
+    """Run all contestants in turn, the loop by hand before each; the medians over the rounds."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for work in (W0, W1):
         iterations = ITERATIONS[work.name]
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        before: dict[str, list[float]] = {name: [] for name in names}
+        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
-                hand = run_once("raw", work, iterations, 100)
-                value = hand if name == "raw" else run_once(name, work, iterations, 100)
-                samples[name].append(value)
-                before[name].append(hand)
-        table[work.name] = {}
-        for name in list(names):
-            pairs = list(zip(samples[name], before[name], strict=True))
-            table[work.name][name] = {
-                "us": statistics.median(samples[name]),
-                "over": statistics.median(value - hand for value, hand in pairs),
-                "ratio": statistics.median(value / hand for value, hand in pairs),
+                by_hand, value = (
+                    run_once(contestant, work, iterations).microseconds(WARMUP, iterations)
+                    for contestant in ("raw", name)
+                )
+                pairs[name].append((value, by_hand))
+        table[work.name] = {
+            name: {
+                "us": statistics.median(value for value, _ in pairs[name]),
+                "over": statistics.median(value - by_hand for value, by_hand in pairs[name]),
+                "ratio": statistics.median(value / by_hand for value, by_hand in pairs[name]),
             }
+            for name in names
+        }
     return table
 
 
 def growth(name: str, iterations: int = 50_000, window: int = 5_000) -> float:
-    """The last iterations of a long run over the first ones, each relative to the loop by hand."""
-    values = []
+    """The last iterations of a long run over the first ones, relative to the loop by hand's."""
+    ratios = []
     for contestant in (name, "raw"):
-        nets = [
-            Timed(W0.net(), 500, 500 + window),
-            Timed(W0.net(), iterations - window, iterations),
-        ]
-        for net in nets:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                CONTESTANTS[contestant][1](W0, net, net.last)
-        values.append(nets[1].microseconds / nets[0].microseconds)
-    return values[0] / values[1]
+        net = run_once(contestant, W0, iterations)
+        first = net.microseconds(WARMUP, WARMUP + window)
+        ratios.append(net.microseconds(iterations - window, iterations) / first)
+    return ratios[0] / ratios[1]
 
 
 def plot(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -293,7 +292,7 @@ def plot(table: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", default=",".join(CONTESTANTS))
     parser.add_argument("--long", action="store_true", help="also: does the cost grow with time?")
     options = parser.parse_args()

@@ -18,14 +18,14 @@ def batch_size(batch: Any) -> int:
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        first = next(iter(batch.values()), None)
-        return len(first) if isinstance(first, (list, tuple)) else batch_size(first)
     if isinstance(batch, (list, tuple)) and batch:
         first = batch[0]
         if isinstance(first, Tensor):
             return first.shape[0] if first.dim() else len(batch)
         return batch_size(first) if isinstance(first, (list, tuple)) else len(batch)
+    if isinstance(batch, Mapping):
+        first = next(iter(batch.values()), None)
+        return len(first) if isinstance(first, (list, tuple)) else batch_size(first)
     return 1
 
 

@@ -195,7 +195,12 @@ class BaseModel(BaseModule):
             TypeError: no dict, or an entry of another type. ValueError: no name contains "loss".
         """
         hooks = self._hooks
-        return _sum_losses(hooks.after_forward(hooks.runner, losses))
+        losses = hooks.after_forward(hooks.runner, losses)
+        if isinstance(losses, dict) and len(losses) == 1:  # by far the most common, so in short
+            loss = losses.get("loss")
+            if isinstance(loss, Tensor) and not loss.dim():
+                return loss, {"loss": loss.detach()}
+        return _sum_losses(losses)
 
     def _run_forward(self, data: Any, mode: str) -> Any:
         if isinstance(data, dict):
@@ -275,7 +280,7 @@ def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
     log_vars: dict[str, Tensor] = {}
     for name, value in losses.items():
         if isinstance(value, Tensor):
-            mean = value.mean() if value.dim() else value
+            mean = value.mean() if value.dim() else value  # a scalar needs no node of its own
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             mean = sum(item.mean() for item in value[1:]) + value[0].mean()
         else:

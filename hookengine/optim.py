@@ -81,7 +81,7 @@ class OptimWrapper:
         self.will_step = hooks.should_step(hooks.runner, self)
         self._asked = True
         contexts = hooks.forward_context(hooks.runner, model, self, "train")
-        return combine(contexts)
+        return combine(contexts) if contexts else _NO_CONTEXT
 
     def update_params(self, loss: Tensor) -> None:
         """Backpropagate ``loss`` and, where this iteration steps, step and zero the gradients.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import timedelta
+from time import perf_counter
 from typing import Any, Literal
 
 from pydantic import Field
@@ -93,19 +94,25 @@ class Logging(Plugin, name="logging"):
 
     def before_train_epoch(self) -> None:
         """What lies between epochs is not an iteration's time."""
-        self._stopwatch.mark()
+        self._stopwatch.mark = perf_counter()
 
     def after_val(self) -> None:
         """Neither is a validation."""
-        self._stopwatch.mark()
+        self._stopwatch.mark = perf_counter()
 
     def before_train_iter(self) -> None:
-        """The batch is here."""
-        self._stopwatch.batch_is_here()
+        """The wait for the batch ends."""
+        clock = self._stopwatch
+        clock.data_seconds += perf_counter() - clock.mark
 
     def after_train_iter(self, runner: Any, data_batch: Any, outputs: Any) -> None:
         """Keep the outputs; every ``interval`` iterations, reduce and write them."""
-        self._stopwatch.iteration_ends(batch_size(data_batch))
+        clock = self._stopwatch
+        now = perf_counter()
+        clock.seconds += now - clock.mark
+        clock.mark = now
+        clock.iterations += 1
+        clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
             self._meters.add(outputs)
         progress = runner.progress

@@ -26,9 +26,8 @@ class Meters:
         """Keep values; a tensor stays on its device, without its graph."""
         kept = self._values[phase]
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                value = value.detach()
-            kept[name].append(value)
+            attached = isinstance(value, Tensor) and value.requires_grad
+            kept[name].append(value.detach() if attached else value)
 
     def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Any]]:
         """The averages of the numbers, and of anything else the last one; forgets them all."""
@@ -75,49 +74,52 @@ def _is_number(value: Any) -> bool:
 
 
 class Stopwatch:
-    """The time of iterations, and the part of it that was spent waiting for data."""
+    """The time of iterations, and the part of it that was spent waiting for data.
+
+    The two events of an iteration move these numbers themselves, without a call.
+
+    Attributes:
+        mark: When the present iteration began, in seconds.
+        seconds: Time of the iterations since the last record.
+        data_seconds: The part of it that went by before their batches were there.
+        iterations: How many they are.
+        samples: How many samples they had.
+    """
+
+    __slots__ = (
+        "_session_iterations",
+        "_session_seconds",
+        "data_seconds",
+        "iterations",
+        "mark",
+        "samples",
+        "seconds",
+    )
 
     def __init__(self) -> None:
         self.iterations = 0
         self.restart()
 
     def restart(self) -> None:
-        """Begin a run: the rate of a session that was interrupted does not count."""
+        """Begin a session: the rate of one that was interrupted does not count."""
         self._session_seconds = 0.0
         self._session_iterations = 0
         self.seconds = self.data_seconds = 0.0
         self.samples = 0
-        self.mark()
+        self.mark = perf_counter()
 
     def start_interval(self) -> None:
         """Begin the next record."""
-        self.iterations = 0
+        self._session_seconds += self.seconds
+        self._session_iterations += self.iterations
+        self.iterations = self.samples = 0
         self.seconds = self.data_seconds = 0.0
-        self.samples = 0
-
-    def mark(self) -> None:
-        """The next iteration begins now."""
-        self._mark = perf_counter()
-
-    def batch_is_here(self) -> None:
-        """The wait for the batch ends."""
-        self.data_seconds += perf_counter() - self._mark
-
-    def iteration_ends(self, samples: int) -> None:
-        """An iteration over ``samples`` samples ends."""
-        now = perf_counter()
-        spent = now - self._mark
-        self._mark = now
-        self.seconds += spent
-        self.samples += samples
-        self.iterations += 1
-        self._session_seconds += spent
-        self._session_iterations += 1
 
     @property
     def seconds_per_iteration(self) -> float:
         """Over this session."""
-        return self._session_seconds / max(self._session_iterations, 1)
+        seconds = self._session_seconds + self.seconds
+        return seconds / max(self._session_iterations + self.iterations, 1)
 
 
 def memory(device: torch.device) -> float:
