@@ -299,7 +299,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    names = [name for name in options.only.split(",") if installed(name)]
+    wanted = ["raw", *(name for name in options.only.split(",") if name != "raw")]
+    names = [name for name in wanted if installed(name)]
     table = compare(names, options.rounds)
     print(f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}")
     for work, rows in table.items():

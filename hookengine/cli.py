@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from hookengine import hookspecs
 from hookengine.environment import describe_environment
 from hookengine.hookspecs import EVENTS
 from hookengine.plugins import DEFAULT_PLUGINS
@@ -50,25 +52,19 @@ def env() -> None:
 
 def events_page() -> str:
     """The page of the documentation about events, made from the hookspecs themselves."""
-    from hookengine import hookspecs
-
+    text = inspect.getdoc(hookspecs) or ""
+    drawing, kinds = text.split("Kinds\n-----\n")
+    loop, _, rest = drawing.split("::\n", 1)[1].partition("\n\n``")
     lines = ["# Events", "", "Made from `hookengine/hookspecs.py` by `make docs`.", ""]
-    drawing, _, kinds = (inspect.getdoc(hookspecs) or "").partition("Kinds\n-----\n")
-    _, _, loop = drawing.partition("::\n")
-    lines += ["```text", inspect.cleandoc(loop.rstrip()), "```", "", "## Kinds", ""]
+    lines += ["```text", textwrap.dedent(loop.strip("\n")), "```", "", "``" + rest.strip(), ""]
+    lines += ["## Kinds", ""]
     for line in kinds.splitlines():
-        lines.append(
-            f"**{line}**: " if line and line.isalpha() and line.islower() else line.strip()
-        )
+        lines.append(f"- **{line}**:" if line.isalpha() else line.replace("    ", "  ", 1))
     subject = ""
     for event in EVENTS.values():
         if event.subject != subject:
             subject = event.subject
-            lines += [
-                "",
-                f"## {subject.capitalize()}",
-                "",
-                inspect.getdoc(getattr(hookspecs, subject.capitalize())) or "",
-            ]
+            about = inspect.getdoc(getattr(hookspecs, subject.capitalize())) or ""
+            lines += ["", f"## {subject.capitalize()}", "", about]
         lines += ["", f"### `{event}`", "", f"*{event.kind}*", "", event.doc]
     return "\n".join(lines) + "\n"

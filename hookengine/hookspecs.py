@@ -29,8 +29,8 @@ not a plain *event*; the kinds are explained below. ::
         progress.epoch += 1                     after_train_epoch
                                                 agree, safe_point
         if progress.val_due:                    before_val
-          for each of                           evaluated_models    [decision]
                                                 before_val_epoch
+          for model in                          evaluated_models    [decision]
             for batch in val_dataloader:        before_val_iter     [transform data_batch]
               model.val_step(batch)             forward_context     [contexts]
                                                 after_val_iter
@@ -40,6 +40,7 @@ not a plain *event*; the kinds are explained below. ::
       end                                       after_train
                                                 on_exception        where there was one
                                                 after_run
+    runner.val(), runner.test()                 before_run, before_val or before_test, ...
     runner.close()                              unconfigure
 
 ``runner.log(...)`` emits ``log``; a plugin that reduces values emits ``write`` for the sinks.
@@ -132,8 +133,8 @@ def hookimpl(
     """Give options to an implementation of an event; without options it is not needed.
 
     Args:
-        tryfirst: Called before the implementations of the other plugins.
-        trylast: Called after them.
+        tryfirst: Called before the implementations of the other plugins; of several, in order.
+        trylast: Called after them; of several, the one of the first plugin is the very last.
 
     Raises:
         ValueError: both were asked for.

@@ -21,6 +21,29 @@ from hookengine.registry import PLUGINS, distribution_of, unknown
 PluginLike: TypeAlias = str | Mapping[str, Any] | object
 
 
+class FunctionPlugin:
+    """One function as a plugin; its options are kept here, since the function may serve twice.
+
+    Args:
+        event: The event that it answers.
+        function: The function.
+        tryfirst: See ``hookimpl``.
+        trylast: Likewise.
+    """
+
+    def __init__(
+        self, event: str, function: Callable[..., Any], tryfirst: bool, trylast: bool
+    ) -> None:
+        if event not in EVENTS:
+            raise KeyError(unknown("event", event, EVENTS))
+        if not inspect.isroutine(function):
+            raise TypeError(f"a function is needed for {event!r}, got {function!r}")
+        self.plugin_name = f"{event}:{function.__name__}"
+        self.tryfirst = tryfirst
+        self.trylast = trylast
+        setattr(self, event, function)
+
+
 class PluginManager(pluggy.PluginManager):
     """The plugins that are on, in order; ``hooks`` calls them.
 
@@ -129,6 +152,8 @@ class PluginManager(pluggy.PluginManager):
         """Take every method that is named after an event for an implementation of it."""
         if name not in EVENTS or not inspect.isroutine(getattr(plugin, name, None)):
             return None
+        if isinstance(plugin, FunctionPlugin):
+            return {**_NO_OPTIONS, "tryfirst": plugin.tryfirst, "trylast": plugin.trylast}
         return super().parse_hookimpl_opts(plugin, name) or _NO_OPTIONS.copy()
 
     def _arrange(self, declared: dict[str, object]) -> None:

@@ -107,8 +107,8 @@ class Registry:
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(
-                f"register_module() takes a name, not {name!r}; write @{self.kind.upper()}S"
-                ".register_module() with parentheses"
+                f"register_module() takes a name, not {name!r}: as a decorator it is written with "
+                "parentheses, @REGISTRY.register_module()"
             )
 
         def register(obj: Any) -> Any:

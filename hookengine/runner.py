@@ -31,14 +31,13 @@ from hookengine.build import (
     point_at_model,
 )
 from hookengine.config import EvalCfg, TrainCfg, parse
-from hookengine.hookspecs import EVENTS, HookSpecs, Phase, hookimpl
+from hookengine.hookspecs import HookSpecs, Phase
 from hookengine.loops import EvalLoop, TrainLoop
-from hookengine.manager import PluginLike, PluginManager
+from hookengine.manager import FunctionPlugin, PluginLike, PluginManager
 from hookengine.model import BaseModel, SupervisedModel
 from hookengine.optim import OptimWrapper, OptimWrapperDict
 from hookengine.plugins import DEFAULT_PLUGINS
 from hookengine.progress import Progress
-from hookengine.registry import unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
@@ -259,13 +258,9 @@ class Runner:
 
         A function of the same name replaces the one before it.
         """
-        if event not in EVENTS:
-            raise KeyError(unknown("event", event, EVENTS))
 
         def register(function: F) -> F:
-            implementation = hookimpl(tryfirst=tryfirst, trylast=trylast)(function)
-            plugin = _FunctionPlugin(event, implementation)
-            self.plugins.add(plugin, replace=True)
+            self.plugins.add(FunctionPlugin(event, function, tryfirst, trylast), replace=True)
             return function
 
         return register
@@ -329,6 +324,7 @@ class Runner:
         """One call of train(), val() or test(): before_run, and on the way out after_run."""
         if self.closed:
             raise RuntimeError("this Runner is closed: make another one")
+        self.requests.clear()  # what a run that is over may have left
         with self._errors_blamed():
             try:
                 with self.plugins.opened("before_run"):
@@ -361,17 +357,6 @@ class Runner:
             if close:
                 self._also(error, self.close)
             raise
-
-
-class _FunctionPlugin:
-    """One function as a plugin."""
-
-    def __init__(self, event: str, function: Callable[..., Any]) -> None:
-        name = getattr(function, "__name__", None)
-        if name is None:
-            raise TypeError(f"runner.on({event!r}) takes a function, got {function!r}")
-        self.plugin_name = f"{event}:{name}"
-        setattr(self, event, function)
 
 
 def _make_logger() -> Any:

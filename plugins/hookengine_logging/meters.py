@@ -59,8 +59,12 @@ class Meters:
 
 def _numbers(values: list[Any]) -> list[float] | None:
     """``values`` as floats, read from the device in one go; None where they are no numbers."""
-    if all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
-        numbers: list[float] = torch.stack(values).tolist()
+    try:
+        stacked = torch.stack(values)
+    except (TypeError, RuntimeError):
+        stacked = None  # no tensors, or not all of them alike
+    if stacked is not None and stacked.dim() == 1:
+        numbers: list[float] = stacked.tolist()
         return numbers
     if all(_is_number(value) for value in values):
         return [float(value) for value in values]

@@ -1,0 +1,141 @@
+"""The contract: every event is documented, and fires at its place."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookengine import hookimpl, hookspecs
+from hookengine.cli import events_page
+from hookengine.hookspecs import EVENTS, SUBJECTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("event", EVENTS.values(), ids=lambda event: event.name)
+def test_an_event_is_documented_as_it_is_signed(event: Any) -> None:
+    assert event.doc.partition("\n\n")[0].endswith((".", ";"))
+    page = (ROOT / "docs" / "events.md").read_text()
+    assert f"### `{event}`\n\n*{event.kind}*\n\n{event.doc}\n" in page
+    drawn = event.name.replace("_test", "_val")  # testing is drawn as validation
+    assert re.search(rf"\b{drawn}\b", inspect.getdoc(hookspecs) or ""), "not in the drawing"
+    for mentioned in re.findall(r"``(\w+)``", event.doc):
+        if mentioned in {"runner", "outputs", "role", "error", "batch_idx", "optim_wrapper"}:
+            assert mentioned in event.arguments
+
+
+def test_the_page_of_events_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "events.md").read_text() == events_page(), "run make docs"
+
+
+def test_a_transform_names_one_of_its_arguments_and_no_event_has_more_than_four() -> None:
+    for event in EVENTS.values():
+        assert len(event.arguments) <= 4
+        assert event.arguments[0] == "runner"
+        assert (event.kind.name == "transform") == (event.kind.argument is not None)
+        if event.kind.argument is not None:
+            assert event.kind.argument in event.arguments
+
+
+def test_every_event_is_found_once() -> None:
+    names = [name for subject in SUBJECTS for name in vars(subject) if name in EVENTS]
+    assert sorted(names) == sorted(EVENTS)
+
+
+def test_an_implementation_is_first_or_last_not_both() -> None:
+    with pytest.raises(ValueError, match="first or last"):
+        hookimpl(tryfirst=True, trylast=True)
+
+
+def recorder(log: list[str]) -> object:
+    """A plugin that answers every event with nothing, and notes that it was asked."""
+    source = "\n".join(
+        f"def {event.name}(self, {', '.join(event.arguments)}): _log.append('{event.name}')"
+        for event in EVENTS.values()
+    )
+    namespace: dict[str, Any] = {"_log": log}
+    exec(source, namespace)
+    methods = {name: namespace[name] for name in EVENTS}
+    return type("Recorder", (), methods)()
+
+
+BUILD = "configure initialize_model convert_model wrap_model setup_optimizer"
+ITERATION = (
+    "before_train_iter should_step forward_context after_forward scale_loss backward "
+    "before_optim_step optim_step after_optim_step after_train_iter agree safe_point"
+)
+VAL_ITERATION = "before_val_iter forward_context after_val_iter"
+
+
+def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None:
+    log: list[str] = []
+    runner = make(plugins=[recorder(log)], validate=True, test=True, train_cfg=dict(max_epochs=1))
+    loaders = "setup_dataloader setup_dataloader setup_dataloader resume"
+    assert log == f"{BUILD} {loaders}".split()
+
+    log.clear()
+    runner.train()
+    iterations = " ".join([ITERATION] * 5)
+    validation = (
+        f"before_val before_val_epoch evaluated_models {' '.join([VAL_ITERATION] * 3)} "
+        "after_val_epoch after_val agree safe_point"
+    )
+    assert (
+        log
+        == (
+            f"before_run before_train before_train_epoch {iterations} after_train_epoch "
+            f"agree safe_point {validation} after_train after_run"
+        ).split()
+    )
+
+    log.clear()
+    runner.test()
+    iteration = VAL_ITERATION.replace("val", "test")
+    assert (
+        log
+        == (
+            f"before_run before_test before_test_epoch evaluated_models "
+            f"{' '.join([iteration] * 3)} after_test_epoch after_test after_run"
+        ).split()
+    )
+
+    log.clear()
+    runner.log({"value": 1.0})
+    state = runner.state_dict()
+    runner.load_state_dict(state)
+    runner.close()
+    runner.close()
+    assert log == "log before_save_checkpoint after_load_checkpoint unconfigure".split()
+
+
+def test_every_event_fires_somewhere(make: Any) -> None:
+    log: list[str] = []
+
+    class Failing(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no")
+
+    runner = make(plugins=[recorder(log)], validate=True, test=True, defaults=("logging",))
+    runner.train()
+    runner.test()
+    runner.log({"value": 1.0})
+    runner.load_state_dict(runner.state_dict())
+    runner.close()
+    runner = make(
+        plugins=[recorder(log)],
+        model=Failing(),
+        loss=nn.MSELoss(),
+        optim_wrapper=None,
+        train_cfg=None,
+        train_dataloader=None,
+        validate=True,
+    )
+    with pytest.raises(ValueError, match="no"):
+        runner.val()
+    assert set(log) == set(EVENTS)
