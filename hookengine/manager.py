@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import types
@@ -144,7 +145,9 @@ class PluginManager(pluggy.PluginManager):
         try:
             return PLUGINS.build(entry)
         except pydantic.ValidationError as error:
-            raise TypeError(f"plugin {name!r}: {explain(error)}") from error
+            cls = PLUGINS.get(target) if isinstance(target, str) else target
+            known = [field.name for field in dataclasses.fields(cls)]
+            raise TypeError(f"plugin {name!r}: {explain(error, known)}") from error
 
     # -- in which order -------------------------------------------------------------------------
 
@@ -256,7 +259,10 @@ class PluginManager(pluggy.PluginManager):
         return name
 
     def remove(self, name: str) -> None:
-        """Switch a plugin off, also in mid-run; it is told ``unconfigure``."""
+        """Switch a plugin off, also in mid-run; it is told ``unconfigure``.
+
+        The event that is being emitted at that moment may still reach it.
+        """
         self[name]
         if name in self.configured:
             self.configured.discard(name)

@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 from collections.abc import Mapping
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -55,12 +55,20 @@ class Plugin:
     """Names of plugins that are called before this one."""
     before: ClassVar[tuple[str, ...]] = ()
     """Names of plugins that are called after this one."""
+    _by_keyword: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.plugin_name = name or _snake_case(cls.__name__)
-        if "__init__" not in cls.__dict__:
+        cls._by_keyword = "__init__" not in cls.__dict__
+        if cls._by_keyword:
             pydantic_dataclass(cls, config=CONFIG, eq=False, kw_only=True, repr=True)
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse options by position, which pydantic lets pass where a default is a Field."""
+        if args and cls._by_keyword:
+            raise TypeError(f"{cls.__name__} takes its options by name, not {args!r}")
+        return super().__new__(cls)
 
     def state_dict(self) -> dict[str, Any]:
         """What the plugin needs to go on after a resume: tensors and plain containers."""

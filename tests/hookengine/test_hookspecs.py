@@ -111,7 +111,7 @@ def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None
     runner.load_state_dict(state)
     runner.close()
     runner.close()
-    assert log == "log before_save_checkpoint after_load_checkpoint unconfigure".split()
+    assert log == ["log", "before_save_checkpoint", "after_load_checkpoint", "unconfigure"]
 
 
 def test_every_event_fires_somewhere(make: Any) -> None:
