@@ -232,12 +232,10 @@ class BaseModel(BaseModule):
         return self._move("musa", device)
 
     def _move(self, backend: str, device: int | str | torch.device | None) -> Self:
+        if isinstance(device, (str, torch.device)):
+            return self.to(device)
         try:
-            target = (
-                torch.device(device)
-                if isinstance(device, (str, torch.device))
-                else torch.device(backend, device or 0)
-            )
+            target = torch.device(backend) if device is None else torch.device(backend, device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"this torch has no device {backend!r}: import torch_{backend} first"

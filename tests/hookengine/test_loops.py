@@ -1,0 +1,389 @@
+"""The loops: units, validation, stops, safe points, random state, what a resume goes on from."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hookengine import Plugin, TrainCfg
+from hookengine.config import parse
+
+
+def weights(runner: Any) -> list[Tensor]:
+    return [value.clone() for value in runner.bare_model.state_dict().values()]
+
+
+def validations(runner: Any) -> list[tuple[int, int]]:
+    """(epoch, iter) of each validation; filled as the run goes on."""
+    log: list[tuple[int, int]] = []
+    runner.on("after_val")(lambda runner: log.append((runner.progress.epoch, runner.progress.iter)))
+    return log
+
+
+def test_training_equals_the_loop_by_hand(make: Any, toy: Any, data: Any) -> None:
+    runner = make(train_dataloader=DataLoader(data(), batch_size=3), train_cfg=dict(max_epochs=3))
+    by_hand = toy()
+    by_hand.load_state_dict(runner.bare_model.state_dict())
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for _ in range(3):
+        for inputs, labels in DataLoader(data(), batch_size=3):
+            nn.functional.cross_entropy(by_hand.net(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    runner.train()
+    for mine, theirs in zip(weights(runner), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert (runner.progress.epoch, runner.progress.iter, runner.progress.step) == (3, 21, 21)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        (dict(max_epochs=3), [(1, 5), (2, 10), (3, 15)]),
+        (dict(max_epochs=3, val_interval=2), [(2, 10), (3, 15)]),
+        (dict(max_epochs=3, val_begin=3), [(3, 15)]),
+        (dict(max_epochs=2, val_begin=3), []),
+        (dict(max_iters=7, val_interval=3), [(0, 3), (1, 6), (1, 7)]),
+        (dict(max_iters=10, val_interval=5, val_begin=6), [(1, 10)]),
+        (dict(by_epoch=False, max_iters=4), [(0, 4)]),
+    ],
+)
+def test_validation_comes_when_it_is_due(make: Any, cfg: Any, expected: Any) -> None:
+    runner = make(train_cfg=cfg, validate=True)
+    log = validations(runner)
+    runner.train()
+    if cfg.get("max_iters") == 10:
+        assert [iteration for _, iteration in log] == [10]
+    else:
+        assert log == expected
+    assert not runner.progress.val_due
+
+
+def test_both_units_train_alike(make: Any) -> None:
+    by_epoch = make(train_cfg=dict(max_epochs=2))
+    by_iter = make(train_cfg=dict(max_iters=10))
+    by_epoch.train()
+    by_iter.train()
+    assert by_epoch.progress.state_dict() == by_iter.progress.state_dict()
+    for one, other in zip(weights(by_epoch), weights(by_iter), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_is_last_tells_the_last_batch_of_an_epoch_and_of_the_run(make: Any) -> None:
+    class Watch(Plugin):
+        def __post_init__(self) -> None:
+            self.before_: list[int] = []
+            self.after_: list[int] = []
+
+        def before_train_iter(self, runner: Any) -> None:
+            if runner.progress.is_last:
+                self.before_.append(runner.progress.iter + 1)
+
+        def after_train_iter(self, runner: Any) -> None:
+            if runner.progress.is_last:
+                self.after_.append(runner.progress.iter)
+
+    for cfg, expected in ((dict(max_epochs=2), [5, 10]), (dict(max_iters=7), [5, 7])):
+        watch = Watch()
+        make(train_cfg=cfg, plugins=[watch]).train()
+        assert watch.before_ == watch.after_ == expected
+
+
+def test_an_infinite_iterable_is_limited_by_max_iters(make: Any, data: Any) -> None:
+    batches = list(DataLoader(data(), batch_size=4))
+    runner = make(train_dataloader=itertools.cycle(batches), train_cfg=dict(max_iters=12))
+    runner.train()
+    assert (runner.progress.epoch, runner.progress.iter) == (0, 12)
+    runner.train(max_iters=15)  # an iterator goes on where it is
+    assert runner.progress.batch == 15
+
+
+class Stream(IterableDataset[Any]):
+    """Eight samples, of unknown number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(8):
+            yield torch.full((4,), float(index)), index % 3
+
+
+def test_a_dataloader_of_unknown_length_gives_epochs(make: Any) -> None:
+    runner = make(train_dataloader=DataLoader(Stream(), batch_size=3))
+    runner.train()
+    assert (runner.progress.epoch, runner.progress.iter) == (2, 6)
+    assert runner.progress.epoch_length is None
+
+
+def test_a_generator_that_is_used_up_is_said_so(make: Any, data: Any) -> None:
+    generator = (batch for batch in DataLoader(data(), batch_size=4))
+    with pytest.raises(ValueError, match=r"no batch in epoch 2.*generator"):
+        make(train_dataloader=generator).train()
+
+
+def test_safe_points_come_after_iterations_epochs_and_validations(make: Any) -> None:
+    runner = make(validate=True, train_cfg=dict(max_epochs=1))
+    log = []
+
+    class Watch(Plugin):
+        def after_train_iter(self) -> None:
+            log.append("iter")
+
+        def after_train_epoch(self, runner: Any) -> None:
+            log.append(f"epoch due={runner.progress.val_due}")
+
+        def after_val(self) -> None:
+            log.append("val")
+
+        def safe_point(self, runner: Any) -> None:
+            log.append(f"safe due={runner.progress.val_due}")
+
+    runner.plugins.add(Watch())
+    runner.train()
+    assert log == [
+        *["iter", "safe due=False"] * 5,
+        "epoch due=True",
+        "safe due=True",
+        "val",
+        "safe due=False",
+    ]
+
+
+class EveryOther(Plugin):
+    """A veto on each first iteration of two: an accumulation window."""
+
+    def should_step(self, runner: Any) -> bool:
+        return runner.progress.iter % 2 == 1
+
+
+def test_no_safe_point_while_a_window_is_open_and_a_stop_waits(make: Any) -> None:
+    runner = make(plugins=[EveryOther()], train_cfg=dict(max_iters=10))
+    safe = []
+
+    @runner.on("safe_point")
+    def note(runner: Any) -> None:
+        safe.append(runner.progress.iter)
+
+    @runner.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == 5:
+            runner.stop("enough")
+
+    runner.train()
+    assert safe == [2, 4, 6]
+    assert runner.progress.iter == 6
+    assert runner.progress.step == 3
+    assert runner.progress.stopped == "enough"
+    assert runner.requests == {}
+
+
+def test_a_stop_is_taken_up_again_where_it_was(make: Any) -> None:
+    straight = make(validate=True, train_cfg=dict(max_epochs=3))
+    straight.train()
+    for stop_at in (2, 5, 7):
+        runner = make(validate=True, train_cfg=dict(max_epochs=3))
+        log = validations(runner)
+
+        @runner.on("after_train_iter")
+        def stop(runner: Any, batch_idx: int) -> None:
+            if runner.progress.iter == stop_at:  # noqa: B023
+                runner.stop()
+
+        runner.train()
+        assert runner.progress.iter == stop_at
+        runner.train()
+        assert runner.progress.iter == 15
+        assert log == [(1, 5), (2, 10), (3, 15)]
+        for one, other in zip(weights(runner), weights(straight), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_requests_are_settled_by_agree(make: Any) -> None:
+    class Slow(Plugin):
+        """Answers two safe points later, once, as one does that overlaps its all-reduce."""
+
+        def __post_init__(self) -> None:
+            self.seen: list[dict[str, str]] = []
+
+        def agree(self, requests: Any) -> dict[str, str]:
+            on_its_way = {name for earlier in self.seen[-2:] for name in earlier}
+            self.seen.append({n: r for n, r in requests.items() if n not in on_its_way})
+            return self.seen[-3] if len(self.seen) > 2 else {}
+
+    class Saver(Plugin):
+        saved_at: int = 0
+
+        def after_train_iter(self, runner: Any) -> None:
+            if runner.progress.iter == 2:
+                runner.requests["save"] = "the clock"
+            if runner.progress.iter == 4:
+                runner.stop("done")
+
+        def safe_point(self, runner: Any) -> None:
+            if "save" in runner.agreed:
+                self.saved_at = runner.progress.iter
+
+    saver = Saver()
+    runner = make(plugins=[Slow(), saver], train_cfg=dict(max_iters=20))
+    runner.train()
+    assert saver.saved_at == 4
+    assert runner.progress.iter == 6
+
+
+def test_evaluation_leaves_random_state_modes_and_weights(make: Any) -> None:
+    class Draws(Plugin):
+        """Draws from everything, in validation."""
+
+        def before_val_iter(self) -> None:
+            random.random()
+            np.random.rand()
+            torch.rand(1)
+
+    runner = make(plugins=[Draws()], validate=True)
+    frozen = nn.BatchNorm1d(3).eval()
+    runner.bare_model.frozen = frozen
+    runner.bare_model.train()
+    frozen.eval()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    before = weights(runner)
+    metrics = runner.val()
+    assert set(metrics) == {"accuracy"}
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert runner.bare_model.training
+    assert not frozen.training
+    for one, other in zip(weights(runner), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_in_validation_leaves_modes_and_random_state(make: Any) -> None:
+    runner = make(validate=True)
+
+    @runner.on("after_val_iter")
+    def fail() -> None:
+        torch.rand(1)
+        raise LookupError("no")
+
+    runner.bare_model.train()
+    state = torch.get_rng_state()
+    with pytest.raises(LookupError):
+        runner.val()
+    assert runner.bare_model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    runner.plugins.remove("after_val_iter:fail")
+    assert set(runner.val()) == {"accuracy"}  # and nothing of the interrupted one is counted
+
+
+def test_each_evaluated_model_gets_a_pass_of_its_own(make: Any, toy: Any) -> None:
+    torch.manual_seed(1)
+    other = toy()
+
+    class Both(Plugin):
+        def evaluated_models(self, runner: Any) -> dict[str, nn.Module]:
+            return {"": runner.model, "other": other}
+
+    runner = make(plugins=[Both()], validate=True, val_cfg=dict(loss=True))
+    metrics = runner.val()
+    assert set(metrics) == {"accuracy", "loss", "other/accuracy", "other/loss"}
+    assert metrics["loss"] != metrics["other/loss"]
+
+
+def test_validation_loss_is_the_mean_over_samples(make: Any, data: Any) -> None:
+    runner = make(validate=True, val_cfg=dict(loss=True))
+    inputs, labels = data(10, seed=1).tensors
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(runner.bare_model.net(inputs), labels)
+    assert runner.val()["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_loss_alone_needs_no_evaluator(make: Any, data: Any) -> None:
+    loader = DataLoader(data(10, seed=1), batch_size=4)
+    runner = make(val_dataloader=loader, val_cfg=dict(loss=True))
+    runner.train()
+    assert set(runner.val()) == {"loss"}
+
+
+def test_a_loader_that_can_seek_is_told_where_to_start(make: Any, data: Any) -> None:
+    class Seeking:
+        def __init__(self) -> None:
+            self.batches = list(DataLoader(data(), batch_size=4))
+            self.sought: list[tuple[int, int]] = []
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def seek(self, epoch: int, batch: int) -> None:
+            self.sought.append((epoch, batch))
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.batches[self.sought[-1][1] :])
+
+    first = make(train_dataloader=Seeking(), train_cfg=dict(max_iters=7))
+    first.train()
+    state = first.state_dict()
+    loader = Seeking()
+    second = make(train_dataloader=loader, train_cfg=dict(max_epochs=2))
+    second.load_state_dict(state)
+    second.train()
+    assert loader.sought == [(1, 2)]
+    straight = make(train_cfg=dict(max_epochs=2))
+    straight.train()
+    for one, other in zip(weights(second), weights(straight), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_seek_what_was_consumed_is_dropped_and_said(make: Any, caplog: Any) -> None:
+    first = make(train_cfg=dict(max_iters=7))
+    first.train()
+    second = make(train_cfg=dict(max_epochs=2))
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert second.progress.iter == 10
+    assert "fetched and dropped the first 2 batches of epoch 2" in caplog.text
+
+
+def test_a_validation_that_was_owed_comes_first_after_a_resume(make: Any) -> None:
+    first = make(validate=True, train_cfg=dict(max_epochs=2))
+    states = []
+
+    @first.on("safe_point")
+    def save(runner: Any) -> None:
+        states.append((runner.progress.val_due, runner.state_dict()["progress"]))
+
+    first.train()
+    owed = [state for due, state in states if due]
+    assert [state["iter"] for state in owed] == [5, 10]
+    second = make(validate=True, train_cfg=dict(max_epochs=2))
+    log = validations(second)
+    second.progress.load_state_dict(owed[0])
+    second.train()
+    assert log == [(1, 5), (2, 10)]
+    last = make(validate=True, train_cfg=dict(max_epochs=2))
+    log = validations(last)
+    last.progress.load_state_dict(owed[1])  # at the limit, but for its validation
+    last.train()
+    assert log == [(2, 10)]
+
+
+def test_train_cfg_is_checked() -> None:
+    assert parse(TrainCfg, dict(max_epochs=3), "train_cfg").by_epoch
+    assert parse(TrainCfg, dict(max_iters=3), "train_cfg").val_interval == 1000
+    for bad, message in [
+        (dict(max_epoch=3), "Did you mean 'max_epochs'"),
+        (dict(max_epochs=0), "max_epochs=0: Input should be greater than 0"),
+        (dict(), "needs max_epochs"),
+        (dict(max_epochs=1, max_iters=1), "needs max_iters and no max_epochs"),
+        (dict(by_epoch=True, max_iters=3), "needs max_epochs and no max_iters"),
+        (dict(max_epochs=3, val_interval=0), "val_interval=0"),
+    ]:
+        with pytest.raises(ValueError, match=f"^train_cfg: .*{message}"):
+            parse(TrainCfg, bad, "train_cfg")
+    with pytest.raises(TypeError, match="train_cfg takes a dict"):
+        parse(TrainCfg, 3, "train_cfg")  # type: ignore[type-var]

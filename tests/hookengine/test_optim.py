@@ -1,0 +1,273 @@
+"""Optimizer wrappers: without a Runner as with one, and every event of a step."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hookengine import OptimWrapper, OptimWrapperDict, Plugin
+from hookengine.optim import combine
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(2, 1).double()
+
+
+@pytest.fixture
+def wrapper(layer: nn.Linear) -> OptimWrapper:
+    return OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9))
+
+
+def loss_of(layer: nn.Linear) -> Tensor:
+    return layer(torch.ones(3, 2, dtype=torch.float64)).square().mean()
+
+
+def test_without_a_runner_it_is_the_recipe_by_hand(layer: Any, wrapper: Any) -> None:
+    twin = nn.Linear(2, 1).double()
+    twin.load_state_dict(layer.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(5):
+        with wrapper.optim_context(layer):
+            loss = loss_of(layer)
+        wrapper.update_params(loss)
+        loss_of(twin).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(layer.weight, twin.weight)
+    assert wrapper.steps == 5
+    assert layer.weight.grad is None
+    assert not wrapper.window_open
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda layer: layer(torch.ones(3, 2).double()), r"scalar, got shape \(3, 1\)"),
+        (lambda layer: loss_of(layer).detach(), "does not require a gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_backpropagated_is_answered(
+    layer: Any, wrapper: Any, bad: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrapper.update_params(bad(layer))
+
+
+def test_backward_and_step_by_hand(layer: Any, wrapper: Any) -> None:
+    before = layer.weight.clone()
+    wrapper.backward(loss_of(layer))
+    assert wrapper.window_open
+    assert torch.equal(layer.weight, before)
+    wrapper.step()
+    assert wrapper.steps == 1
+    assert not wrapper.window_open
+    wrapper.backward(loss_of(layer))
+    wrapper.zero_grad()
+    assert layer.weight.grad is None
+    assert not wrapper.window_open
+
+
+def test_state_and_learning_rates(layer: Any, wrapper: Any) -> None:
+    wrapper.update_params(loss_of(layer))
+    other = OptimWrapper(torch.optim.SGD(nn.Linear(2, 1).double().parameters(), lr=0.3))
+    other.load_state_dict(wrapper.state_dict())
+    assert other.get_lr() == [0.1]
+    assert [tuple(p.shape) for p in other.parameters()] == [(1, 2), (1,)]
+    assert other.param_groups is other.optimizer.param_groups
+    assert "steps=1" in repr(wrapper)
+
+
+def test_what_mmengine_gave_the_wrapper_is_answered(layer: Any) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"'clip_grad' is MMEngine's.*type='clip'"):
+        OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
+    with pytest.raises(TypeError, match=r"type='accumulate', steps"):
+        OptimWrapper(optimizer, accumulative_counts=2)
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
+        OptimWrapper(dict(type="SGD"))  # type: ignore[arg-type]
+
+
+class Steps(Plugin):
+    """Answers every event of a step, and notes it."""
+
+    scale: float = 1.0
+    veto: bool = False
+    skip: bool = False
+    own: bool = False
+
+    def __post_init__(self) -> None:
+        self.log: list[Any] = []
+
+    def should_step(self, optim_wrapper: Any) -> bool:
+        self.log.append("should_step")
+        return not self.veto
+
+    def forward_context(self, phase: str) -> Any:
+        @contextmanager
+        def context() -> Any:
+            self.log.append(f"enter {phase}")
+            yield
+            self.log.append("exit")
+
+        return context()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        self.log.append("scale_loss")
+        return loss * self.scale
+
+    def backward(self, loss: Tensor) -> bool | None:
+        self.log.append("backward")
+        if self.own:
+            loss.backward()
+            return True
+        return None
+
+    def before_optim_step(self) -> None:
+        self.log.append("before_optim_step")
+
+    def optim_step(self, optim_wrapper: Any) -> bool | None:
+        self.log.append("optim_step")
+        if self.own:
+            optim_wrapper.optimizer.step()
+            return True
+        return False if self.skip else None
+
+    def after_optim_step(self, optim_wrapper: Any) -> None:
+        self.log.append(f"after_optim_step {optim_wrapper.steps}")
+
+
+BEGIN = ["should_step", "enter train", "exit", "scale_loss", "backward"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "steps"),
+    [
+        ({}, [*BEGIN, "before_optim_step", "optim_step", "after_optim_step 1"], 1),
+        ({"own": True}, [*BEGIN, "before_optim_step", "optim_step", "after_optim_step 1"], 1),
+        ({"skip": True}, [*BEGIN, "before_optim_step", "optim_step"], 0),
+        ({"veto": True}, BEGIN, 0),
+    ],
+)
+def test_the_events_of_a_step(make: Any, options: Any, expected: Any, steps: int) -> None:
+    plugin = Steps(**options)
+    runner = make(plugins=[plugin], train_cfg=dict(max_iters=1))
+    before = runner.bare_model.net.weight.clone()
+    runner.train()
+    assert plugin.log == expected
+    assert runner.progress.step == steps
+    assert torch.equal(runner.bare_model.net.weight, before) == (steps == 0)
+    assert (runner.bare_model.net.weight.grad is None) != bool(options.get("veto"))
+
+
+def test_a_train_step_of_its_own_emits_the_same(make: Any, toy: Any) -> None:
+    class Own(toy):  # type: ignore[misc]
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            data = self.data_preprocessor(data)
+            losses = self(*data, mode="loss")
+            loss, log_vars = self.parse_losses(losses)
+            optim_wrapper.update_params(loss)
+            return log_vars
+
+    plugin = Steps()
+    runner = make(model=Own(), plugins=[plugin], train_cfg=dict(max_iters=1))
+    runner.on("after_forward")(lambda: plugin.log.append("after_forward"))
+    runner.train()
+    assert plugin.log == [
+        "after_forward",
+        "should_step",
+        "scale_loss",
+        "backward",
+        "before_optim_step",
+        "optim_step",
+        "after_optim_step 1",
+    ]
+
+
+def test_contexts_are_entered_in_order_and_left_in_reverse_also_after_an_error() -> None:
+    log = []
+
+    @contextmanager
+    def context(name: str) -> Any:
+        log.append(f"enter {name}")
+        try:
+            yield
+        finally:
+            log.append(f"exit {name}")
+
+    @contextmanager
+    def broken() -> Any:
+        raise LookupError("no")
+        yield
+
+    with combine((context("a"), context("b"))):
+        log.append("inside")
+    with combine(()):
+        pass
+    assert log == ["enter a", "enter b", "inside", "exit b", "exit a"]
+    log.clear()
+    with pytest.raises(LookupError), combine((context("a"), broken())):
+        raise AssertionError("entered")
+    assert log == ["enter a", "exit a"]
+
+
+class Pair(nn.Module):
+    """Two parts with an optimizer each, as a GAN has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+        self.b = nn.Linear(4, 3)
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        inputs, labels = data
+        losses = {}
+        for name in ("a", "b"):
+            loss = nn.functional.cross_entropy(getattr(self, name)(inputs), labels)
+            optim_wrapper[name].update_params(loss)
+            losses[f"loss_{name}"] = loss.detach()
+        return losses
+
+
+def test_several_optimizers(make: Any) -> None:
+    model = Pair()
+    runner = make(
+        model=model,
+        optim_wrapper=dict(
+            a=torch.optim.SGD(model.a.parameters(), lr=0.1),
+            b=dict(optimizer=torch.optim.Adam(model.b.parameters(), lr=0.01)),
+        ),
+    )
+    assert runner.optim_wrapper["b"].name == "b"
+    runner.train()
+    assert {name: one.steps for name, one in runner.optim_wrapper.items()} == {"a": 10, "b": 10}
+    assert runner.progress.step == 10
+    state = runner.state_dict()
+    assert set(state["optimizer"]) == {"a", "b"}
+    assert state["progress"]["steps"] == {"a": 10, "b": 10}
+    runner.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"\['a'\].*\['a', 'b'\]"):
+        runner.optim_wrapper.load_state_dict({"a": {}})
+
+
+def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: Any) -> None:
+    both = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1)))
+    assert (list(both), len(both), list(both.keys())) == (["a"], 1, ["a"])
+    with pytest.raises(TypeError, match=r"optim_wrapper\['a'\].update_params\(loss\)"):
+        both.update_params(loss_of(layer))
+    with pytest.raises(TypeError, match="choose one"):
+        both.optim_context(layer)
+    with pytest.raises(KeyError, match="unknown optimizer 'b'"):
+        both["b"]
+    with pytest.raises(TypeError, match="expected an OptimWrapper for 'a'"):
+        OptimWrapperDict(a=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one"):
+        OptimWrapperDict()
+    model = toy()
+    with pytest.raises(TypeError, match="write a train_step"):
+        make(model=model, optim_wrapper=dict(a=torch.optim.SGD(model.parameters(), lr=0.1)))
