@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 import pydantic
 from pydantic import Field, model_validator
 
+from hookengine import migration
 from hookengine.registry import unknown
 
 Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
@@ -90,7 +91,8 @@ def explain(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            parts.append(unknown("option", where, known))
+            name = item["input"] if where == "type" else where
+            parts.append(migration.answer(str(name)) or unknown("option", where, known))
         elif where:
             parts.append(f"{where}={item['input']!r}: {item['msg']}")
         else:

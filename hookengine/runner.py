@@ -205,6 +205,7 @@ class Runner:
         Returns:
             The metrics of the last validation.
         """
+        self._check_open()
         if self.train_loop is None or self.train_cfg is None:
             raise ValueError(
                 "this Runner cannot train: it needs train_dataloader, train_cfg and optim_wrapper"
@@ -237,6 +238,7 @@ class Runner:
         return self._evaluate(self.test_loop, "test")
 
     def _evaluate(self, loop: EvalLoop | None, phase: EvalPhase) -> dict[str, Any]:
+        self._check_open()
         if loop is None:
             raise ValueError(
                 f"this Runner has no {phase}() to do: pass {phase}_dataloader and "
@@ -244,6 +246,10 @@ class Runner:
             )
         with self._running():
             return loop.run()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("this Runner is closed: make another one")
 
     def stop(self, reason: str = "runner.stop()") -> None:
         """Ask for the end of training at the next safe point."""
@@ -322,8 +328,6 @@ class Runner:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """One call of train(), val() or test(): before_run, and on the way out after_run."""
-        if self.closed:
-            raise RuntimeError("this Runner is closed: make another one")
         self.requests.clear()  # what a run that is over may have left
         with self._errors_blamed():
             try:

@@ -1,0 +1,88 @@
+"""Dataloaders and batches."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hookengine import batch_size
+from hookengine.build import build_dataloader
+from hookengine.data import dataset_size, iterate_from, length_of
+
+IMAGES = torch.zeros(5, 3, 8, 8)
+LABELS = torch.zeros(5)
+Pair = namedtuple("Pair", "images labels")
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (IMAGES, 5),
+        (torch.tensor(3.0), 1),
+        ((IMAGES, LABELS), 5),
+        ([IMAGES, LABELS], 5),
+        (Pair(IMAGES, LABELS), 5),
+        ([[IMAGES, IMAGES], LABELS], 5),  # two views of each sample
+        ({"images": IMAGES, "labels": LABELS}, 5),
+        ({"inputs": [IMAGES[0]] * 4, "data_samples": [None] * 4}, 4),  # a list of samples
+        ([{"image": IMAGES[0]}] * 3, 3),
+        ([torch.tensor(1.0)] * 3, 3),
+        (["a", "b"], 2),
+        ({"nested": {"x": IMAGES}}, 5),
+        ({}, 1),
+        ([], 1),
+        (None, 1),
+    ],
+)
+def test_the_number_of_samples_in_a_batch(batch: Any, expected: int) -> None:
+    assert batch_size(batch) == expected
+
+
+def test_a_dataloader_is_anything_iterable_or_the_arguments_of_one(data: Any) -> None:
+    loader = build_dataloader(dict(dataset=data(), batch_size=4), "train_dataloader")
+    assert isinstance(loader, DataLoader)
+    assert length_of(loader) == 5
+    assert dataset_size(loader) == 20
+    batches = [1, 2]
+    assert build_dataloader(batches, "train_dataloader") is batches
+    assert dataset_size(batches) is None
+    generator = (b for b in batches)
+    assert build_dataloader(generator, "train_dataloader") is generator
+    assert length_of(generator) is None
+
+    class Indexed:
+        def __getitem__(self, index: int) -> int:
+            return [1, 2][index]
+
+    assert list(build_dataloader(Indexed(), "train_dataloader")) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (3, TypeError, "val_dataloader must be iterable"),
+        ([], ValueError, "val_dataloader is empty"),
+        (dict(batch_size=3), ValueError, "needs a 'dataset'"),
+        (dict(dataset=[1], batchsize=3), TypeError, "val_dataloader: .*batchsize"),
+        (dict(dataset=[1], batch_size=3, drop_last=True), ValueError, "drop_last=True"),
+    ],
+)
+def test_what_is_no_dataloader_is_answered(given: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_dataloader(given, "val_dataloader")
+
+
+def test_a_pass_starts_at_a_batch() -> None:
+    iterator, dropped = iterate_from([1, 2, 3], 0, 2)
+    assert (list(iterator), dropped) == ([3], True)
+    iterator, dropped = iterate_from([1, 2, 3], 0, 0)
+    assert (list(iterator), dropped) == ([1, 2, 3], False)
+    iterator, dropped = iterate_from([1, 2], 0, 2)
+    assert (list(iterator), dropped) == ([], True)
+    running = iter([1, 2, 3])
+    iterator, dropped = iterate_from(running, 0, 2)
+    assert (list(iterator), dropped) == ([1, 2, 3], False)

@@ -1,0 +1,169 @@
+"""Metrics: process, gather, compute; several of them; torchmetrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hookengine import BaseMetric, Evaluator
+
+
+class Mean(BaseMetric):
+    """The mean of what is processed."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        return {"mean": sum(results) / len(results)}
+
+
+def test_a_metric_is_computed_from_all_batches_and_starts_anew() -> None:
+    metric = Mean()
+    metric.process(None, [1.0, 2.0])
+    metric.process(None, [6.0])
+    assert metric.evaluate(3) == {"mean": 3.0}
+    metric.process(None, [5.0])
+    assert metric.evaluate(1) == {"mean": 5.0}
+
+
+def test_a_prefix_is_given_or_the_classes() -> None:
+    class Prefixed(Mean):
+        default_prefix = "all"
+
+    for metric, name in ((Mean(), "mean"), (Mean(prefix="a"), "a/mean"), (Prefixed(), "all/mean")):
+        metric.process(None, [1.0])
+        assert metric.evaluate(1) == {name: 1.0}
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(0.5), torch.tensor([0.5]), np.float64(0.5), np.array(0.5), 0.5]
+)
+def test_scalars_become_python_numbers(value: Any) -> None:
+    class One(Mean):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            return {"value": value, "table": [1, 2], "name": "x", "many": torch.ones(2)}
+
+    metric = One()
+    metric.process(None, [1.0])
+    metrics = metric.evaluate(1)
+    assert type(metrics["value"]) is float
+    assert metrics["table"] == [1, 2]
+    assert metrics["many"].shape == (2,)
+
+
+def test_results_are_on_the_cpu_and_without_a_graph() -> None:
+    class Keep(Mean):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            self.kept = results
+            return {}
+
+    from collections import namedtuple
+
+    pair = namedtuple("pair", "score label")
+    metric = Keep()
+    score = torch.ones(2, requires_grad=True) * 2
+    metric.results = [{"a": [score]}, (score, "x"), pair(score, 1)]
+    metric.evaluate(3)
+    first, second, third = metric.kept
+    for kept in (first["a"][0], second[0], third.score):
+        assert isinstance(kept, Tensor)
+        assert not kept.requires_grad
+    assert type(third) is pair
+
+
+def test_empty_results_are_said_so() -> None:
+    class Lazy(Mean):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            return {"mean": 0.0}
+
+    with pytest.warns(UserWarning, match=r"Lazy.results is empty: process\(\) must append"):
+        Lazy().evaluate(1)
+
+
+def test_compute_metrics_must_return_a_dict() -> None:
+    class Wrong(Mean):
+        def compute_metrics(self, results: list[Any]) -> Any:
+            return 3.0
+
+    metric = Wrong()
+    metric.process(None, [1.0])
+    with pytest.raises(TypeError, match=r"Wrong.compute_metrics must return a dict"):
+        metric.evaluate(1)
+
+
+def test_an_evaluator_is_built_from_what_users_have() -> None:
+    kinds = [Mean(), dict(type=Mean, prefix="b"), torchmetrics.MeanSquaredError()]
+    evaluator = Evaluator(kinds)
+    evaluator.process(data_samples=(torch.tensor([1.0]), torch.tensor([3.0])), data_batch=None)
+    assert evaluator.evaluate(2) == {"mean": 2.0, "b/mean": 2.0, "meansquarederror": 4.0}
+    assert len(Evaluator(Mean()).metrics) == 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "message"),
+    [
+        ([], ValueError, "at least one metric"),
+        (Mean, TypeError, r"pass an instance, Mean\(\)"),
+        (dict(type="Accuracy"), TypeError, "takes the class itself"),
+        (3, TypeError, "got int"),
+    ],
+)
+def test_what_is_no_metric_is_answered(metrics: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Evaluator(metrics)
+
+
+def test_two_metrics_of_one_name_are_refused() -> None:
+    evaluator = Evaluator([Mean(), Mean()])
+    evaluator.process(data_samples=[1.0])
+    with pytest.raises(ValueError, match=r"two metrics report 'mean': .*Mean\(prefix='other'\)"):
+        evaluator.evaluate(1)
+
+
+def test_offline_evaluation_goes_in_chunks() -> None:
+    seen = []
+
+    class Watch(Mean):
+        def process(self, data_batch: Any, data_samples: Any) -> None:
+            seen.append((data_batch, data_samples))
+            super().process(data_batch, data_samples)
+
+    evaluator = Evaluator(Watch())
+    metrics = evaluator.offline_evaluate([1.0, 2.0, 6.0], data=["a", "b", "c"], chunk_size=2)
+    assert metrics == {"mean": 3.0}
+    assert seen == [(["a", "b"], [1.0, 2.0]), (["c"], [6.0])]
+    assert evaluator.offline_evaluate([4.0]) == {"mean": 4.0}
+    with pytest.raises(ValueError, match="1 predictions for 2 samples"):
+        evaluator.offline_evaluate([1.0], data=["a", "b"])
+
+
+def test_torchmetrics_count_what_a_metric_of_ones_own_counts(make: Any, data: Any) -> None:
+    ours = make(validate=True).val()
+    metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
+    loader = DataLoader(data(10, seed=1), batch_size=4)
+    runner = make(val_dataloader=loader, val_evaluator=metric)
+    assert runner.val()["multiclassaccuracy"] == pytest.approx(ours["accuracy"])
+    assert runner.val()["multiclassaccuracy"] == pytest.approx(ours["accuracy"])  # was reset
+    both = torchmetrics.MetricCollection({"top1": metric})
+    assert set(make(val_dataloader=loader, val_evaluator=both).val()) == {"top1"}
+
+
+def test_a_torchmetric_takes_a_dict_as_keywords() -> None:
+    evaluator = Evaluator(torchmetrics.MeanSquaredError())
+    evaluator.process(data_samples=dict(preds=torch.ones(1), target=torch.zeros(1)))
+    assert evaluator.evaluate(1) == {"meansquarederror": 1.0}
+
+
+def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:
+    dataset = data(10, seed=1)
+    dataset.metainfo = {"classes": ["a", "b", "c"]}
+    metric = Mean()
+    make(val_dataloader=DataLoader(dataset, batch_size=4), val_evaluator=metric)
+    assert metric.dataset_meta == {"classes": ["a", "b", "c"]}

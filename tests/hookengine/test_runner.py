@@ -1,0 +1,467 @@
+"""The Runner: what it accepts, what it refuses, and how it lives."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hookengine import MODELS, BaseModel, OptimWrapper, Plugin, Runner
+
+
+class Plain(nn.Module):
+    """A plain network for the toy data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fc(inputs)
+
+
+# -- what it accepts ----------------------------------------------------------------------------
+
+
+def test_a_plain_module_trains_with_a_loss(make: Any, accuracy: Any) -> None:
+    model = Plain()
+    runner = make(model=model, loss=F.cross_entropy, validate=True, val_cfg=dict(loss=True))
+    metrics = runner.train()
+    assert set(metrics) == {"loss", "accuracy"}
+    assert runner.bare_model is model
+    assert set(runner.state_dict()["state_dict"]) == {"fc.weight", "fc.bias"}
+    assert runner.progress.step == 10
+
+
+def test_a_loss_may_be_a_module_or_return_a_dict(make: Any) -> None:
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    runner = make(model=Plain(), loss=weighted)
+    runner.train()
+    assert set(runner.state_dict()["state_dict"]) == {"fc.weight", "fc.bias"}
+    seen = []
+
+    def losses(output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"loss_ce": F.cross_entropy(output, target), "norm": output.norm()}
+
+    runner = make(model=Plain(), loss=losses)
+    runner.on("after_train_iter")(lambda outputs: seen.append(set(outputs)))
+    runner.train()
+    assert seen[0] == {"loss", "loss_ce", "norm"}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model: OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)),
+        lambda model: dict(optimizer=torch.optim.SGD(model.parameters(), lr=0.1)),
+        lambda model: dict(optimizer=dict(type="SGD", lr=0.1)),
+        lambda model: dict(optimizer=dict(type=torch.optim.SGD, lr=0.1)),
+        lambda model: dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1)),
+    ],
+)
+def test_an_optimizer_is_given_in_any_of_these_ways(make: Any, toy: Any, build: Any) -> None:
+    torch.manual_seed(0)
+    model = toy()
+    runner = make(model=model, optim_wrapper=build(model))
+    runner.train()
+    other = make()
+    other.train()
+    assert torch.equal(model.net.weight, other.bare_model.net.weight)
+
+
+def test_a_model_is_a_module_a_dict_or_a_function(make: Any, toy: Any) -> None:
+    MODELS.register_module("runner_toy", module=toy, force=True)
+    for model in (toy(), dict(type="runner_toy"), toy, lambda: dict(type="runner_toy")):
+        runner = make(model=model)
+        assert type(runner.bare_model) is toy
+        runner.train()
+
+
+def test_dataloaders_are_given_as_the_arguments_of_one(make: Any, data: Any) -> None:
+    runner = make(train_dataloader=dict(dataset=data(), batch_size=5, shuffle=True))
+    runner.train()
+    assert runner.progress.iter == 8
+
+
+# -- what it refuses ----------------------------------------------------------------------------
+
+
+class NoLoss(BaseModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str) -> Any:
+        if mode == "predict":
+            return inputs, labels
+        return None
+
+
+LOADER = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))]
+
+MISTAKES = [
+    (dict(train_cfg=dict(max_epoch=3)), ValueError, "unknown option 'max_epoch'. Did you mean"),
+    (dict(train_cfg=None), ValueError, "training needs train_cfg beside train_dataloader"),
+    (dict(optim_wrapper=None), ValueError, "training needs optim_wrapper beside"),
+    (dict(val_dataloader=LOADER), ValueError, "validation needs val_evaluator beside val_data"),
+    (dict(test_evaluator=object()), ValueError, "testing needs test_dataloader beside"),
+    (dict(val_cfg=dict()), ValueError, "val_cfg needs val_dataloader and val_evaluator beside"),
+    (
+        dict(val_cfg=dict(los=True)),
+        ValueError,
+        "val_cfg: unknown option 'los'. Did you mean 'loss'",
+    ),
+    (dict(train_dataloader=[]), ValueError, "train_dataloader is empty"),
+    (dict(model=Plain()), TypeError, r"Plain has no train_step: derive .* loss=F.cross_entropy"),
+    (dict(model=3), TypeError, "model must be an nn.Module, got int"),
+    (dict(loss=F.cross_entropy), TypeError, "Toy is a BaseModel, .*: drop loss="),
+    (dict(optim_wrapper=dict(lr=0.1)), ValueError, "needs an 'optimizer'"),
+    (dict(optim_wrapper=3), TypeError, "optim_wrapper takes an optimizer"),
+    (dict(optim_wrapper=dict(optimizer=3)), TypeError, r"optim_wrapper\['optimizer'\] takes"),
+    (
+        dict(optim_wrapper=dict(optimizer=dict(type="SDG", lr=1))),
+        KeyError,
+        "unknown optimizer 'SDG'. Did you mean 'SGD'",
+    ),
+    (
+        dict(optim_wrapper=torch.optim.SGD(Plain().parameters(), lr=0.1)),
+        ValueError,
+        r"parameter of shape \(3, 4\) that is not the model's",
+    ),
+    (dict(plugins=["ema2000"]), KeyError, "unknown plugin 'ema2000'"),
+    (dict(validator=3), TypeError, "Runner: unknown argument 'validator'"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MISTAKES)
+def test_a_mistake_gets_one_clear_error_at_construction(
+    make: Any, options: Any, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_an_error_in_building_the_optimizer_says_what_was_built(make: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        make(optim_wrapper=dict(optimizer=dict(type="SGD", learning_rate=0.1)))
+    (note,) = caught.value.__notes__
+    assert note.startswith("while building optim_wrapper['optimizer']={'type': 'SGD'")
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda o, t: None, TypeError, r"forward\(mode='loss'\) returned None"),
+        (lambda o, t: F.cross_entropy(o, t).detach(), ValueError, "does not require a gradient"),
+        (lambda o, t: 3.0, TypeError, "'loss' must be a tensor"),
+        (lambda o, t: {"cost": o.sum()}, ValueError, "must contain 'loss'"),
+    ],
+)
+def test_a_loss_that_is_none_shows_in_the_first_iteration(
+    make: Any, loss: Any, error: type, message: str
+) -> None:
+    runner = make(model=Plain(), loss=loss)
+    with pytest.raises(error, match=message):
+        runner.train()
+    assert runner.progress.iter == 0
+
+
+def test_what_it_has_no_parts_for_is_answered(make: Any) -> None:
+    idle = make(train_dataloader=None, train_cfg=None, optim_wrapper=None)
+    with pytest.raises(ValueError, match="needs train_dataloader, train_cfg and optim_wrapper"):
+        idle.train()
+    with pytest.raises(ValueError, match="pass val_dataloader and val_evaluator"):
+        idle.val()
+    with pytest.raises(ValueError, match="pass test_dataloader and test_evaluator"):
+        idle.test()
+
+
+def test_validating_and_testing_need_no_optimizer(make: Any) -> None:
+    runner = make(
+        train_dataloader=None, train_cfg=None, optim_wrapper=None, validate=True, test=True
+    )
+    assert runner.val() == runner.test()
+    runner.load_state_dict(runner.state_dict())
+
+
+# -- how it lives -------------------------------------------------------------------------------
+
+
+def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) -> None:
+    runner = make(train_cfg=dict(max_epochs=1))
+    runner.train()
+    weight = runner.bare_model.net.weight.clone()
+    runner.train()
+    assert "has reached its limit of 1 epochs already" in caplog.text
+    assert "train(max_epochs=2)" in caplog.text
+    assert torch.equal(runner.bare_model.net.weight, weight)
+    runner.train(max_epochs=2)
+    straight = make(train_cfg=dict(max_epochs=2))
+    straight.train()
+    assert torch.equal(runner.bare_model.net.weight, straight.bare_model.net.weight)
+    runner.train(max_iters=12)  # the unit may change
+    assert runner.progress.iter == 12
+    with pytest.raises(ValueError, match="needs max_epochs and no max_iters"):
+        runner.train(max_epochs=3, max_iters=3)
+
+
+def test_two_runners_in_one_process_do_not_meet(make: Any) -> None:
+    one, other = make(), make()
+    seen: list[str] = []
+    one.on("before_train")(lambda: seen.append("one"))
+    other.on("before_train")(lambda: seen.append("other"))
+    one.train()
+    other.train()
+    one.close()
+    other.train(max_epochs=3)
+    assert seen == ["one", "other", "other"]
+
+
+def test_a_runner_that_is_dropped_is_freed(make: Any, toy: Any, tmp_path: Path) -> None:
+    runner = Runner(toy(), tmp_path, LOADER, optim_wrapper=dict(optimizer=dict(type="SGD", lr=1)),
+                    train_cfg=dict(max_epochs=1), defaults=())  # fmt: skip
+    runner.train()
+    gone = weakref.ref(runner)
+    del runner
+    gc.collect()
+    assert gone() is None
+
+
+class Life(Plugin):
+    """Notes the events of a life, and fails where it is told to."""
+
+    fails_in: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.log: list[str] = []
+
+    def _note(self, event: str) -> None:
+        self.log.append(event)
+        if event in self.fails_in:
+            raise LookupError(event)
+
+    def configure(self) -> None:
+        self._note("configure")
+
+    def before_run(self) -> None:
+        self._note("before_run")
+
+    def after_train_iter(self, runner: Any) -> None:
+        if runner.progress.iter == 3:
+            self._note("third")
+
+    def on_exception(self, error: BaseException) -> None:
+        self._note(f"on_exception {type(error).__name__}")
+
+    def after_run(self) -> None:
+        self._note("after_run")
+
+    def unconfigure(self) -> None:
+        self._note("unconfigure")
+
+
+def test_with_closes_once(make: Any) -> None:
+    life = Life()
+    with make(plugins=[life]) as runner:
+        runner.train()
+    runner.close()
+    assert life.log == ["configure", "before_run", "third", "after_run", "unconfigure"]
+    with pytest.raises(RuntimeError, match="this Runner is closed"):
+        runner.train()
+
+
+def test_an_exception_is_told_to_all_and_raised_on(make: Any) -> None:
+    first, second = Life(fails_in=("third",)), Life()
+    second.plugin_name = "second"  # type: ignore[misc]
+    runner = make(plugins=[first, second])
+    with pytest.raises(LookupError, match="third"):
+        runner.train()
+    ending = ["on_exception LookupError", "after_run"]
+    assert first.log == ["configure", "before_run", "third", *ending]
+    assert second.log == ["configure", "before_run", *ending]
+
+
+def test_closing_events_reach_everybody_and_hide_no_error(make: Any) -> None:
+    first = Life(fails_in=("third", "on_exception LookupError", "after_run"))
+    second = Life()
+    second.plugin_name = "second"  # type: ignore[misc]
+    runner = make(plugins=[first, second])
+    with pytest.raises(LookupError, match="third") as caught:
+        runner.train()
+    assert second.log == ["configure", "before_run", "on_exception LookupError", "after_run"]
+    notes = caught.value.__notes__
+    assert "plugin 'life'" in notes[0]
+    assert "and then LookupError: on_exception LookupError (raised by plugin 'life'" in notes[1]
+    assert "and then LookupError: after_run" in notes[2]
+
+
+def test_an_interrupt_leaves_a_runner_that_goes_on(make: Any) -> None:
+    straight = make()
+    straight.train()
+    for event in ("before_train_iter", "before_optim_step", "after_train_iter"):
+        life = Life()
+        runner = make(plugins=[life])
+        left = [1]
+
+        def interrupt(runner: Any) -> None:
+            if runner.progress.iter == 6 and left:  # noqa: B023
+                left.pop()  # noqa: B023
+                raise KeyboardInterrupt
+
+        runner.on(event)(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.train()
+        assert life.log[-2:] == ["on_exception KeyboardInterrupt", "after_run"]
+        runner.train()
+        assert runner.progress.iter == 10
+        # Gradients that the interrupted iteration left are not added to the next one's.
+        assert torch.equal(runner.bare_model.net.weight, straight.bare_model.net.weight)
+
+
+def test_a_failed_construction_unconfigures(make: Any) -> None:
+    life = Life()
+    with pytest.raises(TypeError, match="Plain has no train_step"):
+        make(plugins=[life], model=Plain())
+    assert life.log == ["configure", "unconfigure"]
+    failing, never = Life(fails_in=("configure", "unconfigure")), Life()
+    never.plugin_name = "never"  # type: ignore[misc]
+    with pytest.raises(LookupError, match="configure") as caught:
+        make(plugins=[failing, never])
+    assert failing.log == ["configure", "unconfigure"]
+    assert never.log == []
+    assert "plugin 'life'" in caught.value.__notes__[0]
+    assert "and then LookupError: unconfigure" in caught.value.__notes__[1]
+
+
+def test_an_open_runner_is_closed_at_exit(tmp_path: Path) -> None:
+    script = f"""
+from hookengine import Plugin, Runner
+from torch import nn
+class Last(Plugin):
+    def unconfigure(self): print("unconfigured")
+runner = Runner(nn.Linear(1, 1), {str(tmp_path)!r}, loss=None, plugins=[Last()], defaults=())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "unconfigured\n"
+
+
+def test_conversion_and_wrapping_keep_optimizer_and_names(make: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: Any) -> None:
+            super().__init__()
+            self.module = module
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            return self.module.train_step(data, optim_wrapper)
+
+    class Surgeon(Plugin):
+        def convert_model(self, model: Any) -> Any:
+            model.net.weight = nn.Parameter(model.net.weight.detach().clone())
+
+        def wrap_model(self, model: Any, role: str) -> Any:
+            return Wrapper(model)
+
+    torch.manual_seed(0)
+    model = make().bare_model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.net.weight.grad = torch.zeros_like(model.net.weight)
+    optimizer.step()  # the optimizer has a state already
+    optimizer.zero_grad()
+    old = model.net.weight
+    runner = make(model=model, optim_wrapper=optimizer, plugins=[Surgeon()])
+    assert type(runner.model) is Wrapper
+    assert runner.bare_model is model
+    assert model.net.weight is not old
+    assert any(p is model.net.weight for p in runner.optim_wrapper.parameters())
+    assert model.net.weight in optimizer.state
+    assert old not in optimizer.state
+    before = model.net.weight.clone()
+    runner.train()
+    assert not torch.equal(model.net.weight, before)
+    assert set(runner.state_dict()["state_dict"]) == {"net.weight", "net.bias"}
+    assert type(runner.wrap(nn.Linear(1, 1), "average")) is Wrapper
+
+
+def test_state_is_plain_and_goes_on(make: Any, tmp_path: Path) -> None:
+    first = make(train_cfg=dict(max_epochs=1))
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second = make(train_cfg=dict(max_epochs=2))
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    straight = make(train_cfg=dict(max_epochs=2))
+    straight.train()
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+    assert second.progress.step == 10
+
+
+def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
+    for name in ("param_scheduler", "default_hooks", "custom_hooks", "launcher", "cfg"):
+        with pytest.raises(TypeError, match=rf"'{name}' is MMEngine's. Here: "):
+            make(**{name: {}})
+    for options, answer in [
+        (dict(type="AmpOptimWrapper"), "'AmpOptimWrapper' is MMEngine's. Here: plugins=['amp']"),
+        (dict(accumulative_counts=4), "dict(type='accumulate', steps=...)"),
+        (dict(clip_grad=dict(max_norm=1)), "dict(type='clip', ...)"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=re.escape(answer)):
+            make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), **options))
+    with pytest.raises(ValueError, match=r"'EpochBasedTrainLoop' is MMEngine's.*by_epoch=True"):
+        make(train_cfg=dict(type="EpochBasedTrainLoop", max_epochs=1))
+    with pytest.raises(ValueError, match=r"'fp16' is MMEngine's"):
+        make(validate=True, val_cfg=dict(fp16=True))
+
+
+def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
+    from hookengine import PLUGINS
+    from hookengine.migration import REPLACEMENTS, answer
+
+    for name, (plugin, _) in REPLACEMENTS.items():
+        text = answer(name)
+        assert text is not None
+        assert ("no plugin" in text) == (plugin is not None and plugin not in PLUGINS)
+    assert answer("anything") is None
+
+
+def test_log_hands_raw_values_on(make: Any) -> None:
+    seen = []
+
+    class Watch(Plugin):
+        def log(self, phase: str, values: Any) -> None:
+            seen.append((phase, dict(values)))
+
+    runner = make(plugins=[Watch()])
+    runner.log({"a": 1})
+    runner.log({"b": 2}, phase="val")
+    assert seen == [("train", {"a": 1}), ("val", {"b": 2})]
+
+
+def test_the_device_is_the_one_that_is_asked_for(make: Any) -> None:
+    class Mover(Plugin):
+        def configure(self, runner: Any) -> None:
+            runner.device = torch.device("meta")
+
+    assert make(device="cpu").device == torch.device("cpu")
+    runner = make(plugins=[Mover()])
+    assert runner.bare_model.net.weight.device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_training_on_the_accelerator_is_the_default(make: Any, data: Any) -> None:
+    runner = make(train_dataloader=DataLoader(data(), batch_size=4), validate=True)
+    runner.train()
+    assert runner.device.type == torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    assert runner.bare_model.net.weight.device.type == runner.device.type

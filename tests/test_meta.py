@@ -1,0 +1,80 @@
+"""What holds for every module, and for the packaging."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+    for base, pattern in ((ROOT, "hookengine/**/*.py"), (ROOT / "plugins", "**/*.py"))
+    for path in base.glob(pattern)
+)
+
+
+IMPORT_EACH = """
+import os, sys, warnings
+import torch  # once, for all the processes that are forked from this one
+warnings.simplefilter("error")
+failed = []
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            __import__(module)
+        except BaseException as error:
+            print(f"{module}: {type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed += [module] * (os.waitpid(child, 0)[1] != 0)
+sys.exit(bool(failed))
+"""
+
+
+def test_each_module_is_imported_alone_without_a_warning() -> None:
+    command = [sys.executable, "-c", IMPORT_EACH, *MODULES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kernel_is_imported_under_w_error() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", "import hookengine"], check=True)
+
+
+def test_every_package_is_typed_and_has_its_entry_points() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {
+        value.partition(":")[0].partition(".")[0]
+        for group in project["entry-points"].values()
+        for value in group.values()
+    }
+    packages = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+    assert named == packages
+    for package in (*(ROOT / "plugins" / name for name in packages), ROOT / "hookengine"):
+        assert (package / "py.typed").exists()
+
+
+def test_import_contracts_name_every_plugin() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    packages = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+    kernel, independent, _ = config["contracts"]
+    assert set(config["root_packages"]) == packages | {"hookengine"}
+    assert set(kernel["forbidden_modules"]) == set(independent["modules"]) == packages
+
+
+def test_no_file_names_a_registry_host_or_a_path_of_a_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in {".png", ""} or path == Path(__file__) or not path.exists():
+            continue
+        text = path.read_text()
+        for word in ("pypi.org", "pythonhosted", "/root/", "/work/"):
+            assert word not in text, f"{name} contains {word}"
