@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import graphlib
-import heapq
 import inspect
 import re
 import types
@@ -137,39 +136,37 @@ def check_methods(name: str, plugin: object) -> None:
 def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     """Order plugins: as given, subject to their ``after`` and ``before``.
 
-    A pure function of what is declared; among those that may come next, the first given does.
+    A pure function of what is declared: each comes in its turn, and just before it those that it
+    says it comes after.
 
     Raises:
         ValueError: the constraints form a cycle, which the message prints.
     """
-    names = list(plugins)
-    position = {name: index for index, name in enumerate(names)}
-    graph: dict[str, set[str]] = {name: set() for name in names}
+    earlier: dict[str, list[str]] = {name: [] for name in plugins}
     for name, plugin in plugins.items():
-        for other in _names(plugin, "after"):
-            if other in graph:
-                graph[name].add(other)
+        earlier[name] += [other for other in _names(plugin, "after") if other in plugins]
         for other in _names(plugin, "before"):
-            if other in graph:
-                graph[other].add(name)
-    sorter = graphlib.TopologicalSorter(graph)
+            if other in plugins:
+                earlier[other].append(name)
     try:
-        sorter.prepare()
+        graphlib.TopologicalSorter(earlier).prepare()
     except graphlib.CycleError as error:
         cycle = " -> ".join(reversed(error.args[1]))
         raise ValueError(
             f"the order of the plugins is a cycle: {cycle} (each says that it is called after the "
             "next). Drop one of these 'after' or 'before' declarations"
         ) from None
-    order: list[str] = []
-    ready: list[int] = []
-    while sorter.is_active():
-        for name in sorter.get_ready():
-            heapq.heappush(ready, position[name])
-        name = names[heapq.heappop(ready)]
-        order.append(name)
-        sorter.done(name)
-    return order
+    order: dict[str, None] = {}
+
+    def place(name: str) -> None:
+        if name not in order:
+            for other in earlier[name]:
+                place(other)
+            order[name] = None
+
+    for name in plugins:
+        place(name)
+    return list(order)
 
 
 def _names(plugin: object, attribute: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ entry points of the installed distributions, of which only the one asked for is 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any, TypeVar, overload
@@ -46,35 +47,38 @@ class Registry:
         self.group = group
         self.kind = kind
         self._registered: dict[str, Any] = {}
-        self._entry_points: dict[str, EntryPoint] | None = None
+        self._entry_points: dict[str, EntryPoint] = {}
+        self._searched: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Registry({self.group!r})"
 
     def entry_points(self) -> dict[str, EntryPoint]:
-        """The entry points of the group by name, from metadata alone: nothing is imported.
-
-        Raises:
-            ValueError: two distributions offer the same name.
-        """
+        """The entry points of the group by name, from metadata alone: nothing is imported."""
         found: dict[str, EntryPoint] = {}
+        self._disputed: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
-            other = found.setdefault(point.name, point)
-            if other.value != point.value:
-                raise ValueError(
-                    f"two distributions offer the {self.kind} {point.name!r}: "
-                    f"{distribution_of(other)} ({other.value}) and "
-                    f"{distribution_of(point)} ({point.value}); uninstall one of them"
-                )
-        self._entry_points = dict(sorted(found.items()))
+            if found.setdefault(point.name, point).value != point.value:
+                self._disputed[point.name] = point
+        self._entry_points, self._searched = dict(sorted(found.items())), tuple(sys.path)
         return self._entry_points
 
     def entry_point(self, name: str) -> EntryPoint | None:
-        """The entry point of that name, or None; looks again where the name is a new one."""
-        points = self._entry_points
-        if points is None or name not in points:
-            points = self.entry_points()
-        return points.get(name)
+        """The entry point of that name, or None; looks anew for a new name or on a new path.
+
+        Raises:
+            ValueError: two distributions offer different objects under that name.
+        """
+        if name not in self._entry_points or self._searched != tuple(sys.path):
+            self.entry_points()
+        point = self._entry_points.get(name)
+        if point is not None and (other := self._disputed.get(name)) is not None:
+            raise ValueError(
+                f"two distributions offer the {self.kind} {name!r}: {distribution_of(point)} "
+                f"({point.value}) and {distribution_of(other)} ({other.value}); uninstall one of "
+                "them"
+            )
+        return point
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Plugin, Record, batch_size, describe_environment, dist, options_of
+from hookengine import Plugin, Record, batch_size, describe_environment, dist, hookimpl, options_of
 from hookengine_logging.files import MetricsFile
 from hookengine_logging.meters import Meters, Stopwatch, memory
 from hookengine_logging.output import Output, make_logger
@@ -105,6 +105,9 @@ class Logging(Plugin, name="logging"):
         clock = self._stopwatch
         clock.data_seconds += perf_counter() - clock.mark
 
+    # Last, so that what other plugins log in these events is part of the record.
+
+    @hookimpl(trylast=True)
     def after_train_iter(self, runner: Any, data_batch: Any, outputs: Any) -> None:
         """Keep the outputs; every ``interval`` iterations, reduce and write them."""
         clock = self._stopwatch
@@ -120,11 +123,13 @@ class Logging(Plugin, name="logging"):
         if count % self.interval == 0 or (progress.is_last and self._by_epoch):
             self._write_training(runner)
 
+    @hookimpl(trylast=True)
     def after_train_epoch(self, runner: Any) -> None:
         """Write what is left, where the epoch's length was not known."""
         if self._by_epoch:
             self._write_training(runner)
 
+    @hookimpl(trylast=True)
     def after_train(self, runner: Any) -> None:
         """Write what is left at the limit or after a stop."""
         self._write_training(runner)
@@ -154,10 +159,12 @@ class Logging(Plugin, name="logging"):
 
     # -- evaluation -----------------------------------------------------------------------------
 
+    @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """Write the metrics."""
         self._write_metrics(runner, "val", metrics)
 
+    @hookimpl(trylast=True)
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """Write the metrics."""
         self._write_metrics(runner, "test", metrics)

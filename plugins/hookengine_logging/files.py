@@ -73,8 +73,9 @@ class MetricsFile:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # a line that was cut short by a kill
+                later = record["iter"] > progress.iter or record["epoch"] > progress.epoch
                 owed = record["phase"] == "val" and progress.val_due
-                if record["iter"] < progress.iter or (record["iter"] == progress.iter and not owed):
+                if not later and not (owed and record["iter"] == progress.iter):
                     yield line if line.endswith("\n") else line + "\n"
 
     def close(self, logger: Any) -> None:

@@ -49,18 +49,20 @@ class BaseDataPreprocessor(nn.Module):
         method ``to(device)``, are moved; str, bytes, None and the rest stay as they are.
         """
         device = self._device
-        if isinstance(data, (list, tuple)):
+        kind = type(data)
+        if kind is list or kind is tuple:
             items = []
             for item in data:  # .to() costs microseconds also where it has nothing to do
                 here = isinstance(item, Tensor) and item.device == device
                 items.append(item if here else self.cast_data(item))
-            if isinstance(data, list):
-                return items
-            return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
-        if isinstance(data, (str, bytes)) or data is None:
+            return items if kind is list else tuple(items)
+        if data is None or isinstance(data, (str, bytes)):
             return data
         if hasattr(data, "to"):
             return data.to(device, non_blocking=True) if self._non_blocking else data.to(device)
+        if isinstance(data, (list, tuple)):
+            items = [self.cast_data(item) for item in data]
+            return kind(*items) if hasattr(data, "_fields") else kind(items)
         if isinstance(data, Mapping):
             return {key: self.cast_data(value) for key, value in data.items()}
         return data

@@ -87,6 +87,8 @@ class _Bar(Progress):
     """rich's progress bar, which reads the counters whenever it is about to be drawn."""
 
     def __init__(self, runner: Any, console: Console, refresh_per_second: float) -> None:
+        self.runner = runner
+        self.evaluated = 0
         super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -98,8 +100,6 @@ class _Bar(Progress):
             refresh_per_second=refresh_per_second,
             transient=True,
         )
-        self.runner = runner
-        self.evaluated = 0
         self._training = self.add_task("train", visible=False)
         self._evaluation = self.add_task("val", visible=False)
 
@@ -116,6 +116,8 @@ class _Bar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Read the counters, and draw."""
         progress = self.runner.progress
+        if not self.task_ids:  # rich asks once before there is anything to show
+            return ()
         if progress.iter or progress.batch:
             by_epoch = progress.max_epochs is not None
             name = f"epoch {progress.epoch + 1}/{progress.max_epochs}" if by_epoch else "train"

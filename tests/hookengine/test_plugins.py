@@ -130,8 +130,8 @@ def plugins_with(**constraints: dict[str, tuple[str, ...]]) -> dict[str, object]
 
 def test_order_is_as_given_subject_to_what_is_declared() -> None:
     assert resolve_order(plugins_with(a={}, b={}, c={})) == ["a", "b", "c"]
-    assert resolve_order(plugins_with(a={"after": ("c",)}, b={}, c={})) == ["b", "c", "a"]
-    assert resolve_order(plugins_with(a={}, b={}, c={"before": ("a",)})) == ["b", "c", "a"]
+    assert resolve_order(plugins_with(a={"after": ("c",)}, b={}, c={})) == ["c", "a", "b"]
+    assert resolve_order(plugins_with(a={}, b={}, c={"before": ("a",)})) == ["c", "a", "b"]
     assert resolve_order(plugins_with(a={"after": ("absent",)}, b={})) == ["a", "b"]
     assert resolve_order(plugins_with(a={"after": "b"}, b={})) == ["b", "a"]  # type: ignore[arg-type]
 

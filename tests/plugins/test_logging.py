@@ -1,0 +1,271 @@
+"""What is written: the console, metrics.jsonl, run.log, run.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookengine import Plugin
+
+LOGGING = ("logging",)
+
+
+def lines(runner: Any, phase: str | None = None) -> list[dict[str, Any]]:
+    text = (runner.run_dir / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    return [r for r in records if phase in (None, r["phase"])]
+
+
+def logging(make: Any, **options: Any) -> Any:
+    interval = options.pop("interval", 2)
+    plugins = [dict(type="logging", interval=interval), *options.pop("plugins", [])]
+    return make(defaults=LOGGING, plugins=plugins, **options)
+
+
+class Losses(Plugin):
+    """Keeps the losses as they come."""
+
+    def __post_init__(self) -> None:
+        self.values: list[float] = []
+
+    def after_train_iter(self, outputs: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def test_training_is_averaged_over_intervals_and_epochs(make: Any) -> None:
+    losses = Losses()
+    runner = logging(make, plugins=[losses], validate=True)
+    runner.train()
+    records = lines(runner, "train")
+    assert [r["iter"] for r in records] == [2, 4, 5, 7, 9, 10]
+    starts = [0, 2, 4, 5, 7, 9]
+    for record, start in zip(records, starts, strict=True):
+        values = losses.values[start : record["iter"]]
+        assert record["loss"] == pytest.approx(sum(values) / len(values), rel=1e-12)
+        assert record["lr"] == 0.1
+        assert 0 <= record["data_time"] <= record["time"]
+        assert record["samples_per_second"] > 0
+        assert record["memory"] > 0
+    assert [r["epoch"] for r in records] == [0, 0, 0, 1, 1, 1]
+    assert records[-1]["step"] == 10
+    assert records[-1]["eta"] == 0
+    val = lines(runner, "val")
+    assert [(r["epoch"], r["iter"]) for r in val] == [(1, 5), (2, 10)]
+    assert val[-1]["accuracy"] == runner.val_loop.metrics["accuracy"]
+
+
+def test_an_iteration_based_run_is_written_by_iterations(make: Any) -> None:
+    runner = logging(make, interval=4, train_cfg=dict(max_iters=11))
+    runner.train()
+    assert [r["iter"] for r in lines(runner)] == [4, 8, 11]
+
+
+def test_a_run_of_unknown_length_has_no_eta_and_loses_nothing(make: Any, data: Any) -> None:
+    class Unknown:
+        def __iter__(self) -> Any:
+            return iter([data(4).tensors] * 3)
+
+    runner = logging(make, train_dataloader=Unknown())
+    runner.train()
+    assert [r["iter"] for r in lines(runner)] == [2, 3, 5, 6]
+    assert "eta" not in lines(runner)[0]
+
+
+def test_no_value_is_read_from_the_device_between_records(make: Any, monkeypatch: Any) -> None:
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(Tensor, name)
+
+        def watched(self: Tensor, *a: Any, _name: str = name, _f: Any = original, **k: Any) -> Any:
+            reads.append((runner.progress.iter, _name))
+            return _f(self, *a, **k)
+
+        monkeypatch.setattr(Tensor, name, watched)
+    runner = logging(make, interval=5, train_cfg=dict(max_iters=10))
+    reads.clear()
+    runner.train()
+    # At the start of an epoch (here at 0 and 5) the DataLoader draws its seed.
+    assert {iteration for iteration, _ in reads} == {0, 5, 10}
+
+
+def test_what_runner_log_is_given_joins_the_next_record(make: Any) -> None:
+    runner = logging(make, validate=True)
+
+    @runner.on("after_train_iter")
+    def note(runner: Any) -> None:
+        kept = torch.tensor(float(runner.progress.iter), requires_grad=True) * 2
+        runner.log({"double": kept, "count": 1, "text": "x", "image": torch.zeros(2, 2)})
+
+    @runner.on("after_val_iter")
+    def note_val(runner: Any) -> None:
+        runner.log({"seen": 1.0}, phase="val")
+
+    media = []
+    runner.on("write")(lambda record: media.append(dict(record.media)))
+    runner.train()
+    first = lines(runner, "train")[0]
+    assert first["double"] == 3.0
+    assert first["count"] == 1.0
+    assert "text" not in first
+    assert media[0]["text"] == "x"
+    assert media[0]["image"].shape == (2, 2)
+    assert lines(runner, "val")[0]["seen"] == 1.0
+
+
+def test_console_lines_are_readable(make: Any, capsys: Any) -> None:
+    runner = logging(make, validate=True, interval=50)
+    runner.train()
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^\d\d:\d\d:\d\d  train  epoch 2/2  iter 10/10  loss \d\.\d+  lr 0.1  time \d+\.\d ms  "
+        r"data_time \d+\.\d ms  \d+ samples/s  \d+ MB  eta 0:00:00$",
+        out,
+        re.MULTILINE,
+    )
+    assert re.search(r"^\S+  val    epoch 1/2  iter 5/10  accuracy \d", out, re.MULTILINE)
+    log = (runner.run_dir / "run.log").read_text()
+    for line in out.splitlines():
+        assert line[10:] in log
+
+
+def test_the_run_is_introduced(make: Any, capsys: Any) -> None:
+    runner = logging(make, plugins=[Losses()], name="mine")
+    assert runner.run_dir.name == "mine"
+    run = json.loads((runner.run_dir / "run.json").read_text())
+    assert run["name"] == "mine"
+    assert torch.__version__.startswith(run["environment"]["packages"]["torch"])
+    plugins = {plugin["name"]: plugin for plugin in run["plugins"]}
+    assert plugins["logging"]["options"] == {"interval": 2, "level": "INFO"}
+    assert plugins["logging"]["source"].startswith("hookengine ")
+    assert run["hooks"]["after_train_iter"] == ["losses", "logging"]
+    out = capsys.readouterr().out
+    assert "run mine: files in" in out
+    assert "plugins logging, losses" in out
+    assert '"after_train_iter"' in (runner.run_dir / "run.log").read_text()
+
+
+def test_the_level_holds_for_console_and_file(make: Any, capsys: Any) -> None:
+    runner = make(defaults=LOGGING, plugins=[dict(type="logging", level="WARNING")])
+    runner.logger.info("quiet")
+    runner.logger.warning("loud", key=3)
+    out = capsys.readouterr().out
+    assert "quiet" not in out
+    assert "WARNING loud  key=3" in out
+
+
+def test_an_error_and_what_was_left_are_written(make: Any) -> None:
+    class Broken(Plugin):
+        def before_train_iter(self, runner: Any) -> None:
+            if runner.progress.iter == 3:
+                raise LookupError("no")
+
+    runner = logging(make, plugins=[Broken()])
+    with pytest.raises(LookupError):
+        runner.train()
+    assert [r["iter"] for r in lines(runner)] == [2, 3]
+    log = (runner.run_dir / "run.log").read_text()
+    assert "ERROR run ends with LookupError: no (raised by plugin 'broken'" in log
+
+
+def test_a_run_that_goes_on_writes_what_the_straight_run_writes(make: Any) -> None:
+    def essence(runner: Any) -> list[dict[str, Any]]:
+        timing = {"time", "data_time", "samples_per_second", "memory", "eta"}
+        return [{k: v for k, v in r.items() if k not in timing} for r in lines(runner)]
+
+    straight = logging(make, validate=True, interval=3, name="straight")
+    straight.train()
+    states: dict[int, Any] = {}
+    first = logging(make, validate=True, interval=3, name="resumed")
+
+    @first.on("safe_point")
+    def save(runner: Any) -> None:
+        progress = runner.progress
+        due = progress.val_due or (progress.batch == 0 and progress.iter)
+        states[len(states)] = (progress.iter, due, runner.state_dict())
+
+    import copy
+
+    @first.on("before_save_checkpoint", trylast=True)
+    def freeze(checkpoint: Any) -> None:
+        checkpoint.update(copy.deepcopy(checkpoint))
+
+    first.train()
+    first.close()
+    complete = (first.run_dir / "metrics.jsonl").read_text()
+    assert essence(first) == essence(straight)
+    for _, _, state in states.values():
+        (first.run_dir / "metrics.jsonl").write_text(complete + '{"phase": "tra')  # a kill
+        second = logging(make, validate=True, interval=3, name="resumed")
+        second.load_state_dict(state)
+        second.train()
+        second.close()
+        assert essence(second) == essence(straight)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_training(
+    make: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot make the run's folder .*Pass another work_dir"):
+        logging(make, work_dir=tmp_path / "file")
+
+
+def test_a_failing_disk_costs_nothing(make: Any, capsys: Any) -> None:
+    runner = logging(make)
+    path = runner.run_dir / "metrics.jsonl"
+    path.mkdir()  # cannot be opened as a file
+
+    @runner.on("after_train_epoch", tryfirst=True)
+    def mend(runner: Any) -> None:
+        if path.is_dir():
+            path.rmdir()
+
+    runner.train()
+    assert [r["iter"] for r in lines(runner)] == [2, 4, 5, 7, 9, 10]
+    assert capsys.readouterr().out.count("WARNING cannot write") == 1
+
+
+def test_a_disk_that_fails_to_the_end_is_said_so_at_the_end(make: Any, capsys: Any) -> None:
+    runner = logging(make)
+    (runner.run_dir / "metrics.jsonl").mkdir()
+    runner.train()
+    runner.close()
+    assert "ERROR 6 records could not be written" in capsys.readouterr().out
+
+
+def test_the_logger_is_given_back(make: Any, capsys: Any, caplog: Any) -> None:
+    runner = logging(make)
+    runner.close()
+    runner.logger.warning("after")
+    assert "after" not in capsys.readouterr().out
+    assert "after" in caplog.text
+
+
+def test_several_optimizers_have_a_rate_each(make: Any) -> None:
+    from torch import nn
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> None:
+            for one in optim_wrapper.values():
+                one.update_params(self.a(data[0]).sum())
+
+    model = Two()
+    sgd = torch.optim.SGD
+    runner = logging(
+        make,
+        model=model,
+        optim_wrapper=dict(x=sgd([model.a.weight], lr=0.1), y=sgd([model.a.bias], lr=0.2)),
+    )
+    runner.train()
+    assert (lines(runner)[0]["x/lr"], lines(runner)[0]["y/lr"]) == (0.1, 0.2)
+    assert "loss" not in lines(runner)[0]

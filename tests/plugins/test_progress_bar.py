@@ -1,0 +1,105 @@
+"""The bar: drawn on a terminal, above it the log; silent elsewhere."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from typing import Any
+
+SCRIPT = """
+import time, torch
+from torch import nn
+from hookengine import Runner
+
+class Slow:
+    def __len__(self): return 8
+    def __iter__(self):
+        for _ in range(8):
+            time.sleep(0.02)
+            yield torch.ones(2, 4), torch.zeros(2, dtype=torch.long)
+
+class Count:
+    def reset(self): self.n = 0
+    def update(self, output, target): self.n = 1
+    def compute(self): return float(self.n)
+    def to(self, device): return self
+
+model = nn.Linear(4, 3)
+with Runner(model, {folder!r}, Slow(), loss=nn.CrossEntropyLoss(),
+            optim_wrapper=torch.optim.SGD(model.parameters(), lr=0.1),
+            train_cfg=dict(max_epochs=2), val_dataloader=Slow(), val_evaluator=Count(),
+            plugins=[dict(type="logging", interval=4),
+                     dict(type="progress_bar", refresh_per_second=50)]) as runner:
+    runner.train()
+    print("printed by the script")
+"""
+
+
+def on_a_terminal(script: str) -> str:
+    """What a script writes to a real (pseudo) terminal."""
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=child, stderr=child, env=environment
+    )
+    os.close(child)
+    written = b""
+    while True:
+        try:
+            piece = os.read(parent, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(parent)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+def screen(written: str) -> list[str]:
+    """The lines that remain on a terminal, from what was written to it."""
+    lines, row, column = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", written):
+        if text:
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + text + line[column + len(text) :]
+            column += len(text)
+        elif code == "\n":
+            row += 1
+            column = 0
+            if row == len(lines):
+                lines.append("")
+        elif code == "\r":
+            column = 0
+        elif code.endswith("A"):
+            row = max(row - int(code[2:-1] or 1), 0)
+        elif code.endswith("K"):
+            lines[row] = "" if code[2:-1] == "2" else lines[row][:column]
+    return [line.rstrip() for line in lines]
+
+
+def test_on_a_terminal_the_bar_goes_away_and_leaves_the_lines_whole(tmp_path: Any) -> None:
+    written = on_a_terminal(SCRIPT.format(folder=str(tmp_path)))
+    assert "━" in written  # a bar was drawn
+    assert "epoch 1/2" in written
+    assert re.search(r"val.*\d/8", written)
+    left = [line for line in screen(written) if line]
+    assert not any("━" in line for line in left)
+    logged = [line for line in left if re.match(r"\d\d:\d\d:\d\d  ", line)]
+    assert len([line for line in logged if "  train  epoch" in line]) == 4
+    assert len([line for line in logged if "  val    epoch" in line]) == 2
+    for line in logged[1:]:
+        assert re.search(r"(eta 0:00:0\d|count 1)$", line), line
+    assert left[-1] == "printed by the script"
+
+
+def test_elsewhere_it_is_silent(make: Any, capsys: Any) -> None:
+    make(defaults=("progress_bar",), validate=True, test=True).train()
+    runner = make(defaults=("progress_bar",), validate=True, test=True)
+    runner.test()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
