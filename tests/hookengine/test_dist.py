@@ -55,8 +55,39 @@ def on_rank(rank: int, port: int, folder: str) -> None:
 
     metrics = evaluate_share(rank, folder)
     assert abs(metrics["loss"] - metrics["expected"]) < 1e-6
+    train_with_defaults(rank, folder)
     dist.barrier()
     torch_dist.destroy_process_group()
+
+
+def train_with_defaults(rank: int, folder: str) -> None:
+    """Train with the default plugins; rank 1 must neither print nor write."""
+    import contextlib
+    import io
+
+    from torch import nn
+
+    from hookengine import Runner
+
+    module = nn.Linear(4, 3)
+    batch = torch.ones(2, 4), torch.zeros(2, dtype=torch.long)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runner = Runner(
+            module,
+            f"{folder}/rank{rank}",
+            train_dataloader=[batch] * 3,
+            train_cfg=dict(max_epochs=1),
+            optim_wrapper=torch.optim.SGD(module.parameters(), lr=0.1),
+            loss=nn.functional.cross_entropy,
+        )
+        with runner:
+            runner.train()
+            runner.logger.error(f"an error on rank {rank}")
+    lines = printed.getvalue().splitlines()
+    assert f"an error on rank {rank}" in lines[-1]
+    assert len(lines) == (3 if rank == 0 else 1)
+    assert runner.run_dir.exists() == (rank == 0)
 
 
 def evaluate_share(rank: int, folder: str) -> dict[str, float]:
