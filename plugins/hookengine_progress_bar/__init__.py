@@ -38,7 +38,8 @@ class ProgressBar(Plugin, name="progress_bar"):
     def before_run(self, runner: Any) -> None:
         """Begin to draw, on a terminal and on rank 0."""
         console = Console()
-        if dist.is_main_process() and (console.is_terminal or console.is_jupyter):
+        # In a notebook rich would break the lines of the log at a width of its own.
+        if dist.is_main_process() and console.is_terminal and not console.is_jupyter:
             self._bar = _Bar(runner, console, self.refresh_per_second)
             self._bar.start()
 
