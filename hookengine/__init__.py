@@ -1,7 +1,8 @@
 """hookengine: a training loop that emits events, and plugins that answer them."""
 
+from hookengine import dist
 from hookengine.config import EvalCfg, TrainCfg
-from hookengine.data import batch_size
+from hookengine.data import batch_size, length_of
 from hookengine.environment import describe_environment
 from hookengine.evaluator import BaseMetric, Evaluator
 from hookengine.hookspecs import EVENTS, hookimpl
@@ -43,8 +44,10 @@ __all__ = [
     "TrainCfg",
     "batch_size",
     "describe_environment",
+    "dist",
     "get_random_state",
     "hookimpl",
+    "length_of",
     "options_of",
     "preserved_random_state",
     "set_random_state",

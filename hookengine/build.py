@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hookengine import migration
 from hookengine.config import EvalCfg, parse
@@ -42,6 +42,11 @@ def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Seque
         if isinstance(model, BaseModel):
             raise TypeError(
                 f"{type(model).__name__} is a BaseModel, which returns its own losses: drop loss="
+            )
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise TypeError(
+                f"the loss {type(loss).__name__} has parameters of its own, which would be neither "
+                "trained nor saved: make it a part of a hookengine.BaseModel"
             )
         return
     missing = [f"{phase}_step" for phase in phases if not hasattr(model, f"{phase}_step")]
@@ -184,12 +189,18 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
     if isinstance(dataloader, Mapping):
         if "dataset" not in dataloader:
             raise ValueError(f"{name}=dict(...) needs a 'dataset', as torch's DataLoader does")
+        options = migration.translate_dataloader(dataloader, name)
         try:
-            dataloader = DataLoader(**dataloader)
+            dataloader = DataLoader(**options)
         except TypeError as error:
             raise TypeError(
                 f"{name}: {error}; the dict takes the arguments of torch.utils.data.DataLoader"
             ) from error
+    if isinstance(dataloader, Dataset):
+        raise TypeError(
+            f"{name} is a dataset, which would be gone through sample by sample: wrap it, as in "
+            "DataLoader(dataset, batch_size=32, shuffle=True) or dict(dataset=..., batch_size=32)"
+        )
     if not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
         raise TypeError(
             f"{name} must be iterable (a DataLoader, a list of batches) or dict(dataset=..., "
@@ -237,6 +248,10 @@ def eval_cfg(phase: str, cfg: Any, dataloader: Any, evaluator: Any) -> EvalCfg |
     parts = {f"{phase}_dataloader": dataloader, f"{phase}_evaluator": evaluator}
     if dataloader is None and evaluator is None:
         raise ValueError(f"{phase}_cfg needs {' and '.join(parts)} beside it")
-    if dataloader is None or not parsed.loss:
+    if dataloader is not None and evaluator is None and not parsed.loss:
+        raise ValueError(
+            f"{phase}_dataloader needs {phase}_evaluator, or {phase}_cfg=dict(loss=True), beside it"
+        )
+    if dataloader is None:
         all_or_none(parts, "validation" if phase == "val" else "testing")
     return parsed

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 from typing import Annotated
 
 import typer
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -19,14 +21,46 @@ from hookengine.registry import PLUGINS, distribution_of
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 
+def _console() -> Console:
+    """As wide as the terminal; wide enough for whole lines where it is none."""
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] = False) -> None:
+    """What is installed, and which events there are."""
+    if version:
+        typer.echo(describe_environment()["packages"]["hookengine"])
+        raise typer.Exit
+
+
 @app.command()
-def plugins() -> None:
-    """List the installed plugins, from metadata alone: none is imported."""
+def plugins(
+    name: Annotated[str | None, typer.Argument(help="Show the options of this one.")] = None,
+) -> None:
+    """List the installed plugins, from metadata alone: none is imported; or one's options."""
+    if name is not None:
+        _show_options(name)
+        return
     table = Table("name", "on by default", "distribution", "object")
-    for name, point in PLUGINS.entry_points().items():
-        default = "yes" if name in DEFAULT_PLUGINS else ""
-        table.add_row(name, default, distribution_of(point), point.value)
-    Console().print(table)
+    for known, point in PLUGINS.entry_points().items():
+        default = "yes" if known in DEFAULT_PLUGINS else ""
+        table.add_row(known, default, distribution_of(point), point.value)
+    _console().print(table)
+
+
+def _show_options(name: str) -> None:
+    try:
+        plugin = PLUGINS.get(name)
+    except (KeyError, ImportError) as error:
+        raise typer.BadParameter(str(error.args[0])) from None
+    typer.echo(inspect.getdoc(plugin) or name)
+    table = Table("option", "type", "default", "what for")
+    schema = TypeAdapter(plugin).json_schema()
+    for option, about in schema.get("properties", {}).items():
+        kind = about.get("type", " | ".join(map(str, about.get("enum", ["any"]))))
+        table.add_row(option, kind, repr(about.get("default")), about.get("description", ""))
+    _console().print(table)
 
 
 @app.command()
@@ -40,7 +74,7 @@ def events(
     table = Table("event", "kind", "what for")
     for event in EVENTS.values():
         table.add_row(str(event), str(event.kind), event.doc.splitlines()[0])
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()

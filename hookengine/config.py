@@ -30,15 +30,30 @@ class TrainCfg(pydantic.BaseModel):
     val_interval: int | None = Field(None, gt=0, description="default 1 epoch, 1000 iterations")
     val_begin: int = Field(1, ge=0, description="no validation before this epoch or iteration")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_type(cls, given: Any) -> Any:
+        unit = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
+        if isinstance(given, Mapping) and given.get("type") in unit:
+            return {
+                "by_epoch": unit[given["type"]],
+                **{k: v for k, v in given.items() if k != "type"},
+            }
+        return given
+
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
+        if self.max_epochs is not None and self.max_iters is not None:
+            raise ValueError(
+                f"give one of max_epochs={self.max_epochs} and max_iters={self.max_iters}: the one "
+                "that counts"
+            )
         if self.by_epoch is None:
             self.by_epoch = self.max_iters is None
-        limit, other = ("max_epochs", "max_iters") if self.by_epoch else ("max_iters", "max_epochs")
-        if getattr(self, limit) is None or getattr(self, other) is not None:
+        limit = "max_epochs" if self.by_epoch else "max_iters"
+        if getattr(self, limit) is None:
             raise ValueError(
-                f"by_epoch={self.by_epoch} needs {limit} and no {other}, as in "
-                f"train_cfg=dict(by_epoch={self.by_epoch}, {limit}=10)"
+                f"by_epoch={self.by_epoch} needs {limit}, as in train_cfg=dict({limit}=10)"
             )
         if self.val_interval is None:
             self.val_interval = 1 if self.by_epoch else 1000
@@ -67,6 +82,13 @@ class EvalCfg(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     loss: bool = Field(False, description="also report the losses of forward(mode='loss')")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_type(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("type") in ("ValLoop", "TestLoop"):
+            return {k: v for k, v in given.items() if k != "type"}
+        return given
 
 
 def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:

@@ -39,23 +39,27 @@ def length_of(dataloader: Iterable[Any]) -> int | None:
 
 def dataset_size(dataloader: Iterable[Any]) -> int | None:
     """The number of samples in the dataset behind a dataloader, or None where it does not tell."""
-    return length_of(getattr(dataloader, "dataset", None) or ()) or None
+    dataset = getattr(dataloader, "dataset", None)
+    return None if dataset is None else length_of(dataset)
 
 
-def iterate_from(dataloader: Iterable[Any], epoch: int, batch: int) -> tuple[Iterator[Any], bool]:
+def iterate_from(
+    dataloader: Iterable[Any], epoch: int, batch: int, behind: int = 0
+) -> tuple[Iterator[Any], int]:
     """Start a pass over the dataloader at ``batch``.
 
-    A dataloader with a method ``seek(epoch, batch)`` is told, and starts there by itself. An
-    iterator (a generator) goes on where it is. Of any other the batches before are dropped.
+    A dataloader with a method ``seek(epoch, batch)`` is told, and starts there by itself. Of an
+    iterator (a generator), which goes on where it is, ``behind`` batches are dropped; of any
+    other dataloader the batches before.
 
     Returns:
-        The iterator, and whether batches had to be fetched and dropped.
+        The iterator, and how many batches were fetched and dropped.
     """
     if (seek := getattr(dataloader, "seek", None)) is not None:
         seek(epoch, batch)
-        return iter(dataloader), False
+        return iter(dataloader), 0
     iterator = iter(dataloader)
-    if batch == 0 or iterator is dataloader:
-        return iterator, False
-    next(islice(iterator, batch - 1, batch), None)
-    return iterator, True
+    dropped = behind if iterator is dataloader else batch
+    if dropped:
+        next(islice(iterator, dropped - 1, dropped), None)
+    return iterator, dropped

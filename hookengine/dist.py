@@ -34,12 +34,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    if is_distributed():
-        torch_dist.barrier()
-
-
 def broadcast_object(obj: T, src: int = 0) -> T:
     """Rank ``src``'s object, on all ranks. Pickled among the job's own processes."""
     if not is_distributed():

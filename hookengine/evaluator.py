@@ -61,15 +61,28 @@ class BaseMetric(ABC):
                 stacklevel=2,
             )
         results = dist.collect_results(_to_cpu(self.results), size)
-        metrics = None if results is None else self.compute_metrics(results)
-        if metrics is not None and not isinstance(metrics, Mapping):
-            raise TypeError(
-                f"{type(self).__name__}.compute_metrics must return a dict of metrics by name, "
-                f"got {metrics!r}"
-            )
-        metrics = dist.broadcast_object(metrics)
         self.results = []
-        return _named(metrics or {}, self.prefix)
+        metrics, failure = self._try(results) if results is not None else ({}, None)
+        metrics, message = dist.broadcast_object((metrics, failure and repr(failure)))
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise RuntimeError(f"{type(self).__name__}.compute_metrics failed on rank 0: {message}")
+        return _named(metrics, self.prefix)
+
+    def _try(self, results: list[Any]) -> tuple[dict[str, Any], Exception | None]:
+        """The metrics, or why there are none: the other ranks wait to be told."""
+        name = f"{type(self).__name__}.compute_metrics"
+        try:
+            metrics = self.compute_metrics(results)
+        except Exception as error:
+            if not results:
+                error.add_note(f"{name} got no results: does process() append to self.results?")
+            return {}, error
+        if not isinstance(metrics, Mapping):
+            message = f"{name} must return a dict of metrics by name, got {metrics!r}"
+            return {}, TypeError(message)
+        return dict(metrics), None
 
     def reset(self) -> None:
         """Forget what was processed (an evaluation that was interrupted)."""
@@ -86,22 +99,23 @@ class TorchMetric(BaseMetric):
     def __init__(self, metric: Any, prefix: str | None = None) -> None:
         super().__init__(prefix)
         self.metric = metric
+        self.name = type(metric).__name__
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Update the metric, on the device of the model's outputs."""
-        values = data_samples.values() if isinstance(data_samples, Mapping) else data_samples
-        device = next((v.device for v in values if isinstance(v, Tensor)), None)
-        if device is not None:
-            self.metric.to(device)
-        if isinstance(data_samples, Mapping):
-            self.metric.update(**data_samples)
-        else:
-            self.metric.update(*data_samples)
+        named = dict(data_samples) if isinstance(data_samples, Mapping) else {}
+        several = isinstance(data_samples, (list, tuple))
+        listed = list(data_samples) if several else [] if named else [data_samples]
+        for value in (*listed, *named.values()):
+            if isinstance(value, Tensor):
+                self.metric.to(value.device)
+                break
+        self.metric.update(*listed, **named)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
         """The metric's value, under its class's name; a collection's under its own names."""
         value = self.metric.compute()
-        return value if isinstance(value, dict) else {type(self.metric).__name__.lower(): value}
+        return value if isinstance(value, dict) else {self.name: value}
 
     def evaluate(self, size: int) -> dict[str, Any]:
         """Compute and reset."""
@@ -118,15 +132,19 @@ class Evaluator:
     """Several metrics over the same predictions.
 
     Args:
-        metrics: A ``BaseMetric``, a ``torchmetrics.Metric``, ``dict(type=class, ...)``, or a list
-            of these.
+        metrics: A ``BaseMetric``, a ``torchmetrics.Metric``, ``dict(type=class, ...)``, a list of
+            these, or a dict of these by name: the name of a torchmetric, the prefix of another.
     """
 
     def __init__(self, metrics: Any) -> None:
-        several = metrics if isinstance(metrics, (list, tuple)) else [metrics]
+        if isinstance(metrics, Mapping) and "type" not in metrics:
+            several = [_build(metric, name) for name, metric in metrics.items()]
+        else:
+            listed = metrics if isinstance(metrics, (list, tuple)) else [metrics]
+            several = [_build(metric) for metric in listed]
         if not several:
-            raise ValueError("an evaluator needs at least one metric, got an empty list")
-        self.metrics: list[BaseMetric] = [_build(metric) for metric in several]
+            raise ValueError("an evaluator needs at least one metric, got none")
+        self.metrics: list[BaseMetric] = several
 
     def set_dataset_meta(self, meta: Mapping[str, Any] | None) -> None:
         """Tell all metrics the dataset's ``metainfo``."""
@@ -185,7 +203,7 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _build(metric: Any) -> BaseMetric:
+def _build(metric: Any, name: str | None = None) -> BaseMetric:
     if isinstance(metric, Mapping):
         options = dict(metric)
         kind = options.pop("type", None)
@@ -196,6 +214,7 @@ def _build(metric: Any) -> BaseMetric:
             )
         metric = kind(**options)
     if isinstance(metric, BaseMetric):
+        metric.prefix = name or metric.prefix
         return metric
     if isinstance(metric, type):
         raise TypeError(
@@ -203,7 +222,9 @@ def _build(metric: Any) -> BaseMetric:
             f"dict(type={metric.__name__})"
         )
     if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
-        return TorchMetric(metric)
+        adapted = TorchMetric(metric)
+        adapted.name = name or adapted.name
+        return adapted
     raise TypeError(
         f"a metric is a hookengine.BaseMetric or a torchmetrics.Metric, got {type(metric).__name__}"
     )

@@ -194,7 +194,8 @@ class Build(Protocol):
         """Wrap the model, which is on its device (DDP, FSDP, compile).
 
         ``role`` is ``"train"``, or ``"average"`` for a copy that a plugin wants wrapped the same
-        way (``runner.wrap``). What comes back needs ``train_step``, ``val_step``, ``test_step``.
+        way (``runner.wrap``). What comes back needs ``train_step``, ``val_step``, ``test_step``,
+        and ``loss_step`` for ``val_cfg=dict(loss=True)``.
         """
 
     @event
@@ -279,7 +280,7 @@ class Val(Protocol):
 
     @event
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
-        """Receive the metrics of all evaluated models: floats by name."""
+        """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
 
     @transform("data_batch")
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
@@ -307,7 +308,7 @@ class Test(Protocol):
 
     @event
     def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
-        """Receive the metrics of all evaluated models: floats by name."""
+        """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
 
     @transform("data_batch")
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:

@@ -32,6 +32,7 @@ class TrainLoop:
         self.runner = runner
         self.dataloader = dataloader
         self._iterator: Iterator[Any] | None = None  # kept where a run stops within an epoch
+        self._resumed = False
         self.set_limits(cfg)
 
     def set_limits(self, cfg: TrainCfg) -> None:
@@ -45,10 +46,11 @@ class TrainLoop:
 
     @property
     def done(self) -> bool:
-        """Whether the limit is reached and no validation is owed."""
+        """Whether the limit is reached, no validation is owed and no epoch is left to close."""
         progress = self.runner.progress
         count = progress.epoch if self.cfg.by_epoch else progress.iter
-        return count >= self.cfg.limit and not progress.val_due
+        left = progress.val_due or progress.batch == progress.epoch_length
+        return count >= self.cfg.limit and not left
 
     def run(self) -> None:
         """Train, or go on training, until the limit or an agreed stop."""
@@ -95,9 +97,9 @@ class TrainLoop:
             outputs = train_step(data_batch, optim_wrapper)
             progress.iter += 1
             progress.batch += 1
-            hooks.after_train_iter(runner, batch_idx, data_batch, outputs)
             if progress.iter == milestone:
-                progress.val_due = not self.cfg.by_epoch and self._validates_at(milestone)
+                progress.val_due = self._validates_at(milestone)
+            hooks.after_train_iter(runner, batch_idx, data_batch, outputs)
             if self._at_safe_point():
                 return False
             if progress.iter == milestone:
@@ -114,16 +116,19 @@ class TrainLoop:
         if runner.optim_wrapper.window_open:
             return False
         agreed = runner.hooks.agree(runner, runner.requests)
-        runner.agreed = runner.requests if agreed is None else agreed
+        # A copy: what is asked for while these are served is for the next time.
+        served = dict(runner.requests if agreed is None else agreed)
+        runner.agreed = served
         runner.hooks.safe_point(runner)
-        if runner.agreed:
-            self._settle(dict(runner.agreed))
+        if served:
+            self._settle(served)
         return runner.progress.stopped is not None
 
     def _settle(self, agreed: Mapping[str, str]) -> None:
         runner = self.runner
-        for request in agreed:
-            runner.requests.pop(request, None)
+        for request, reason in agreed.items():
+            if runner.requests.get(request) == reason:
+                del runner.requests[request]
         runner.agreed = {}
         if "stop" in agreed:
             runner.progress.stopped = agreed["stop"]
@@ -142,19 +147,26 @@ class TrainLoop:
         """The batches that are left of this epoch."""
         if self._iterator is None:
             progress = self.runner.progress
+            behind = progress.iter if self._resumed else 0
             start = progress.epoch, progress.batch
-            self._iterator, dropped = iterate_from(self.dataloader, *start)
+            self._iterator, dropped = iterate_from(self.dataloader, *start, behind)
+            self._resumed = False
             if dropped:
                 self.runner.logger.warning(
-                    f"fetched and dropped the first {progress.batch} batches of epoch "
+                    f"fetched and dropped the first {dropped} batches of epoch "
                     f"{progress.epoch + 1}, which were trained on already; they were the same "
                     "ones only if the dataloader's random state is what it was"
                 )
         return self._iterator
 
-    def forget(self) -> None:
-        """Drop the iterator of an epoch that was left in the middle."""
+    def forget(self, resumed: bool = False) -> None:
+        """Drop the iterator of an epoch that was left in the middle.
+
+        Args:
+            resumed: The counters were loaded: a dataloader that cannot start anew is at its start.
+        """
         self._iterator = None
+        self._resumed |= resumed
 
     def _last_batch(self) -> int | None:
         """The number of the last batch of this pass, as far as it is known."""
@@ -199,19 +211,29 @@ class EvalLoop:
         self.evaluator = evaluator
         self.cfg = cfg
         self.metrics: dict[str, Any] = {}
+        self._running = False
         if evaluator is not None:
             dataset = getattr(dataloader, "dataset", None)
             evaluator.set_dataset_meta(getattr(dataset, "metainfo", None))
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return the metrics of all evaluated models by (prefixed) name."""
+        if self._running:
+            raise RuntimeError(f"{self.phase}() was called within a {self.phase}() that goes on")
+        self._running = True
+        try:
+            return self._run()
+        finally:
+            self._running = False
+
+    def _run(self) -> dict[str, Any]:
         runner, hooks, plugins = self.runner, self.runner.hooks, self.runner.plugins
         before, before_epoch = f"before_{self.phase}", f"before_{self.phase}_epoch"
         with preserved_random_state(), plugins.opened(before):
             getattr(hooks, before)(runner)
             with plugins.opened(before_epoch):
                 getattr(hooks, before_epoch)(runner)
-                models = hooks.evaluated_models(runner, self.phase) or {"": runner.model}
+                models = self._models()
                 metrics: dict[str, Any] = {}
                 for prefix, model in models.items():
                     for name, value in self._evaluate(model).items():
@@ -220,6 +242,18 @@ class EvalLoop:
                 getattr(hooks, f"after_{self.phase}_epoch")(runner, metrics)
             getattr(hooks, f"after_{self.phase}")(runner)
         return metrics
+
+    def _models(self) -> Mapping[str, nn.Module]:
+        runner, method = self.runner, f"{self.phase}_step"
+        models: Any = runner.hooks.evaluated_models(runner, self.phase)
+        if models is None:
+            return {"": runner.model}
+        if not isinstance(models, Mapping) or not all(hasattr(m, method) for m in models.values()):
+            raise TypeError(
+                f"a plugin's evaluated_models must return modules with {method}() by prefix (a "
+                f"plain one through runner.wrap(module, 'average')), got {models!r}"
+            )
+        return models
 
     def _evaluate(self, model: nn.Module) -> dict[str, Any]:
         modes = [(module, module.training) for module in model.modules()]
@@ -246,18 +280,25 @@ class EvalLoop:
             count = batch_size(data_batch)
             size += count
             for name, value in loss.items():
-                losses[name] = losses.get(name, 0) + value * count
+                exact = value.float() if value.device.type == "mps" else value.double()
+                losses[name] = losses.get(name, 0) + exact * count
             if self.evaluator is not None:
                 self.evaluator.process(data_samples=outputs, data_batch=data_batch)
             getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
         if size == 0:
-            raise ValueError(f"the {phase} dataloader gave no batch: nothing was evaluated")
+            raise ValueError(
+                f"the {phase} dataloader gave no batch: nothing was evaluated. An iterator (a "
+                "generator) can be gone through once: pass an iterable that starts anew each time"
+            )
         return self._summarize(losses, size)
 
     def _summarize(self, losses: Mapping[str, Tensor], size: int) -> dict[str, Any]:
         metrics = _mean_over_samples(losses, size)
         if self.evaluator is not None:
-            total = dataset_size(self.dataloader) or size
+            total = dataset_size(self.dataloader)
+            if total is None:
+                everywhere = torch.tensor(size, device=self.runner.device)
+                total = int(dist.sum_over_ranks(everywhere))
             for name, value in self.evaluator.evaluate(total).items():
                 if name in metrics:
                     raise ValueError(
@@ -271,7 +312,7 @@ def _mean_over_samples(losses: Mapping[str, Tensor], size: int) -> dict[str, flo
     """The losses averaged over the samples of all ranks; one synchronisation for all of them."""
     if not losses:
         return {}
-    sums = torch.stack([*losses.values()]).double()
+    sums = torch.stack([*losses.values()])
     totals = torch.cat([sums, sums.new_tensor([size])])
     *values, count = dist.sum_over_ranks(totals).tolist()
     return {name: value / count for name, value in zip(losses, values, strict=True)}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import pluggy
-import pydantic
 
-from hookengine.config import explain
 from hookengine.dispatch import Hooks, Observer, observed, resolve
 from hookengine.hookspecs import EVENTS, PROJECT, HookSpecs
 from hookengine.plugins import DEFAULT_PLUGINS, check_methods, name_of, resolve_order
@@ -39,10 +37,18 @@ class FunctionPlugin:
             raise KeyError(unknown("event", event, EVENTS))
         if not inspect.isroutine(function):
             raise TypeError(f"a function is needed for {event!r}, got {function!r}")
-        self.plugin_name = f"{event}:{function.__name__}"
+        name = function.__name__
+        if name == "<lambda>":  # of the same place, so that a cell that is run again replaces it
+            code = inspect.unwrap(function).__code__
+            name = f"<lambda, {os.path.basename(code.co_filename)}:{code.co_firstlineno}>"
+        self.plugin_name = f"{event}:{name}"
+        self.function = function
         self.tryfirst = tryfirst
         self.trylast = trylast
         setattr(self, event, function)
+
+    def __repr__(self) -> str:
+        return f"FunctionPlugin({self.plugin_name!r})"
 
 
 class PluginManager(pluggy.PluginManager):
@@ -60,7 +66,9 @@ class PluginManager(pluggy.PluginManager):
     """
 
     def __init__(
-        self, plugins: Iterable[PluginLike] = (), defaults: Sequence[str] = DEFAULT_PLUGINS
+        self,
+        plugins: Iterable[PluginLike] | None = (),
+        defaults: Sequence[str] = DEFAULT_PLUGINS,
     ) -> None:
         super().__init__(PROJECT)
         self.add_hookspecs(HookSpecs)
@@ -69,6 +77,7 @@ class PluginManager(pluggy.PluginManager):
         self._sources: dict[str, str] = {}
         self._open: list[str] = []
         self.configured: set[str] = set()
+        self.blocked: list[str] = []
         self.order: list[str] = []
         self._declared = self._select(plugins, defaults)
         self._arrange(self._declared)
@@ -96,15 +105,25 @@ class PluginManager(pluggy.PluginManager):
     def source(self, name: str) -> str:
         """Where a plugin comes from: ``distribution version``, or its module."""
         plugin = self[name]
-        module = plugin if isinstance(plugin, types.ModuleType) else inspect.getmodule(type(plugin))
-        return self._sources.get(name) or str(getattr(module, "__name__", "__main__"))
+        if name in self._sources:
+            return self._sources[name]
+        if isinstance(plugin, FunctionPlugin):
+            return plugin.function.__module__
+        if isinstance(plugin, types.ModuleType):
+            return plugin.__name__
+        return type(plugin).__module__
 
     # -- which ----------------------------------------------------------------------------------
 
-    def _select(self, plugins: Iterable[PluginLike], defaults: Sequence[str]) -> dict[str, object]:
-        blocked = {n.strip() for n in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
-        if isinstance(plugins, str | Mapping):
+    def _select(
+        self, plugins: Iterable[PluginLike] | None, defaults: Sequence[str]
+    ) -> dict[str, object]:
+        if plugins is None:
+            plugins = ()
+        if isinstance(plugins, str | Mapping) or not isinstance(plugins, Iterable):
             raise TypeError(f"plugins= takes a list, got {plugins!r}: write plugins=[...]")
+        disabled = os.environ.get("HOOKENGINE_DISABLE", "").split(",")
+        blocked = {name.strip() for name in disabled if name.strip()}
         named: dict[str, PluginLike] = {}
         for entry in plugins:
             if isinstance(entry, str) and entry.startswith("no:"):
@@ -116,20 +135,37 @@ class PluginManager(pluggy.PluginManager):
             name = self._name(entry)
             if name in named:
                 raise ValueError(
-                    f"the plugin {name!r} is given twice; give one of them another plugin_name"
+                    f"the plugin {name!r} is given twice; give one of them another name, with the "
+                    "option plugin_name"
                 )
             named[name] = entry
         wanted: dict[str, PluginLike] = {**{name: name for name in defaults}, **named}
+        self.blocked = sorted(blocked & wanted.keys())
+        for name in blocked - wanted.keys() - {*DEFAULT_PLUGINS}:
+            if name not in PLUGINS:
+                what = unknown("plugin", name, {*wanted, *PLUGINS.names()})
+                warnings.warn(f"HOOKENGINE_DISABLE: {what}", stacklevel=2)
         return {n: self._build(n, entry) for n, entry in wanted.items() if n not in blocked}
 
     def _name(self, entry: PluginLike) -> str:
         if isinstance(entry, Mapping):
             if "type" not in entry:
                 raise KeyError(f"a plugin needs a 'type', a name or a class; got {dict(entry)!r}")
-            entry = entry["type"]
-        return entry if isinstance(entry, str) else name_of(entry)
+            entry = entry.get("plugin_name") or entry["type"]
+        if isinstance(entry, str):
+            return entry
+        cls = entry if isinstance(entry, type) else type(entry)
+        name = entry.__name__ if isinstance(entry, type) else name_of(entry)
+        if isinstance(entry, type) or name == getattr(cls, "plugin_name", None):
+            for point in PLUGINS.entry_points().values():  # the name that others know it by
+                if point.value == f"{cls.__module__}:{cls.__qualname__}":
+                    name = point.name
+            name = getattr(cls, "plugin_name", name) if name == cls.__name__ else name
+        return name
 
     def _build(self, name: str, entry: PluginLike) -> object:
+        if (point := PLUGINS.entry_points().get(name)) is not None:
+            self._sources[name] = distribution_of(point)
         if isinstance(entry, str):
             entry = {"type": entry}
         if isinstance(entry, type):
@@ -139,15 +175,11 @@ class PluginManager(pluggy.PluginManager):
             )
         if not isinstance(entry, Mapping):
             return entry
-        target = entry["type"]
-        if isinstance(target, str) and (point := PLUGINS.entry_point(target)) is not None:
-            self._sources[name] = distribution_of(point)
-        try:
-            return PLUGINS.build(entry)
-        except pydantic.ValidationError as error:
-            cls = PLUGINS.get(target) if isinstance(target, str) else target
-            known = [field.name for field in dataclasses.fields(cls)]
-            raise TypeError(f"plugin {name!r}: {explain(error, known)}") from error
+        options = {key: value for key, value in entry.items() if key != "plugin_name"}
+        plugin = PLUGINS.build(options)
+        if "plugin_name" in entry:
+            plugin.plugin_name = name
+        return plugin
 
     # -- in which order -------------------------------------------------------------------------
 
@@ -199,9 +231,11 @@ class PluginManager(pluggy.PluginManager):
 
     def configure(self) -> None:
         """Emit ``configure``; remembers who was told, for ``unconfigure``."""
-        for name in self.order:
-            self.configured.add(name)
-            self._tell(name, "configure", runner=self._hooks.runner)
+        impls = self.hook.configure.get_hookimpls()[::-1]
+        self.configured |= {*self.order} - {impl.plugin_name for impl in impls}
+        for impl in impls:
+            self.configured.add(impl.plugin_name)
+            self._call(impl, "configure")
 
     def unconfigure(self) -> None:
         """Emit ``unconfigure`` to all who were configured, in reverse order, once each.
@@ -210,11 +244,12 @@ class PluginManager(pluggy.PluginManager):
             BaseExceptionGroup: what they raised, after all were told; one alone as it is.
         """
         errors: list[BaseException] = []
-        for name in reversed(self.order):
-            if name in self.configured:
-                self.configured.discard(name)
+        impls = self.hook.unconfigure.get_hookimpls()  # from the last to call to the first
+        told, self.configured = self.configured, set()
+        for impl in impls:
+            if impl.plugin_name in told:
                 try:
-                    self._tell(name, "unconfigure", runner=self._hooks.runner)
+                    self._call(impl, "unconfigure")
                 except BaseException as error:
                     errors.append(error)
         if errors:
@@ -237,25 +272,36 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             ValueError: the name is taken, or (in a built Runner) the plugin has build events.
         """
+        runner = self._hooks.runner
+        if runner is not None and runner.closed:
+            raise RuntimeError("this Runner is closed: no plugin can be added to it")
         name = self._name(plugin)
         if name in self._declared and not replace:
             raise ValueError(f"the plugin {name!r} is on already; remove({name!r}) it first")
         built = self._build(name, plugin)
-        late = self._hooks.runner is not None
-        if late:
+        check_methods(name, built)
+        if runner is not None and runner.built:
             build = [e.name for e in EVENTS.values() if e.subject == "build"]
             if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
                 raise ValueError(
                     f"the plugin {name!r} implements {', '.join(missed)}, and this Runner is built "
                     "already: pass it as Runner(plugins=[...])"
                 )
+        resolve_order({**self._declared, name: built})
         if name in self._declared:
             self.remove(name)
-        self._arrange({**self._declared, name: built})
-        if late:
-            self.configured.add(name)
-            for event in ("configure", *self._open):
-                self._tell(name, event, runner=self._hooks.runner)
+        before = self._declared
+        self._arrange({**before, name: built})
+        if runner is not None:
+            try:
+                self._tell(name, "configure")
+                self.configured.add(name)
+                for event in self._open:
+                    self._tell(name, event)
+            except BaseException:
+                self._arrange(before)
+                self.configured.discard(name)
+                raise
         return name
 
     def remove(self, name: str) -> None:
@@ -263,18 +309,26 @@ class PluginManager(pluggy.PluginManager):
 
         The event that is being emitted at that moment may still reach it.
         """
+        if name not in self._declared:  # a function's short name will do
+            ends = [full for full in self._declared if full.endswith(f":{name}")]
+            name = ends[0] if len(ends) == 1 else name
         self[name]
-        if name in self.configured:
-            self.configured.discard(name)
-            self._tell(name, "unconfigure", runner=self._hooks.runner)
-        self._arrange({n: p for n, p in self._declared.items() if n != name})
+        try:
+            if name in self.configured:
+                self.configured.discard(name)
+                self._tell(name, "unconfigure")
+        finally:
+            self._arrange({n: p for n, p in self._declared.items() if n != name})
 
-    def _tell(self, name: str, event: str, **arguments: Any) -> None:
+    def _tell(self, name: str, event: str) -> None:
         for impl in getattr(self.hook, event).get_hookimpls():
             if impl.plugin_name == name:
-                wanted = [*impl.argnames, *impl.kwargnames]
-                call = observed(event, impl, self._observers)
-                call(**{argument: arguments[argument] for argument in wanted})
+                self._call(impl, event)
+
+    def _call(self, impl: pluggy.HookImpl, event: str) -> None:
+        """Emit an event whose only argument is the Runner, to one implementation."""
+        wanted = len(impl.argnames) + len(impl.kwargnames)
+        observed(event, impl, self._observers)(*[self._hooks.runner] * wanted)
 
     # -- state and blame ------------------------------------------------------------------------
 
@@ -300,6 +354,13 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             ValueError: a state without its plugin, or a plugin whose state is missing.
         """
+        self.check_state(states, allow=allow)
+        for name, state in states.items():
+            if name in self._declared:
+                self[name].load_state_dict(state)
+
+    def check_state(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+        """Refuse states of other plugins than are on; see ``load_state_dict``."""
         mine, allowed = set(self.state_dict()), set(allow)
         problems = [f"state of {n!r}, which is not on" for n in {*states} - {*self} - allowed]
         problems += [f"no state for {n!r}" for n in mine - {*states} - allowed]
@@ -308,9 +369,6 @@ class PluginManager(pluggy.PluginManager):
                 f"the plugins differ from those of the checkpoint: {'; '.join(sorted(problems))}. "
                 "Switch the same ones on, or allow the difference by name"
             )
-        for name, state in states.items():
-            if name in self._declared:
-                self[name].load_state_dict(state)
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
         """Give every plugin that is on the state of this rank back."""
@@ -326,8 +384,9 @@ class PluginManager(pluggy.PluginManager):
         if isinstance(error, BaseExceptionGroup):
             for inner in error.exceptions:
                 self.blame(inner)
-            return
-        if any(note.startswith("raised by plugin") for note in getattr(error, "__notes__", ())):
+            if any(_is_blamed(inner) for inner in error.exceptions):
+                return
+        if _is_blamed(error):
             return
         impls: dict[types.CodeType, list[tuple[str, pluggy.HookImpl]]] = {}
         for event in EVENTS:
@@ -351,6 +410,10 @@ class PluginManager(pluggy.PluginManager):
             if (progress := getattr(self._hooks.runner, "progress", None)) is not None:
                 note += f", epoch {progress.epoch}, iteration {progress.iter}"
             error.add_note(note)
+
+
+def _is_blamed(error: BaseException) -> bool:
+    return any(note.startswith("raised by plugin") for note in getattr(error, "__notes__", ()))
 
 
 _NO_OPTIONS: pluggy.HookimplOpts = {

@@ -195,7 +195,12 @@ class BaseModel(BaseModule):
             TypeError: no dict, or an entry of another type. ValueError: no name contains "loss".
         """
         hooks = self._hooks
-        losses = hooks.after_forward(hooks.runner, losses)
+        given, losses = losses, hooks.after_forward(hooks.runner, losses)
+        if losses is not given and not isinstance(losses, dict):
+            raise TypeError(
+                "a plugin's after_forward must return a dict of losses by name, got "
+                f"{type(losses).__name__}"
+            )
         if isinstance(losses, dict) and len(losses) == 1:  # by far the most common, so in short
             loss = losses.get("loss")
             if isinstance(loss, Tensor) and not loss.dim():
@@ -203,15 +208,20 @@ class BaseModel(BaseModule):
         return _sum_losses(losses)
 
     def _run_forward(self, data: Any, mode: str) -> Any:
-        if isinstance(data, dict):
-            outputs = self(**data, mode=mode)
-        elif isinstance(data, (list, tuple)):
-            outputs = self(*data, mode=mode)
-        else:
-            raise TypeError(
-                "a batch must be a dict, tuple or list to become the arguments of forward(), got "
-                f"{type(data).__name__}; return one from the dataset or the data_preprocessor"
-            )
+        try:
+            if isinstance(data, dict):
+                outputs = self(**data, mode=mode)
+            elif isinstance(data, (list, tuple)):
+                outputs = self(*data, mode=mode)
+            else:
+                raise TypeError(
+                    "a batch must be a dict, tuple or list to become the arguments of forward(), "
+                    f"got {type(data).__name__}; return one from the dataset, the "
+                    "data_preprocessor or before_train_iter"
+                )
+        except TypeError as error:
+            error.add_note(f"{type(self).__name__}.forward got {_describe(data)}, mode={mode!r}")
+            raise
         if outputs is None:
             raise TypeError(
                 f"{type(self).__name__}.forward(mode={mode!r}) returned None: does every branch "
@@ -246,8 +256,8 @@ class BaseModel(BaseModule):
 class SupervisedModel(BaseModel):
     """A plain module and a loss function as a BaseModel; a batch is (inputs, target).
 
-    What the Runner puts around a plain ``nn.Module`` when it gets ``loss=``. Evaluation sees
-    (output, target).
+    What the Runner puts around a plain ``nn.Module`` when it gets ``loss=``: a batch must be
+    (inputs, target). Evaluation sees (output, target).
 
     Args:
         module: Called as ``module(inputs)``.
@@ -266,6 +276,16 @@ class SupervisedModel(BaseModel):
             loss = self.loss(output, target)
             return loss if isinstance(loss, dict) or loss is None else {"loss": loss}
         return (output, target) if mode == "predict" else output
+
+
+def _describe(data: Any) -> str:
+    """A batch in a few words, for a note on an error."""
+    if isinstance(data, dict):
+        return f"a dict with {', '.join(map(repr, data))}"
+    if isinstance(data, (list, tuple)):
+        kinds = (f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in data)
+        return f"a batch of {len(data)} ({', '.join(kinds)})"
+    return type(data).__name__
 
 
 def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:

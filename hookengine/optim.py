@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -90,29 +90,29 @@ class OptimWrapper:
             loss: Scalar tensor that requires a gradient.
 
         Raises:
-            ValueError: it is no scalar, or has no gradient.
+            TypeError: it is no tensor. ValueError: it is no scalar, or has no gradient.
         """
-        if loss.dim() or not loss.requires_grad:
-            raise ValueError(_bad_loss(loss))
-        hooks = self.hooks
-        if self._asked:
-            self._asked = False
-        else:
+        if not self._asked:
+            hooks = self.hooks
             self.will_step = hooks.should_step(hooks.runner, self)
+        self.backward(loss)
+        if self.will_step:
+            self.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate ``loss`` without a step, for a ``train_step`` that steps by itself.
+
+        Raises:
+            TypeError: it is no tensor. ValueError: it is no scalar, or has no gradient.
+        """
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            raise _bad_loss(loss)
+        hooks = self.hooks
         loss = hooks.scale_loss(hooks.runner, self, loss)
         if not hooks.backward(hooks.runner, self, loss):
             loss.backward()  # type: ignore[no-untyped-call]
-        if self.will_step:
-            self.step()
-        else:
-            self.window_open = True
-
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate ``loss`` without a step, for a ``train_step`` that steps by itself."""
-        hooks = self.hooks
-        if not hooks.backward(hooks.runner, self, loss):
-            loss.backward()  # type: ignore[no-untyped-call]
         self.window_open = True
+        self._asked = False
 
     def step(self) -> None:
         """Step with the gradients that are there and zero them; also closes a short window."""
@@ -163,13 +163,15 @@ class OptimWrapper:
         return f"OptimWrapper(name={self.name!r}, steps={self.steps}, optimizer={self.optimizer!r})"
 
 
-def _bad_loss(loss: Tensor) -> str:
+def _bad_loss(loss: Any) -> Exception:
+    if not isinstance(loss, Tensor):
+        return TypeError(f"the loss must be a tensor, got {loss!r}")
     if loss.dim():
-        return (
+        return ValueError(
             f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it with .mean() or "
             ".sum()"
         )
-    return (
+    return ValueError(
         "the loss does not require a gradient: it was detached, computed under no_grad, or every "
         "parameter behind it is frozen"
     )
@@ -197,18 +199,6 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
 
     def __len__(self) -> int:
         return len(self.optim_wrappers)
-
-    def keys(self) -> KeysView[str]:
-        """The names."""
-        return self.optim_wrappers.keys()
-
-    def values(self) -> ValuesView[OptimWrapper]:
-        """The wrappers."""
-        return self.optim_wrappers.values()
-
-    def items(self) -> ItemsView[str, OptimWrapper]:
-        """(name, wrapper)."""
-        return self.optim_wrappers.items()
 
     def by_name(self) -> dict[str, OptimWrapper]:
         """All of them by name."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import graphlib
 import inspect
 import re
 import types
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from hookengine import migration
+from hookengine.config import explain
 from hookengine.hookspecs import EVENTS
-from hookengine.registry import unknown
+from hookengine.registry import PLUGINS, unknown
 
 DEFAULT_PLUGINS = ("preprocess", "logging", "progress_bar")
 """On without being named; each is inert where it has nothing to do. Names only."""
@@ -48,8 +53,8 @@ class Plugin:
     """
 
     plugin_name: ClassVar[str] = "plugin"
-    """The name by which it is switched off, ordered, blamed and its state kept; may also be set
-    on an instance, to have two of one class."""
+    """The name by which it is switched off, ordered, blamed and its state kept; also an option,
+    ``Clip(plugin_name="second")``, to have two of one class."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of plugins that are called before this one."""
     before: ClassVar[tuple[str, ...]] = ()
@@ -59,9 +64,10 @@ class Plugin:
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.plugin_name = name or _snake_case(cls.__name__)
-        cls._by_keyword = "__init__" not in cls.__dict__
+        cls._by_keyword = cls._by_keyword and "__init__" not in cls.__dict__
         if cls._by_keyword:
             pydantic_dataclass(cls, config=CONFIG, eq=False, kw_only=True, repr=True)
+            cls.__init__ = _explaining(cls.__init__)  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuse options by position, which pydantic lets pass where a default is a Field."""
@@ -82,6 +88,27 @@ class Plugin:
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``rank_state_dict`` returned on this rank."""
+
+
+def _explaining(init: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` that reports bad options in one line, and takes ``plugin_name``."""
+
+    @functools.wraps(init)
+    def explaining(self: Plugin, **options: Any) -> None:
+        name = options.pop("plugin_name", None)
+        try:
+            init(self, **options)
+        except pydantic.ValidationError as error:
+            cls = type(self)
+            known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+            text = explain(error, known)
+            if plain := [n for n in options if n not in known and n in vars(cls)]:
+                text += f". To make {plain[0]!r} an option, annotate it: {plain[0]}: int = ..."
+            raise TypeError(f"plugin {name or cls.plugin_name!r}: {text}") from error
+        if name is not None:
+            self.__dict__["plugin_name"] = name
+
+    return explaining
 
 
 def options_of(plugin: object) -> dict[str, Any]:
@@ -111,18 +138,22 @@ def check_methods(name: str, plugin: object) -> None:
     Raises:
         TypeError: with the plugin, the method and the nearest match.
     """
+    answered = 0
     for attribute in dir(plugin):
-        if attribute not in EVENTS and not re.match(r"(before|after|on)_", attribute):
-            continue
-        if not inspect.isroutine(inspect.getattr_static(plugin, attribute, None)):
+        method = inspect.getattr_static(plugin, attribute, None)
+        if attribute.startswith("_") or not inspect.isroutine(method):
             continue
         if attribute not in EVENTS:
-            raise TypeError(
-                f"plugin {name!r}: {unknown('event', attribute, EVENTS)}. A method that is no "
-                "event must not be called before_*, after_* or on_*"
-            )
+            _check_is_no_event(name, attribute)
+            continue
+        answered += 1
         event = EVENTS[attribute]
-        for argument, parameter in inspect.signature(getattr(plugin, attribute)).parameters.items():
+        parameters = inspect.signature(getattr(plugin, attribute)).parameters
+        if inspect.isfunction(method) and getattr(plugin, attribute) != method:
+            first = next(iter(inspect.signature(method).parameters), None)
+            if first is None or first in event.arguments:
+                raise TypeError(f"plugin {name!r}, event {event}: the method lacks 'self'")
+        for argument, parameter in parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(
                     f"plugin {name!r}, event {event}: name the arguments that {attribute!r} wants "
@@ -131,6 +162,27 @@ def check_methods(name: str, plugin: object) -> None:
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")
+    if not answered:
+        raise TypeError(
+            f"plugin {name!r} ({plugin!r}) answers no event: a plugin is an object with methods "
+            "named after events, which `hookengine events` lists"
+        )
+
+
+def _check_is_no_event(name: str, attribute: str) -> None:
+    near = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.75)
+    hint = migration.answer(attribute) or (f"Did you mean {near[0]!r}?" if near else "")
+    if re.match(r"(before|after|on)_", attribute):
+        raise TypeError(
+            f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists them "
+            "all; a method that is no event must not be called before_*, after_* or on_*"
+        )
+    if near and difflib.SequenceMatcher(None, attribute, near[0]).ratio() > 0.9:
+        warnings.warn(
+            f"plugin {name!r}: the method {attribute!r} is no event and is not called. {hint} "
+            "A leading underscore says that it is meant so",
+            stacklevel=2,
+        )
 
 
 def resolve_order(plugins: Mapping[str, object]) -> list[str]:
@@ -142,6 +194,7 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     Raises:
         ValueError: the constraints form a cycle, which the message prints.
     """
+    _check_known(plugins)
     earlier: dict[str, list[str]] = {name: [] for name in plugins}
     for name, plugin in plugins.items():
         earlier[name] += [other for other in _names(plugin, "after") if other in plugins]
@@ -167,6 +220,21 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     for name in plugins:
         place(name)
     return list(order)
+
+
+def _check_known(plugins: Mapping[str, object]) -> None:
+    """Warn of a place that is declared relative to what looks like a misspelt plugin."""
+    for name, plugin in plugins.items():
+        for other in (*_names(plugin, "after"), *_names(plugin, "before")):
+            if other in plugins or other in PLUGINS:
+                continue
+            known = {*plugins, *PLUGINS.names()}
+            if near := difflib.get_close_matches(other, known, n=1, cutoff=0.8):
+                warnings.warn(
+                    f"plugin {name!r}, in 'after' or 'before': there is no plugin {other!r}. Did "
+                    f"you mean {near[0]!r}?",
+                    stacklevel=2,
+                )
 
 
 def _names(plugin: object, attribute: str) -> tuple[str, ...]:

@@ -54,6 +54,11 @@ class Progress:
         self._optim_wrappers: dict[str, CountsSteps] = {}
 
     @property
+    def current_epoch(self) -> int:
+        """The epoch, from 1, that the last iteration belongs to; 0 before the first one."""
+        return self.epoch + (self.batch > 0)
+
+    @property
     def step(self) -> int:
         """Optimizer steps really taken, by the first optimizer."""
         return next((wrapper.steps for wrapper in self._optim_wrappers.values()), 0)

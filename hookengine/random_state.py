@@ -13,7 +13,7 @@ import torch
 
 def _accelerator() -> Any:
     """The module of the accelerator in use (``torch.cuda`` ...), or None: asking starts none."""
-    for name in ("cuda", "xpu", "mps"):
+    for name in ("cuda", "xpu"):
         module = getattr(torch, name, None)
         if module is not None and getattr(module, "is_initialized", lambda: False)():
             return module
@@ -32,6 +32,8 @@ def get_random_state() -> dict[str, Any]:
         state["numpy"] = [name, keys.tolist(), *rest]
     if (accelerator := _accelerator()) is not None:
         state["accelerator"] = accelerator.get_rng_state_all()
+    elif torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -45,6 +47,8 @@ def set_random_state(state: dict[str, Any]) -> None:
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
     if "accelerator" in state and (accelerator := _accelerator()) is not None:
         accelerator.set_rng_state_all(state["accelerator"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextmanager

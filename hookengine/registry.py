@@ -20,8 +20,9 @@ T = TypeVar("T")
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """Say that ``name`` is unknown, with the nearest match and all the known names."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    folded = {known_name.casefold(): known_name for known_name in names}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}"
 
 

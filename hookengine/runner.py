@@ -31,11 +31,11 @@ from hookengine.build import (
     point_at_model,
 )
 from hookengine.config import EvalCfg, TrainCfg, parse
+from hookengine.dispatch import SILENT
 from hookengine.hookspecs import HookSpecs, Phase
 from hookengine.loops import EvalLoop, TrainLoop
 from hookengine.manager import FunctionPlugin, PluginLike, PluginManager
 from hookengine.model import BaseModel, SupervisedModel
-from hookengine.optim import OptimWrapper, OptimWrapperDict
 from hookengine.plugins import DEFAULT_PLUGINS
 from hookengine.progress import Progress
 
@@ -84,8 +84,6 @@ class Runner:
         logger: A structlog logger.
     """
 
-    optim_wrapper: OptimWrapper | OptimWrapperDict
-
     def __init__(
         self,
         model: nn.Module | Mapping[str, Any] | Callable[[], nn.Module],
@@ -107,9 +105,14 @@ class Runner:
         name: str | None = None,
         **moved: Any,
     ) -> None:
+        moved = migration.drop_neutral(moved)
         if moved:
             known = set(inspect.signature(Runner).parameters) - {"moved"}
             raise TypeError(migration.explain("Runner", moved, known))
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be callable, as F.cross_entropy is, got {loss!r}")
+        self.closed = self.built = False
+        self._depth = 0
         self._has_optimizer = optim_wrapper is not None
         train = {
             "train_dataloader": train_dataloader,
@@ -122,14 +125,16 @@ class Runner:
         self.test_cfg = eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
 
         self.work_dir = Path(work_dir)
+        self._named = name is not None
+        self._run_dir_made = False
         self.name = name or time.strftime("%Y%m%d_%H%M%S")
-        self.run_dir = self.work_dir / self.name
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = Progress()
         self.requests: dict[str, str] = {}
         self.agreed: Mapping[str, str] = {}
         self.logger = _make_logger()
-        self.closed = False
+        self.loss = loss
+        self.optim_wrapper: Any = None
 
         self.plugins = PluginManager(plugins, defaults)
         self.hooks: HookSpecs = self.plugins.hooks
@@ -137,37 +142,45 @@ class Runner:
         _open_runners.add(self)
         with self._errors_blamed(close=True):
             self.plugins.configure()
-            self._build_model(model, loss)
+            self._build_model(model)
             self._build_optimizers(optim_wrapper)
             self.train_loop = self._build_train_loop(train_dataloader)
             self.val_loop = self._build_eval_loop("val", val_dataloader, val_evaluator)
             self.test_loop = self._build_eval_loop("test", test_dataloader, test_evaluator)
             self.hooks.resume(self)
+        self.built = True
 
     # -- construction ---------------------------------------------------------------------------
 
-    def _build_model(self, model: Any, loss: Callable[..., Any] | None) -> None:
+    def _build_model(self, model: Any) -> None:
         model = build_model(model)
         configured = {"train": self.train_cfg, "val": self.val_cfg, "test": self.test_cfg}
-        check_model(model, loss, [phase for phase, cfg in configured.items() if cfg is not None])
+        phases = [phase for phase, cfg in configured.items() if cfg is not None]
+        check_model(model, self.loss, phases)
         self._names = {id(p): n for n, p in model.named_parameters()}
         self.hooks.initialize_model(self, model)
         self.bare_model: nn.Module = self.hooks.convert_model(self, model)
-        trained = self.bare_model if loss is None else SupervisedModel(self.bare_model, loss)
-        if isinstance(trained, BaseModel):
-            trained._hooks = self.hooks
-        self.model: Any = self.wrap(trained.to(self.device), "train")
+        self.model: Any = self.wrap(self.bare_model, "train")
 
     def wrap(self, model: nn.Module, role: Literal["train", "average"]) -> nn.Module:
-        """``model`` as the plugins wrap it (DDP, FSDP, compile)."""
-        return self.hooks.wrap_model(self, model, role)
+        """``model`` on the device, as the plugins wrap it (DDP, FSDP, compile).
+
+        A plain module also gets the Runner's loss around it, and with it ``val_step`` and the
+        others.
+        """
+        if self.loss is not None and not isinstance(model, BaseModel):
+            model = SupervisedModel(model, self.loss)
+        if isinstance(model, BaseModel) and role == "train":
+            model._hooks = self.hooks
+        return self.hooks.wrap_model(self, model.to(self.device), role)
 
     def _build_optimizers(self, cfg: Any) -> None:
         if not self._has_optimizer:
             return
-        self.optim_wrapper = build_optim_wrapper(cfg, self.bare_model)
-        check_optimizers(self.optim_wrapper, self.model)
-        wrappers = self.optim_wrapper.by_name()
+        optim_wrapper = build_optim_wrapper(cfg, self.bare_model)
+        check_optimizers(optim_wrapper, self.model)
+        self.optim_wrapper = optim_wrapper
+        wrappers = optim_wrapper.by_name()
         for wrapper in wrappers.values():
             point_at_model(wrapper, self.bare_model, self._names)
             wrapper.hooks = self.hooks
@@ -188,7 +201,8 @@ class Runner:
         loader = self._dataloader(dataloader, phase)
         if cfg.loss and not hasattr(self.model, "loss_step"):
             raise TypeError(
-                f"{phase}_cfg=dict(loss=True) needs a model with loss_step(data), as BaseModel is"
+                f"{phase}_cfg=dict(loss=True) needs loss_step(data), as BaseModel has it, of "
+                f"{type(self.model).__name__}"
             )
         evaluator = None if metrics is None else build_evaluator(metrics)
         return EvalLoop(self, phase, loader, evaluator, cfg)
@@ -197,10 +211,15 @@ class Runner:
         loader = build_dataloader(dataloader, f"{phase}_dataloader")
         return self.hooks.setup_dataloader(self, loader, phase)
 
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run, ``work_dir/name``; see ``make_run_dir``."""
+        return self.work_dir / self.name
+
     # -- what users call ------------------------------------------------------------------------
 
     def train(self, max_epochs: int | None = None, max_iters: int | None = None) -> dict[str, Any]:
-        """Train up to the limit of ``train_cfg``, or up to another one; again to go on.
+        """Train up to the limit of ``train_cfg``, or this once up to another; again to go on.
 
         Returns:
             The metrics of the last validation.
@@ -210,19 +229,19 @@ class Runner:
             raise ValueError(
                 "this Runner cannot train: it needs train_dataloader, train_cfg and optim_wrapper"
             )
+        cfg = self.train_cfg
         if max_epochs is not None or max_iters is not None:
-            limits = {"by_epoch": max_epochs is not None, "max_epochs": max_epochs}
-            limits["max_iters"] = max_iters
-            if limits["by_epoch"] != self.train_cfg.by_epoch:
+            limits = {"max_epochs": max_epochs, "max_iters": max_iters, "by_epoch": None}
+            if (max_epochs is not None) != cfg.by_epoch:
                 limits["val_interval"] = None
-            cfg = {**self.train_cfg.model_dump(), **limits}
-            self.train_cfg = parse(TrainCfg, cfg, "train()")
-            self.train_loop.set_limits(self.train_cfg)
+            cfg = parse(TrainCfg, {**cfg.model_dump(), **limits}, "train()")
+        if self._depth:
+            raise RuntimeError("train() was called within a run that goes on")
+        self.train_loop.set_limits(cfg)
         if self.train_loop.done:
-            limit, unit = self.train_cfg.limit, self.train_cfg.unit
             self.logger.warning(
-                f"training has reached its limit of {limit} {unit} already; to go on, call "
-                f"train(max_{unit}={2 * limit})"
+                f"training has reached its limit of {cfg.limit} {cfg.unit} already; to go on, call "
+                f"train(max_{cfg.unit}={2 * cfg.limit})"
             )
         else:
             with self._running():
@@ -252,18 +271,51 @@ class Runner:
             raise RuntimeError("this Runner is closed: make another one")
 
     def stop(self, reason: str = "runner.stop()") -> None:
-        """Ask for the end of training at the next safe point."""
+        """Ask for the end of training at the next safe point (of the next run, outside of one)."""
         self.requests["stop"] = reason
 
     def log(self, values: Mapping[str, Any], phase: Phase = "train") -> None:
         """Hand values to the log, by name; tensors stay on the device until it is their turn."""
+        if phase not in ("train", "val", "test"):
+            raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")
         self.hooks.log(self, phase, values)
+
+    def make_run_dir(self) -> Path:
+        """Make the run's folder, ``work_dir/name``; under another name where two runs met.
+
+        A run without a name of its own never shares a folder; one with a name goes on in it.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        if self._run_dir_made:
+            return self.run_dir
+        name, number = self.name, 1
+        try:
+            while True:
+                try:
+                    self.run_dir.mkdir(parents=True, exist_ok=self._named)
+                    break
+                except FileExistsError:
+                    if self._named or not self.run_dir.is_dir():
+                        raise
+                    number += 1
+                    self.name = f"{name}_{number}"
+        except OSError as error:
+            raise OSError(
+                f"cannot make the run's folder {self.run_dir}: {error.strerror}. Pass another "
+                "work_dir"
+            ) from error
+        self._run_dir_made = True
+        return self.run_dir
 
     def on(self, event: str, *, tryfirst: bool = False, trylast: bool = False) -> Callable[[F], F]:
         """Make a plugin of one function: ``@runner.on("after_train_iter")``.
 
         A function of the same name replaces the one before it.
         """
+        if not isinstance(event, str):
+            raise TypeError('runner.on takes the name of an event, as in @runner.on("before_run")')
 
         def register(function: F) -> F:
             self.plugins.add(FunctionPlugin(event, function, tryfirst, trylast), replace=True)
@@ -275,12 +327,33 @@ class Runner:
         """Let the plugins give back what they took; the Runner cannot be used afterwards."""
         if self.closed:
             return
+        if self._depth:
+            raise RuntimeError("close() was called within a run that goes on: call stop() there")
         self.closed = True
         _open_runners.discard(self)
         if getattr(self, "train_loop", None) is not None:
             self.train_loop.forget()  # type: ignore[union-attr]
-        with self._errors_blamed():
-            self.plugins.unconfigure()
+        try:
+            with self._errors_blamed():
+                self.plugins.unconfigure()
+        finally:  # a model that is kept does not keep the Runner
+            inner = [*self.model.modules()] if hasattr(self, "model") else []
+            for module in inner:
+                if isinstance(module, BaseModel):
+                    module._hooks = SILENT
+            for wrapper in self.optim_wrapper.by_name().values() if self.optim_wrapper else ():
+                wrapper.hooks = SILENT
+
+    def __del__(self) -> None:
+        if getattr(self, "plugins", None) is not None and not self.closed:
+            try:
+                self.close()
+            except Exception as error:
+                self.logger.error(f"closing failed: {error!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        answer = migration.answer(f"runner.{name}")
+        raise AttributeError(f"the Runner has no {name!r}" + (f": {answer}" if answer else ""))
 
     def __enter__(self) -> Self:
         return self
@@ -291,7 +364,10 @@ class Runner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._also(error, self.close)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -313,41 +389,61 @@ class Runner:
         Args:
             checkpoint: The state.
             allow: Names of plugins whose state may be missing on either side.
+
+        Raises:
+            ValueError: it is no such state, or of other plugins; nothing is loaded then.
         """
+        needed = {"state_dict", "progress", "plugins", *["optimizer"] * self._has_optimizer}
+        if missing := needed - checkpoint.keys():
+            raise ValueError(
+                f"this is no state of a Runner: it lacks {', '.join(sorted(missing))}. For weights "
+                "alone call runner.bare_model.load_state_dict(...)"
+            )
+        self.plugins.check_state(checkpoint["plugins"], allow=allow)
         self.bare_model.load_state_dict(checkpoint["state_dict"])
         if self._has_optimizer:
             self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
         self.progress.load_state_dict(checkpoint["progress"])
         self.plugins.load_state_dict(checkpoint["plugins"], allow=allow)
         if self.train_loop is not None:
-            self.train_loop.forget()
+            self.train_loop.forget(resumed=True)
         self.hooks.after_load_checkpoint(self, checkpoint)
 
     # -- life -----------------------------------------------------------------------------------
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """One call of train(), val() or test(): before_run, and on the way out after_run."""
-        self.requests.clear()  # what a run that is over may have left
-        with self._errors_blamed():
-            try:
-                with self.plugins.opened("before_run"):
-                    self.hooks.before_run(self)
-                    yield
-            except BaseException as error:
-                if self.train_loop is not None:
-                    self.train_loop.forget()
-                self.plugins.blame(error)
-                self._also(error, self.hooks.on_exception, self, error)
-                self._also(error, self.hooks.after_run, self)
-                raise
-            self.hooks.after_run(self)
+        """One call of train(), val() or test(): before_run, and on the way out after_run.
+
+        A validation that a plugin starts within a run is a part of it.
+        """
+        if self._depth:
+            yield
+            return
+        self._depth = 1
+        try:
+            with self._errors_blamed():
+                try:
+                    with self.plugins.opened("before_run"):
+                        self.hooks.before_run(self)
+                        yield
+                except BaseException as error:
+                    if self.train_loop is not None:
+                        self.train_loop.forget()
+                    self.plugins.blame(error)
+                    self._also(error, self.hooks.on_exception, self, error)
+                    self._also(error, self.hooks.after_run, self)
+                    raise
+                self.hooks.after_run(self)
+        finally:
+            self._depth = 0
+            self.requests.clear()
 
     def _also(self, error: BaseException, call: Callable[..., None], *arguments: Any) -> None:
         """Run a closing event after ``error``; what it raises is noted and does not hide it."""
         try:
             call(*arguments)
-        except Exception as other:
+        except BaseException as other:  # a second Ctrl-C, too
             self.plugins.blame(other)
             notes = "; ".join(getattr(other, "__notes__", []))
             error.add_note(f"and then {type(other).__name__}: {other} ({notes})")

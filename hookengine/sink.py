@@ -25,7 +25,7 @@ class Record:
 
     Attributes:
         phase: ``train``, ``val`` or ``test``.
-        epoch: Finished epochs.
+        epoch: The epoch, from 1, that the last iteration belongs to.
         iter: Finished iterations.
         step: Optimizer steps taken.
         scalars: Python floats by name.
@@ -54,7 +54,8 @@ class Sink(Plugin):
     stands in the run's ``metrics.jsonl``.
 
     A record at or before the iteration that ``held`` names for its phase is one that the sink
-    already has (a run that was resumed repeats some) and is left out.
+    already had when it was opened, or when a checkpoint was loaded: a run that was resumed repeats
+    some, and they are left out.
     """
 
     queue_size: ClassVar[int] = 1000
@@ -76,7 +77,7 @@ class Sink(Plugin):
 
     @property
     def held(self) -> dict[str, int]:
-        """Per phase the last iteration that this sink has a record of."""
+        """Per phase the last iteration that this sink had a record of before it was opened."""
         return self._state.held
 
     @property
@@ -96,7 +97,16 @@ class Sink(Plugin):
             state = self.__dict__["_sink_state"] = _SinkState(self)
         return state
 
-    # A subclass that answers these two events adds to them: see _isolated.
+    # A subclass that answers one of these events adds to it: see _isolated.
+
+    def configure(self, runner: Runner) -> None:
+        """Begin anew: a sink may serve one Runner after another."""
+        self.__dict__["_sink_state"] = state = _SinkState(self)
+        state.runner = runner
+
+    def after_load_checkpoint(self, runner: Runner) -> None:
+        """What is written from here on may be a repetition."""
+        self._state.repeat()
 
     def after_run(self, runner: Runner) -> None:
         """Wait, ``flush_timeout`` seconds at most, until the records so far are written."""
@@ -117,7 +127,8 @@ class _SinkState:
         self.dropped = 0
         self.queue: queue.Queue[Callable[[], None] | None] = queue.Queue(sink.queue_size)
         self.thread: threading.Thread | None = None
-        self.gave_up = False
+        self.written: dict[str, int] = {}
+        self.left_behind = 0
         self.runner: Any = None
 
     def put(self, job: Callable[[], None]) -> None:
@@ -133,24 +144,41 @@ class _SinkState:
                 self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
 
     def _work(self) -> None:
-        self.guard("open", lambda: self.sink.open(self.runner))
+        self.guard("open", lambda: self.sink.open(self.runner), everything=True)
         while (job := self.queue.get()) is not None:
             job()
             self.queue.task_done()
-        self.guard("close", lambda: self.sink.close(self.runner))
+        self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
 
-    def guard(self, what: str, call: Callable[[], Any]) -> Any:
-        """Run ``call``; an exception is counted, and the first one reported."""
+    def deliver(self, record: Record, write: Callable[[], None]) -> None:
+        """Write one record, on the thread, unless the sink has it already."""
+        if record.iter > self.held.get(record.phase, -1):
+            self.written[record.phase] = record.iter
+            self.guard("write", write, everything=True)
+
+    def repeat(self) -> None:
+        """Take what was written so far for held."""
+        for phase, iteration in self.written.items():
+            self.held[phase] = max(iteration, self.held.get(phase, -1))
+
+    def guard(self, what: str, call: Callable[[], Any], everything: bool = False) -> Any:
+        """Run ``call``; an exception is counted, and the first one reported.
+
+        Args:
+            everything: Also SystemExit and the like, which would end the sink's thread.
+        """
         try:
             return call()
-        except Exception as error:
+        except BaseException as error:
+            if not (everything or isinstance(error, Exception)):
+                raise
             self.failures += 1
             if self.failures == 1:
                 self.warn(f"failed in {what}; training goes on", error)
             return None
 
-    def warn(self, message: str, error: Exception | None = None) -> None:
+    def warn(self, message: str, error: BaseException | None = None) -> None:
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         logger = structlog.get_logger() if self.runner is None else self.runner.logger
         logger.warning(f"sink {self.sink.plugin_name!r} {message}", **details)
@@ -158,8 +186,8 @@ class _SinkState:
     def flush(self, timeout: float) -> bool:
         if self.thread is None:
             return True
-        if self.gave_up:  # a sink that hangs is waited for once
-            timeout = 0
+        if self.left_behind and self.queue.unfinished_tasks >= self.left_behind:
+            timeout = 0  # it has not moved since it was given up
         deadline = time.monotonic() + timeout
         with self.queue.all_tasks_done:
             while self.queue.unfinished_tasks:
@@ -170,19 +198,24 @@ class _SinkState:
         return True
 
     def _give_up(self, timeout: float) -> bool:
-        if not self.gave_up:
-            self.gave_up = True
+        if not self.left_behind:
             waiting = self.queue.unfinished_tasks
             self.warn(f"did not finish within {timeout:g} s; {waiting} records wait")
+        self.left_behind = self.queue.unfinished_tasks
         return False
 
     def finish(self, timeout: float) -> None:
-        if self.thread is not None and self.flush(timeout):
-            self.queue.put(None)
-            self.thread.join(timeout)
+        waiting = 0
+        if self.thread is not None:
+            if self.flush(timeout):
+                self.queue.put(None)
+                self.thread.join(timeout)
+            else:
+                waiting = self.queue.unfinished_tasks
         self.thread = None
-        if self.failures or self.dropped:
-            self.warn(f"lost records: {self.failures} failures, {self.dropped} dropped")
+        if self.failures or self.dropped or waiting:
+            counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
+            self.warn(f"lost records: {counts}")
 
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:
@@ -196,12 +229,7 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
             write(self, runner, record)
             return
 
-        def deliver() -> None:
-            if record.iter > state.held.get(record.phase, -1):
-                state.held[record.phase] = record.iter
-                state.guard("write", lambda: write(self, runner, record))
-
-        state.put(deliver)
+        state.put(lambda: state.deliver(record, lambda: write(self, runner, record)))
 
     return put
 
@@ -213,8 +241,10 @@ def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
+        if base is not None and name == "configure":
+            base(self, kwargs.get("runner", args[0] if args else None))
         result = self._state.guard(name, lambda: method(self, *args, **kwargs))
-        if base is not None:
+        if base is not None and name != "configure":
             base(self, self._state.runner)
         return result
 

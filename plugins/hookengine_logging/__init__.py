@@ -1,8 +1,8 @@
 """Logging: readable lines on the console, the run's log, and its metrics as JSON lines.
 
 In the run's folder: ``metrics.jsonl``, one record per line, the complete local history;
-``run.log``, every line of the console and more; ``run.json``, the environment, the options of
-every plugin and the order in which the hooks are called.
+``run.log``, every line of the console; ``run.json``, the model, the options of every plugin, the
+order in which the hooks are called, and the environment.
 """
 
 from __future__ import annotations
@@ -37,45 +37,30 @@ class Logging(Plugin, name="logging"):
     )
 
     def configure(self, runner: Any) -> None:
-        """Open the files and take over ``runner.logger``; write down what the run consists of."""
+        """Take over ``runner.logger``; the files are opened when the run begins."""
         self._meters = Meters()
         self._stopwatch = Stopwatch()
         self._main = dist.is_main_process()
-        self._previous_logger = runner.logger
         self._metrics: MetricsFile | None = None
-        path = None
-        if self._main:
-            try:
-                runner.run_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(
-                    f"cannot make the run's folder {runner.run_dir}: {error.strerror}. Pass "
-                    "another work_dir, or plugins=['no:logging']"
-                ) from error
-            self._metrics = MetricsFile(runner.run_dir / "metrics.jsonl")
-            path = runner.run_dir / "run.log"
-        self._output = Output(path, self._main)
+        self._by_epoch = True
+        self._media_told: set[str] = set()
+        self._output = Output(self._main)
+        self._previous_logger = runner.logger
         runner.logger = make_logger(self._output, self.level)
-        if self._main:
-            self._introduce(runner)
 
-    def _introduce(self, runner: Any) -> None:
-        plugins = [
-            {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
-            for name, plugin in runner.plugins.items()
-        ]
-        run = {
-            "name": runner.name,
-            "environment": describe_environment(),
-            "plugins": plugins,
-            "hooks": runner.plugins.calls(),
-        }
-        text = json.dumps(run, indent=2)
-        (runner.run_dir / "run.json").write_text(text + "\n")
-        self._output.to_file(text)
+    @hookimpl(tryfirst=True)
+    def before_run(self, runner: Any) -> None:
+        """Open the files; write down what the run consists of."""
+        if not self._main or self._metrics is not None:
+            return
+        folder = runner.make_run_dir()
+        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self._output.open(folder / "run.log")
+        (folder / "run.json").write_text(json.dumps(_description(runner), indent=2) + "\n")
+        blocked = f" (blocked: {', '.join(runner.plugins.blocked)})" * bool(runner.plugins.blocked)
         runner.logger.info(
-            f"run {runner.name}: files in {runner.run_dir}, device {runner.device}, plugins "
-            f"{', '.join(runner.plugins)}"
+            f"run {runner.name}: files in {folder}, device {runner.device}, plugins "
+            f"{', '.join(runner.plugins)}{blocked}"
         )
 
     def unconfigure(self, runner: Any) -> None:
@@ -135,18 +120,23 @@ class Logging(Plugin, name="logging"):
         self._write_training(runner)
 
     def on_exception(self, runner: Any, error: BaseException) -> None:
-        """Write what is left, and the error."""
+        """Write the error, and what is left."""
+        progress = runner.progress
+        where = f"in epoch {progress.current_epoch}, after iteration {progress.iter}"
+        if isinstance(error, KeyboardInterrupt):
+            runner.logger.warning(f"interrupted {where}")
+        else:
+            notes = "; ".join(getattr(error, "__notes__", ()))
+            details = f" ({notes})" if notes else ""
+            runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
         self._write_training(runner)
-        notes = "; ".join(getattr(error, "__notes__", ()))
-        details = f" ({notes})" if notes else ""
-        runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
 
     def _write_training(self, runner: Any) -> None:
         clock, progress = self._stopwatch, runner.progress
         if clock.iterations == 0:
             return
-        scalars, media = self._meters.reduce("train")
-        scalars.update(_learning_rates(runner.optim_wrapper))
+        values, media = self._meters.reduce("train")
+        scalars = _learning_rates(runner.optim_wrapper)
         scalars["time"] = clock.seconds / clock.iterations
         scalars["data_time"] = clock.data_seconds / clock.iterations
         scalars["samples_per_second"] = clock.samples / clock.seconds if clock.seconds else 0.0
@@ -155,7 +145,12 @@ class Logging(Plugin, name="logging"):
             left = max(progress.max_iters - progress.iter, 0)
             scalars["eta"] = left * clock.seconds_per_iteration
         clock.start_interval()
-        self._write(runner, "train", scalars, media)
+        own = {name: value for name, value in scalars.items() if name not in values}
+        self._write(runner, "train", {**values, **own}, media)
+
+    def before_val(self, runner: Any) -> None:
+        """What was trained before a validation stands before it in the history."""
+        self._write_training(runner)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -183,28 +178,56 @@ class Logging(Plugin, name="logging"):
         self, runner: Any, phase: str, scalars: dict[str, float], media: dict[str, Any]
     ) -> None:
         progress = runner.progress
-        record = Record(phase, progress.epoch, progress.iter, progress.step, scalars, media)
+        counters = progress.current_epoch, progress.iter, progress.step
+        record = Record(phase, *counters, scalars, media)
         if self._metrics is None:
             return
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
         runner.logger.info(_line(record, progress))
+        for name in media.keys() - self._media_told:
+            self._media_told.add(name)
+            kind = type(media[name]).__name__
+            runner.logger.info(f"{name!r} ({kind}) is no number: it goes to the sinks alone")
 
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The values that wait for their record, so that a resumed run writes the same one."""
-        return {"meters": self._meters.state_dict(), "iterations": self._stopwatch.iterations}
+        return {"meters": self._meters.state_dict(), "stopwatch": self._stopwatch.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._meters.load_state_dict(state["meters"])
-        self._stopwatch.iterations = state["iterations"]
+        self._stopwatch.load_state_dict(state["stopwatch"])
 
+    @hookimpl(tryfirst=True)
     def after_load_checkpoint(self, runner: Any) -> None:
         """Cut ``metrics.jsonl`` back to where the run goes on from."""
-        if self._metrics is not None:
-            self._metrics.cut_back(runner.progress)
+        if self._main:
+            path = runner.make_run_dir() / "metrics.jsonl"
+            waiting = self._stopwatch.iterations > 0
+            (self._metrics or MetricsFile(path)).cut_back(runner.progress, waiting)
+
+
+def _description(runner: Any) -> dict[str, Any]:
+    """What a run consists of, as plain values."""
+    plugins = [
+        {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
+        for name, plugin in runner.plugins.items()
+    ]
+    configured = {f"{p}_cfg": getattr(runner, f"{p}_cfg") for p in ("train", "val", "test")}
+    wrappers = runner.optim_wrapper.by_name() if runner.optim_wrapper is not None else {}
+    return {
+        "name": runner.name,
+        "model": type(runner.bare_model).__name__,
+        "parameters": sum(p.numel() for p in runner.bare_model.parameters()),
+        "optimizers": {name: repr(w.optimizer).splitlines() for name, w in wrappers.items()},
+        **{name: cfg.model_dump() for name, cfg in configured.items() if cfg is not None},
+        "plugins": plugins,
+        "hooks": runner.plugins.calls(),
+        "environment": describe_environment(),
+    }
 
 
 def _learning_rates(optim_wrapper: Any) -> dict[str, float]:
@@ -217,10 +240,8 @@ def _learning_rates(optim_wrapper: Any) -> dict[str, float]:
 def _line(record: Record, progress: Any) -> str:
     """One record for people to read."""
     where = [f"{record.phase:<5}"]
-    training = record.phase == "train"
     if progress.max_epochs is not None:
-        epoch = min(record.epoch + 1, progress.max_epochs) if training else record.epoch
-        where.append(f"epoch {epoch}/{progress.max_epochs}")
+        where.append(f"epoch {record.epoch}/{progress.max_epochs}")
     total = f"/{progress.max_iters}" if progress.max_iters is not None else ""
     where.append(f"iter {record.iter}{total}")
     values = []
@@ -229,10 +250,11 @@ def _line(record: Record, progress: Any) -> str:
             values.append(f"eta {timedelta(seconds=round(value))}")
         elif name == "samples_per_second":
             values.append(f"{value:.0f} samples/s")
-        elif name == "memory":
-            values.append(f"{value:.0f} MB")
-        elif name in ("time", "data_time"):
-            values.append(f"{name} {1000 * value:.1f} ms")
-        else:
+        elif name == "time":
+            values.append(f"{1000 * value:.1f} ms")
+        elif name == "data_time":
+            share = value / record.scalars["time"] if record.scalars.get("time") else 0
+            values += [f"waits for data {share:.0%}"] if share >= 0.2 else []
+        elif name != "memory":
             values.append(f"{name} {value:.4g}")
     return "  ".join(where + values)

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hookengine import Record
 
 
 class MetricsFile:
-    """Records as JSON lines, each flushed as it is written.
+    """Records as JSON lines, each in the file before the next event.
 
     Where the disk fails, training goes on: what could not be written is kept, said once, and
-    tried again with the next record.
+    tried again with the next record. A number that JSON does not have is written as a string,
+    ``"nan"``, ``"inf"`` or ``"-inf"``; a value that has the name of one of the record's own fields
+    is written as ``"value/NAME"``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
-        self._waiting: list[str] = []
+        self._file: FileIO | None = None
+        self._end = 0
+        self._waiting: list[bytes] = []
         self._warned = False
+        self._closed = False
 
     def append(self, record: Record, logger: Any) -> None:
         """Write one record."""
-        line = {
+        fields = {
             "phase": record.phase,
             "epoch": record.epoch,
             "iter": record.iter,
             "step": record.step,
-            **record.scalars,
         }
-        self._waiting.append(json.dumps(line) + "\n")
-        self._write(logger)
+        for name, value in record.scalars.items():
+            key = f"value/{name}" if name in fields else name
+            fields[key] = value if math.isfinite(value) else str(value)
+        self._waiting.append(json.dumps(fields).encode() + b"\n")
+        if not self._closed:
+            self._write(logger)
 
     def _write(self, logger: Any) -> None:
         try:
             if self._file is None:
-                self._file = self.path.open("a", encoding="utf-8")
+                self._open()
             while self._waiting:
-                self._file.write(self._waiting[0])
-                self._file.flush()
+                self._write_whole(self._waiting[0])
                 self._waiting.pop(0)
         except OSError as error:
-            self._file = None
+            self._drop_partial_line()
             if not self._warned:
                 self._warned = True
                 logger.warning(
@@ -53,40 +62,74 @@ class MetricsFile:
                     "mend the folder: what is missing is kept and written with the next record"
                 )
 
-    def cut_back(self, progress: Any) -> None:
-        """Drop the records after ``progress``, which a resumed run writes again."""
+    def _open(self) -> None:
+        self._file = FileIO(self.path, "a+")
+        self._end = self._file.seek(0, os.SEEK_END)
+        if self._end:  # a kill may have left half a line
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._write_whole(b"\n")
+
+    def _write_whole(self, line: bytes) -> None:
+        if self._file is None:
+            raise OSError(f"{self.path} is not open")
+        written = 0
+        while written < len(line):
+            written += self._file.write(line[written:])
+        self._end += len(line)
+
+    def _drop_partial_line(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            self._close_file()
+
+    def cut_back(self, progress: Any, waiting: bool) -> None:
+        """Drop the records after ``progress``, which a resumed run writes again.
+
+        Args:
+            progress: The counters that were loaded.
+            waiting: Whether values were loaded that still wait for their record.
+        """
+        self._waiting.clear()
         if not self.path.exists():
             return
         self._close_file()
-        kept = list(self._until(progress))
+        kept = list(self._until(progress, waiting))
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def _until(self, progress: Any) -> Iterator[str]:
-        with self.path.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # a line that was cut short by a kill
-                later = record["iter"] > progress.iter or record["epoch"] > progress.epoch
-                owed = record["phase"] == "val" and progress.val_due
-                if not later and not (owed and record["iter"] == progress.iter):
-                    yield line if line.endswith("\n") else line + "\n"
+    def _until(self, progress: Any, waiting: bool) -> Iterator[bytes]:
+        # By epochs, a validation comes when the epoch is closed and no batch of the next is done.
+        validated = not progress.val_due and not (progress.max_epochs and progress.batch)
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a line that was cut short by a kill
+            now = record["iter"] == progress.iter
+            again = now and (
+                (record["phase"] == "val" and not validated)
+                or (record["phase"] == "train" and waiting)  # what a stop or an error had written
+            )
+            if record["iter"] <= progress.iter and not again:
+                yield line + b"\n"
 
     def close(self, logger: Any) -> None:
-        """Write what waits, and close."""
+        """Write what waits, and close for good."""
         if self._waiting:
             self._write(logger)
         if self._waiting:
             logger.error(f"{len(self._waiting)} records could not be written to {self.path}")
         self._close_file()
+        self._closed = True
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             self._file = None

@@ -15,66 +15,80 @@ from torch import Tensor
 
 
 class Meters:
-    """Values by phase and name, kept as they come and averaged when their record is due."""
+    """Values by phase and name: numbers as they come, averaged when their record is due.
+
+    What is no number (an image, a table, a text) is a medium; the last one of a name is kept.
+    """
 
     def __init__(self) -> None:
-        self._values: dict[str, defaultdict[str, list[Any]]] = {
-            phase: defaultdict(list) for phase in ("train", "val", "test")
+        phases = ("train", "val", "test")
+        self._numbers: dict[str, defaultdict[str, list[Any]]] = {
+            p: defaultdict(list) for p in phases
         }
+        self._media: dict[str, dict[str, Any]] = {phase: {} for phase in phases}
 
     def add(self, values: Mapping[str, Any], phase: str = "train") -> None:
         """Keep values; a tensor stays on its device, without its graph."""
-        kept = self._values[phase]
+        kept = self._numbers[phase]
         for name, value in values.items():
-            attached = isinstance(value, Tensor) and value.requires_grad
-            kept[name].append(value.detach() if attached else value)
+            if isinstance(value, Tensor):
+                if value.requires_grad:
+                    value = value.detach()
+                if not value.dim():
+                    kept[name].append(value)
+                elif value.numel() == 1:
+                    kept[name].append(value.reshape(()))
+                else:
+                    self._media[phase][name] = value
+            elif (number := _as_float(value)) is not None:
+                kept[name].append(number)
+            else:
+                self._media[phase][name] = value
 
     def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Any]]:
-        """The averages of the numbers, and of anything else the last one; forgets them all."""
-        scalars: dict[str, float] = {}
-        media: dict[str, Any] = {}
-        for name, values in self._values[phase].items():
-            numbers = _numbers(values)
-            if numbers is None:
-                media[name] = values[-1]
-            else:
-                scalars[name] = math.fsum(numbers) / len(numbers)
-        self._values[phase].clear()
+        """(the averages of the numbers, the media) by name; forgets them all."""
+        scalars = {
+            name: math.fsum(numbers) / len(numbers)
+            for name, numbers in _read(self._numbers[phase]).items()
+        }
+        media = self._media[phase]
+        self._numbers[phase].clear()
+        self._media[phase] = {}
         return scalars, media
 
     def state_dict(self) -> dict[str, dict[str, list[float]]]:
-        """The numbers that wait, as Python floats."""
-        return {
-            phase: {n: v for n, values in kept.items() if (v := _numbers(values)) is not None}
-            for phase, kept in self._values.items()
-        }
+        """The numbers that wait, as Python floats; phases without any are left out."""
+        return {phase: _read(kept) for phase, kept in self._numbers.items() if kept}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, list[float]]]) -> None:
         """Take them back."""
-        for phase, kept in state.items():
-            self._values[phase].clear()
-            for name, values in kept.items():
-                self._values[phase][name].extend(values)
+        for phase, kept in self._numbers.items():
+            kept.clear()
+            for name, numbers in state.get(phase, {}).items():
+                kept[name].extend(numbers)
 
 
-def _numbers(values: list[Any]) -> list[float] | None:
-    """``values`` as floats, read from the device in one go; None where they are no numbers."""
+def _as_float(value: Any) -> float | None:
+    """A Python or NumPy number as a float, None for anything else."""
+    if isinstance(value, (str, bytes)) or getattr(value, "size", 1) != 1:
+        return None
     try:
-        stacked = torch.stack(values)
-    except (TypeError, RuntimeError):
-        stacked = None  # no tensors, or not all of them alike
-    if stacked is not None and stacked.dim() == 1:
-        numbers: list[float] = stacked.tolist()
-        return numbers
-    if all(_is_number(value) for value in values):
-        return [float(value) for value in values]
-    return None
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, (int, float)) or hasattr(value, "__float__")
+def _read(kept: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+    """The numbers as floats: the tensors among them are read from the device in one go."""
+    tensors = [value for values in kept.values() for value in values if isinstance(value, Tensor)]
+    try:
+        floats = iter(torch.stack(tensors).tolist() if tensors else ())
+    except (RuntimeError, TypeError):  # of several devices or types
+        floats = iter([tensor.item() for tensor in tensors])
+    return {
+        name: [next(floats) if isinstance(value, Tensor) else value for value in values]
+        for name, values in kept.items()
+    }
 
 
 class Stopwatch:
@@ -101,23 +115,35 @@ class Stopwatch:
     )
 
     def __init__(self) -> None:
-        self.iterations = 0
+        self.clear()
         self.restart()
+
+    def clear(self) -> None:
+        """Forget the iterations since the last record."""
+        self.iterations = self.samples = 0
+        self.seconds = self.data_seconds = 0.0
 
     def restart(self) -> None:
         """Begin a session: the rate of one that was interrupted does not count."""
         self._session_seconds = 0.0
         self._session_iterations = 0
-        self.seconds = self.data_seconds = 0.0
-        self.samples = 0
         self.mark = perf_counter()
 
     def start_interval(self) -> None:
         """Begin the next record."""
         self._session_seconds += self.seconds
         self._session_iterations += self.iterations
-        self.iterations = self.samples = 0
-        self.seconds = self.data_seconds = 0.0
+        self.clear()
+
+    def state_dict(self) -> dict[str, float]:
+        """What the iterations since the last record took."""
+        names = ("iterations", "samples", "seconds", "data_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take it back."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @property
     def seconds_per_iteration(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,16 +16,23 @@ class Output:
     """The console, and a file beside it.
 
     Each line is printed to what ``sys.stdout`` is at that moment, so that a progress bar that has
-    put itself there can place the line above itself.
+    put itself there can place the line above itself. Until the file is opened its lines are kept.
 
     Args:
-        path: The file, or None.
         console: Whether this process prints all lines; without, it prints errors only.
     """
 
-    def __init__(self, path: Path | None, console: bool) -> None:
+    def __init__(self, console: bool) -> None:
         self._console = console
-        self._file: TextIO | None = path.open("a", encoding="utf-8") if path is not None else None
+        self._file: TextIO | None = None
+        self._early: list[str] | None = []
+
+    def open(self, path: Path) -> None:
+        """Open the file, and write what was kept for it."""
+        self._file = path.open("a", encoding="utf-8")
+        early, self._early = self._early or [], None
+        for text in early:
+            self._write(text)
 
     def line(self, event: EventDict) -> None:
         """Write one event."""
@@ -36,11 +44,21 @@ class Output:
         details = "".join(f"  {key}={value}" for key, value in event.items())
         line = f"{mark}{text}{details}" + (f"\n{exception}" if exception else "")
         if self._console or level in ("ERROR", "CRITICAL"):
-            print(f"{timestamp[11:]}  {line}", flush=True)
-        self.to_file(f"{timestamp}  {line}")
+            self._print(f"{timestamp[11:]}  {line}")
+        self._write(f"{timestamp}  {line}")
 
-    def to_file(self, text: str) -> None:
-        """Write to the file alone; a disk that fails costs the line, not the run."""
+    def _print(self, text: str) -> None:
+        try:
+            print(text, flush=True)
+        except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
+            self._console = False
+            with suppress(OSError, ValueError):
+                print(f"cannot print any more, see run.log: {error}", file=sys.stderr)
+
+    def _write(self, text: str) -> None:
+        """Write to the file; a disk that fails costs the line, not the run."""
+        if self._early is not None:
+            self._early.append(text)
         if self._file is None:
             return
         try:
@@ -48,12 +66,13 @@ class Output:
             self._file.flush()
         except OSError as error:
             self._file = None
-            print(f"cannot write run.log any more: {error.strerror}", file=sys.stderr)
+            self._print(f"cannot write run.log any more: {error.strerror}")
 
     def close(self) -> None:
         """Close the file; later lines go to the console alone."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
 

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hookengine import Plugin, dist
+from hookengine import Plugin, dist, length_of
 
 __all__ = ["ProgressBar"]
 
@@ -48,6 +48,10 @@ class ProgressBar(Plugin, name="progress_bar"):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def unconfigure(self) -> None:
+        """Leave the terminal as it was, also when the plugin is removed in mid-run."""
+        self.after_run()
 
     def before_val_epoch(self, runner: Any) -> None:
         """Show the validation."""
@@ -90,6 +94,7 @@ class _Bar(Progress):
     def __init__(self, runner: Any, console: Console, refresh_per_second: float) -> None:
         self.runner = runner
         self.evaluated = 0
+        self.evaluating = False
         super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -107,11 +112,13 @@ class _Bar(Progress):
     def begin(self, phase: str, dataloader: Any) -> None:
         """Show a pass over ``dataloader``."""
         self.evaluated = 0
-        total = len(dataloader) if hasattr(dataloader, "__len__") else None
+        self.evaluating = True
+        total = length_of(dataloader)
         self.reset(self._evaluation, description=phase, total=total, visible=True)
 
     def end(self) -> None:
         """Hide it."""
+        self.evaluating = False
         self.update(self._evaluation, visible=False)
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -119,7 +126,7 @@ class _Bar(Progress):
         progress = self.runner.progress
         if not self.task_ids:  # rich asks once before there is anything to show
             return ()
-        if progress.iter or progress.batch:
+        if progress.iter:
             by_epoch = progress.max_epochs is not None
             name = f"epoch {progress.epoch + 1}/{progress.max_epochs}" if by_epoch else "train"
             self.update(
@@ -127,7 +134,7 @@ class _Bar(Progress):
                 description=name,
                 completed=progress.batch if by_epoch else progress.iter,
                 total=progress.epoch_length if by_epoch else progress.max_iters,
-                visible=True,
+                visible=not self.evaluating and bool(progress.batch),
             )
         self.update(self._evaluation, completed=self.evaluated)
         return super().get_renderables()

@@ -77,12 +77,11 @@ def test_what_is_no_dataloader_is_answered(given: Any, error: type, message: str
 
 
 def test_a_pass_starts_at_a_batch() -> None:
-    iterator, dropped = iterate_from([1, 2, 3], 0, 2)
-    assert (list(iterator), dropped) == ([3], True)
-    iterator, dropped = iterate_from([1, 2, 3], 0, 0)
-    assert (list(iterator), dropped) == ([1, 2, 3], False)
-    iterator, dropped = iterate_from([1, 2], 0, 2)
-    assert (list(iterator), dropped) == ([], True)
-    running = iter([1, 2, 3])
+    for batches, batch, expected in ([1, 2, 3], 2, [3]), ([1, 2, 3], 0, [1, 2, 3]), ([1, 2], 2, []):
+        iterator, dropped = iterate_from(batches, 0, batch)
+        assert (list(iterator), dropped) == (expected, batch)
+    running = iter([1, 2, 3])  # an iterator goes on where it is
     iterator, dropped = iterate_from(running, 0, 2)
-    assert (list(iterator), dropped) == ([1, 2, 3], False)
+    assert (list(iterator), dropped) == ([1, 2, 3], 0)
+    iterator, dropped = iterate_from(iter([1, 2, 3]), 0, 0, behind=2)
+    assert (list(iterator), dropped) == ([3], 2)

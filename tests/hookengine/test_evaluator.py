@@ -102,7 +102,7 @@ def test_an_evaluator_is_built_from_what_users_have() -> None:
     kinds = [Mean(), dict(type=Mean, prefix="b"), torchmetrics.MeanSquaredError()]
     evaluator = Evaluator(kinds)
     evaluator.process(data_samples=(torch.tensor([1.0]), torch.tensor([3.0])), data_batch=None)
-    assert evaluator.evaluate(2) == {"mean": 2.0, "b/mean": 2.0, "meansquarederror": 4.0}
+    assert evaluator.evaluate(2) == {"mean": 2.0, "b/mean": 2.0, "MeanSquaredError": 4.0}
     assert len(Evaluator(Mean()).metrics) == 1
 
 
@@ -149,8 +149,8 @@ def test_torchmetrics_count_what_a_metric_of_ones_own_counts(make: Any, data: An
     metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
     loader = DataLoader(data(10, seed=1), batch_size=4)
     runner = make(val_dataloader=loader, val_evaluator=metric)
-    assert runner.val()["multiclassaccuracy"] == pytest.approx(ours["accuracy"])
-    assert runner.val()["multiclassaccuracy"] == pytest.approx(ours["accuracy"])  # was reset
+    assert runner.val()["MulticlassAccuracy"] == pytest.approx(ours["accuracy"])
+    assert runner.val()["MulticlassAccuracy"] == pytest.approx(ours["accuracy"])  # was reset
     both = torchmetrics.MetricCollection({"top1": metric})
     assert set(make(val_dataloader=loader, val_evaluator=both).val()) == {"top1"}
 
@@ -158,7 +158,7 @@ def test_torchmetrics_count_what_a_metric_of_ones_own_counts(make: Any, data: An
 def test_a_torchmetric_takes_a_dict_as_keywords() -> None:
     evaluator = Evaluator(torchmetrics.MeanSquaredError())
     evaluator.process(data_samples=dict(preds=torch.ones(1), target=torch.zeros(1)))
-    assert evaluator.evaluate(1) == {"meansquarederror": 1.0}
+    assert evaluator.evaluate(1) == {"MeanSquaredError": 1.0}
 
 
 def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:

@@ -379,8 +379,8 @@ def test_train_cfg_is_checked() -> None:
         (dict(max_epoch=3), "Did you mean 'max_epochs'"),
         (dict(max_epochs=0), "max_epochs=0: Input should be greater than 0"),
         (dict(), "needs max_epochs"),
-        (dict(max_epochs=1, max_iters=1), "needs max_iters and no max_epochs"),
-        (dict(by_epoch=True, max_iters=3), "needs max_epochs and no max_iters"),
+        (dict(max_epochs=1, max_iters=1), "give one of max_epochs=1 and max_iters=1"),
+        (dict(by_epoch=True, max_iters=3), "by_epoch=True needs max_epochs"),
         (dict(max_epochs=3, val_interval=0), "val_interval=0"),
     ]:
         with pytest.raises(ValueError, match=f"^train_cfg: .*{message}"):

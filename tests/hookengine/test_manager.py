@@ -38,7 +38,7 @@ class Note(Plugin):
 
 
 def named(name: str, **methods: Any) -> Any:
-    plugin = type("Some", (), methods)()
+    plugin = type("Some", (), methods or {"after_run": lambda self: None})()
     plugin.plugin_name = name
     return plugin
 
@@ -179,6 +179,8 @@ def test_one_function_serves_two_events_with_options_of_its_own(make: Any) -> No
 def test_states_are_collected_by_name_and_given_back() -> None:
     class Counter(Plugin):
         count = 0
+
+        def after_run(self) -> None: ...
 
         def state_dict(self) -> dict[str, Any]:
             return {"count": self.count}
@@ -331,6 +333,8 @@ class Ordered(Plugin):
 
     after: ClassVar[tuple[str, ...]] = ("note",)
 
+    def after_run(self) -> None: ...
+
 
 def test_an_active_plugin_is_found_by_name() -> None:
     manager = PluginManager([Ordered(), Note()], defaults=())
@@ -339,3 +343,116 @@ def test_an_active_plugin_is_found_by_name() -> None:
     assert "note" in manager
     with pytest.raises(KeyError, match="Did you mean 'note'"):
         manager["noet"]
+
+
+def test_configure_follows_the_printed_order(make: Any) -> None:
+    log: list[str] = []
+
+    def note(event: str, name: str, **order: bool) -> Any:
+        return hookimpl(**order)(lambda self: log.append(f"{event} {name}"))
+
+    a = named("a", configure=note("configure", "a"), unconfigure=note("unconfigure", "a"))
+    b = named(
+        "b",
+        configure=note("configure", "b", tryfirst=True),
+        unconfigure=note("unconfigure", "b", tryfirst=True),
+    )
+    runner = make(plugins=[a, b])
+    calls = runner.plugins.calls()
+    runner.close()
+    assert log == [
+        *(f"configure {name}" for name in calls["configure"]),
+        *(f"unconfigure {name}" for name in calls["unconfigure"]),
+    ]
+    assert calls["configure"] == ["b", "a"]
+
+
+def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(make: Any) -> None:
+    def fail(self: Any) -> None:
+        raise LookupError("no")
+
+    runner = make()
+    with pytest.raises(LookupError):
+        runner.plugins.add(named("bad", configure=fail, after_train_iter=fail))
+    assert runner.plugins.order == []
+    runner.plugins.add(named("bad", unconfigure=fail, after_train_iter=fail))
+    with pytest.raises(LookupError):
+        runner.plugins.remove("bad")
+    assert runner.plugins.order == []
+    runner.train()
+
+
+def test_a_replacement_that_is_refused_leaves_the_old_one(make: Any) -> None:
+    runner = make()
+
+    def cell(source: str) -> None:
+        namespace: dict[str, Any] = {}
+        exec(source, namespace)
+        runner.on("after_train_epoch")(namespace["note"])
+
+    cell("def note(runner): pass")
+    with pytest.raises(TypeError, match="Did you mean 'runner'"):
+        cell("def note(runer): pass")
+    assert runner.plugins.order == ["after_train_epoch:note"]
+    runner.plugins.remove("note")
+    assert runner.plugins.order == []
+
+
+def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: Any) -> None:
+    runner = make()
+    log: list[str] = []
+    runner.on("after_train")(lambda: log.append("one"))
+    runner.on("after_train")(lambda: log.append("two"))
+    runner.train()
+    assert log == ["one", "two"]
+    with pytest.raises(TypeError, match=r'@runner\.on\("before_run"\)'):
+
+        @runner.on
+        def hook() -> None: ...
+
+
+def test_a_plugin_is_named_by_the_option_too() -> None:
+    plugins = [Note(), Note(plugin_name="second"), dict(type=Note, plugin_name="third", size=2)]
+    manager = PluginManager(plugins, defaults=())
+    assert manager.order == ["note", "second", "third"]
+    assert manager["third"].size == 2
+
+
+def test_what_looks_misspelt_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(self: Any) -> None: ...
+
+    near = named("near", safe_points=hook, after_run=hook)
+    with pytest.warns(UserWarning, match="'safe_points' is no event.*'safe_point'"):
+        PluginManager([near], defaults=())
+    late = named("late", after_run=hook)
+    late.after = ("loging", "some_plugin_that_may_be_installed")
+    with pytest.warns(UserWarning, match="no plugin 'loging'. Did you mean 'logging'"):
+        PluginManager([late])
+    monkeypatch.setenv("HOOKENGINE_DISABLE", "progres_bar")
+    with pytest.warns(UserWarning, match="HOOKENGINE_DISABLE: unknown plugin 'progres_bar'"):
+        PluginManager()
+
+
+def test_a_method_without_self_is_said() -> None:
+    def after_train_iter(runner: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="lacks 'self'"):
+        PluginManager([named("x", after_train_iter=after_train_iter)], defaults=())
+
+
+def test_an_instance_has_the_name_and_the_source_of_its_entry_point() -> None:
+    from hookengine_logging import Logging
+
+    manager = PluginManager([Logging(interval=3)])
+    assert manager.order == list(DEFAULT_PLUGINS)
+    assert manager.source("logging").startswith("hookengine ")
+
+
+def test_a_group_of_errors_out_of_a_plugin_is_blamed(make: Any) -> None:
+    class Group(Plugin):
+        def before_train(self) -> None:
+            raise ExceptionGroup("several", [ValueError("a")])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        make(plugins=[Group()]).train()
+    assert "plugin 'group'" in caught.value.__notes__[0]

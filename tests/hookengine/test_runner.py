@@ -114,7 +114,7 @@ MISTAKES = [
     (dict(train_cfg=dict(max_epoch=3)), ValueError, "unknown option 'max_epoch'. Did you mean"),
     (dict(train_cfg=None), ValueError, "training needs train_cfg beside train_dataloader"),
     (dict(optim_wrapper=None), ValueError, "training needs optim_wrapper beside"),
-    (dict(val_dataloader=LOADER), ValueError, "validation needs val_evaluator beside val_data"),
+    (dict(val_dataloader=LOADER), ValueError, "val_dataloader needs val_evaluator, or val_cfg"),
     (dict(test_evaluator=object()), ValueError, "testing needs test_dataloader beside"),
     (dict(val_cfg=dict()), ValueError, "val_cfg needs val_dataloader and val_evaluator beside"),
     (
@@ -212,7 +212,7 @@ def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) ->
     assert torch.equal(runner.bare_model.net.weight, straight.bare_model.net.weight)
     runner.train(max_iters=12)  # the unit may change
     assert runner.progress.iter == 12
-    with pytest.raises(ValueError, match="needs max_epochs and no max_iters"):
+    with pytest.raises(ValueError, match="give one of max_epochs=3 and max_iters=3"):
         runner.train(max_epochs=3, max_iters=3)
 
 
@@ -411,7 +411,10 @@ def test_state_is_plain_and_goes_on(make: Any, tmp_path: Path) -> None:
 def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
     for name in ("param_scheduler", "default_hooks", "custom_hooks", "launcher", "cfg"):
         with pytest.raises(TypeError, match=rf"'{name}' is MMEngine's. Here: "):
-            make(**{name: {}})
+            make(**{name: {"type": "x"}})
+    for name in ("epoch", "max_iters", "message_hub", "register_hook", "save_checkpoint"):
+        with pytest.raises(AttributeError, match=rf"the Runner has no '{name}': .* Here: "):
+            getattr(make(), name)
     for options, answer in [
         (dict(type="AmpOptimWrapper"), "'AmpOptimWrapper' is MMEngine's. Here: plugins=['amp']"),
         (dict(accumulative_counts=4), "dict(type='accumulate', steps=...)"),
@@ -419,8 +422,6 @@ def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
     ]:
         with pytest.raises((TypeError, ValueError), match=re.escape(answer)):
             make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), **options))
-    with pytest.raises(ValueError, match=r"'EpochBasedTrainLoop' is MMEngine's.*by_epoch=True"):
-        make(train_cfg=dict(type="EpochBasedTrainLoop", max_epochs=1))
     with pytest.raises(ValueError, match=r"'fp16' is MMEngine's"):
         make(validate=True, val_cfg=dict(fp16=True))
 
@@ -429,11 +430,46 @@ def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
     from hookengine import PLUGINS
     from hookengine.migration import REPLACEMENTS, answer
 
-    for name, (plugin, _) in REPLACEMENTS.items():
+    for name, (plugin, _, _) in REPLACEMENTS.items():
         text = answer(name)
         assert text is not None
         assert ("no plugin" in text) == (plugin is not None and plugin not in PLUGINS)
     assert answer("anything") is None
+
+
+def test_what_mmengines_configurations_carry_along_does_no_harm(make: Any, data: Any) -> None:
+    class Dataset(torch.utils.data.Dataset[Any]):
+        def __init__(self, n: int) -> None:
+            self.pairs = data(n)
+
+        def __len__(self) -> int:
+            return len(self.pairs)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.pairs[index]
+
+    runner = make(
+        train_cfg=dict(type="IterBasedTrainLoop", max_iters=3),
+        train_dataloader=dict(
+            batch_size=4,
+            dataset=dict(type=Dataset, n=12),
+            sampler=dict(type="DefaultSampler", shuffle=True),
+            collate_fn=dict(type="default_collate"),
+        ),
+        val_cfg=dict(type="ValLoop"),
+        validate=True,
+        launcher="none",
+        load_from=None,
+        resume=False,
+        visualizer=None,
+        default_scope="mmengine",
+    )
+    assert set(runner.train()) == {"accuracy"}
+    assert isinstance(runner.train_loop.dataloader.sampler, torch.utils.data.RandomSampler)
+    with pytest.raises(
+        ValueError, match=r"sampler=.*'InfiniteSampler' is MMEngine's. Here: shuffle"
+    ):
+        make(train_dataloader=dict(dataset=data(), sampler=dict(type="InfiniteSampler")))
 
 
 def test_log_hands_raw_values_on(make: Any) -> None:
@@ -465,3 +501,172 @@ def test_training_on_the_accelerator_is_the_default(make: Any, data: Any) -> Non
     runner.train()
     assert runner.device.type == torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     assert runner.bare_model.net.weight.device.type == runner.device.type
+
+
+# -- runs within runs, and ends in the middle ---------------------------------------------------
+
+
+def test_a_plugin_may_validate_within_a_run(make: Any) -> None:
+    life = Life()
+    runner = make(plugins=[life], validate=True, train_cfg=dict(max_iters=4, val_interval=100))
+    seen = []
+
+    @runner.on("after_train_iter")
+    def validate(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            runner.stop("enough")
+            seen.append(runner.val())
+
+    runner.train()
+    assert set(seen[0]) == {"accuracy"}
+    assert runner.progress.stopped == "enough"  # the validation did not lose the request
+    assert life.log == ["configure", "before_run", "after_run"]
+
+
+def test_runs_that_cannot_be_nested_are_refused(make: Any) -> None:
+    def attempt(event: str, call: Any, message: str) -> None:
+        runner = make(validate=True)
+        runner.on(event)(lambda runner: call(runner))
+        with pytest.raises(RuntimeError, match=message):
+            runner.train()
+
+    attempt("after_val_epoch", lambda r: r.val(), r"val\(\) was called within a val\(\)")
+    attempt("after_train_iter", lambda r: r.train(), r"train\(\) was called within a run")
+    attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) there")
+
+
+def test_a_stop_before_the_run_holds(make: Any) -> None:
+    runner = make()
+    runner.stop("before it began")
+    runner.train()
+    assert runner.progress.iter == 1
+    runner.train()
+    assert runner.progress.iter == 10
+
+
+def test_other_limits_hold_once(make: Any) -> None:
+    runner = make(train_cfg=dict(max_epochs=3))
+    runner.train(max_epochs=1)
+    runner.train()
+    assert runner.progress.epoch == 3
+
+
+def test_an_error_in_close_does_not_hide_the_users(make: Any) -> None:
+    with (
+        pytest.raises(ValueError, match="mine") as caught,
+        make(plugins=[Life(fails_in=("unconfigure",))]),
+    ):
+        raise ValueError("mine")
+    assert "and then LookupError: unconfigure" in caught.value.__notes__[0]
+
+
+def test_a_second_interrupt_does_not_skip_the_closing_events(make: Any) -> None:
+    life = Life()
+    runner = make(plugins=[life])
+
+    @runner.on("before_train")
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    @runner.on("on_exception")
+    def again() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert life.log[-1] == "after_run"
+
+
+def test_a_dropped_runner_is_unconfigured_and_a_closed_one_let_go(make: Any, toy: Any) -> None:
+    life = Life()
+    runner = Runner(toy(), plugins=[life], defaults=())
+    del runner
+    gc.collect()
+    assert life.log == ["configure", "unconfigure"]
+    runner = Runner(toy(), defaults=())
+    model, gone = runner.bare_model, weakref.ref(runner)
+    runner.close()
+    del runner
+    gc.collect()
+    assert gone() is None
+    assert type(model).__name__ == "Toy"
+
+
+def test_a_closed_runner_takes_no_plugin(make: Any) -> None:
+    runner = make()
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.plugins.add(Life())
+
+
+def test_a_plugin_may_bring_another_along_in_configure(make: Any) -> None:
+    life = Life()
+
+    class Bringing(Plugin):
+        def configure(self, runner: Any) -> None:
+            runner.plugins.add(life)
+
+        def convert_model(self, model: Any) -> None: ...
+
+    runner = make(plugins=[Bringing()])
+    runner.close()
+    assert life.log == ["configure", "unconfigure"]
+
+
+def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: Any) -> None:
+    class Averaged(Plugin):
+        def evaluated_models(self, runner: Any) -> Any:
+            return {"": runner.model, "ema": runner.wrap(runner.bare_model, "average")}
+
+    runner = make(model=Plain(), loss=F.cross_entropy, validate=True, plugins=[Averaged()])
+    metrics = runner.val()
+    assert metrics["accuracy"] == metrics["ema/accuracy"]
+
+    class Wrong(Plugin):
+        def evaluated_models(self, runner: Any) -> Any:
+            return {"ema": runner.bare_model}
+
+    with pytest.raises(TypeError, match=r"evaluated_models must return modules with val_step\(\)"):
+        make(model=Plain(), loss=F.cross_entropy, validate=True, plugins=[Wrong()]).val()
+
+
+def test_validation_loss_is_summed_exactly_in_half_precision(make: Any) -> None:
+    class Half(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs.half()
+
+    batches = [(torch.full((2000, 1), 0.5), torch.zeros(2000, 1))] * 100
+    runner = make(
+        model=Half(),
+        loss=lambda output, target: output.float().mean().half() + 0 * target.sum(),
+        train_dataloader=None,
+        train_cfg=None,
+        optim_wrapper=None,
+        val_dataloader=batches,
+        val_cfg=dict(loss=True),
+    )
+    assert runner.val()["loss"] == 0.5
+
+
+def test_more_mistakes_are_answered(make: Any, data: Any) -> None:
+    class Centres(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centre = nn.Parameter(torch.zeros(3))
+
+    for options, error, message in [
+        (dict(train_dataloader=data()), TypeError, "sample by sample: wrap it"),
+        (dict(model=Plain(), loss="cross_entropy"), TypeError, "loss must be callable"),
+        (dict(model=Plain(), loss=Centres()), TypeError, "Centres has parameters of its own"),
+        (dict(plugins=[3]), TypeError, r"plugin 'int' \(3\) answers no event"),
+        (dict(plugins=Life()), TypeError, r"write plugins=\[...\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            make(**options)
+    make(plugins=None)
+    three = [(torch.ones(2, 4), torch.ones(2), torch.ones(2))]
+    with pytest.raises(TypeError) as caught:
+        make(model=Plain(), loss=F.cross_entropy, train_dataloader=three).train()
+    assert (
+        "forward got a batch of 3 (Tensor[2, 4], Tensor[2], Tensor[2])" in caught.value.__notes__[0]
+    )

@@ -59,19 +59,79 @@ def test_a_run_is_over_when_its_records_are_written(make: Any) -> None:
     assert {"loss", "lr", "time", "samples_per_second"} <= set(sink.log[1][2])
 
 
-def test_what_the_sink_already_holds_is_left_out(make: Any) -> None:
+def test_what_the_sink_held_when_it_was_opened_is_left_out(make: Any) -> None:
     class Resumed(Keeping):
         def open(self, runner: Any) -> None:
             self.held.update(train=2)
 
     sink = Resumed()
     runner = make(plugins=[sink])
-    for iteration in (1, 2, 3, 3, 2):
+    for iteration in (1, 2, 3, 3, 2):  # two plugins may write a record of one iteration
         runner.hooks.write(runner, record(iteration))
     runner.hooks.write(runner, record(1, phase="val"))
     runner.close()
-    assert [entry[:2] for entry in sink.log[:-1]] == [("train", 3), ("val", 1)]
-    assert sink.held == {"train": 3, "val": 1}
+    assert [entry[:2] for entry in sink.log[:-1]] == [("train", 3), ("train", 3), ("val", 1)]
+    assert sink.held == {"train": 2}
+
+
+def test_what_is_repeated_after_a_load_is_left_out(make: Any) -> None:
+    sink = Keeping()
+    runner = make(plugins=[sink, dict(type="logging", interval=1)], train_cfg=dict(max_iters=4))
+    states = []
+    runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+    runner.train()
+    runner.load_state_dict(states[1])
+    runner.train(max_iters=6)
+    runner.close()
+    assert [entry[1] for entry in sink.log[1:-1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_sink_serves_one_runner_after_another(make: Any) -> None:
+    sink = Keeping()
+    for _ in range(2):
+        sink.log.clear()
+        runner = make(plugins=[sink])
+        runner.hooks.write(runner, record(1))
+        runner.close()
+        assert sink.log == ["open", ("train", 1, {}), "close"]
+
+
+def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
+    make: Any, capsys: Any
+) -> None:
+    release = threading.Event()
+
+    class Slow(Keeping):
+        flush_timeout = 0.01
+
+        def write(self, runner: Any, record: Record) -> None:
+            release.wait()
+            super().write(runner, record)
+
+    sink = Slow()
+    runner = make(plugins=["logging", sink])
+    for iteration in (1, 2, 3):
+        runner.hooks.write(runner, record(iteration))
+    runner.hooks.after_run(runner)
+    runner.close()
+    assert "lost records: 0 failures, 0 dropped, 3 not written" in capsys.readouterr().out
+    release.set()
+
+
+def test_an_exit_in_a_sink_does_not_end_its_thread(make: Any) -> None:
+    class Exiting(Keeping):
+        def write(self, runner: Any, record: Record) -> None:
+            if record.iter == 1:
+                raise SystemExit
+            super().write(runner, record)
+
+    sink = Exiting()
+    runner = make(plugins=[sink])
+    for iteration in (1, 2):
+        runner.hooks.write(runner, record(iteration))
+    runner.close()
+    assert sink.failures == 1
+    assert sink.log == ["open", ("train", 2, {}), "close"]
 
 
 def trained_weights(make: Any, *plugins: Any) -> torch.Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,7 +55,7 @@ def test_training_is_averaged_over_intervals_and_epochs(make: Any) -> None:
         assert 0 <= record["data_time"] <= record["time"]
         assert record["samples_per_second"] > 0
         assert record["memory"] > 0
-    assert [r["epoch"] for r in records] == [0, 0, 0, 1, 1, 1]
+    assert [r["epoch"] for r in records] == [1, 1, 1, 2, 2, 2]
     assert records[-1]["step"] == 10
     assert records[-1]["eta"] == 0
     val = lines(runner, "val")
@@ -123,8 +126,8 @@ def test_console_lines_are_readable(make: Any, capsys: Any) -> None:
     runner.train()
     out = capsys.readouterr().out
     assert re.search(
-        r"^\d\d:\d\d:\d\d  train  epoch 2/2  iter 10/10  loss \d\.\d+  lr 0.1  time \d+\.\d ms  "
-        r"data_time \d+\.\d ms  \d+ samples/s  \d+ MB  eta 0:00:00$",
+        r"^\d\d:\d\d:\d\d  train  epoch 2/2  iter 10/10  loss \d\.\d+  lr 0.1  \d+\.\d ms  "
+        r"(waits for data \d+%  )?\d+ samples/s  eta 0:00:00$",
         out,
         re.MULTILINE,
     )
@@ -134,8 +137,14 @@ def test_console_lines_are_readable(make: Any, capsys: Any) -> None:
         assert line[10:] in log
 
 
-def test_the_run_is_introduced(make: Any, capsys: Any) -> None:
-    runner = logging(make, plugins=[Losses()], name="mine")
+def test_the_run_is_introduced(make: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOOKENGINE_DISABLE", "blocked")
+
+    class Blocked(Losses, name="blocked"): ...
+
+    runner = logging(make, plugins=[Losses(), Blocked()], name="mine", validate=True)
+    assert not runner.run_dir.exists()  # a Runner that is only built leaves nothing behind
+    runner.train()
     assert runner.run_dir.name == "mine"
     run = json.loads((runner.run_dir / "run.json").read_text())
     assert run["name"] == "mine"
@@ -144,10 +153,25 @@ def test_the_run_is_introduced(make: Any, capsys: Any) -> None:
     assert plugins["logging"]["options"] == {"interval": 2, "level": "INFO"}
     assert plugins["logging"]["source"].startswith("hookengine ")
     assert run["hooks"]["after_train_iter"] == ["losses", "logging"]
+    assert (run["model"], run["parameters"]) == ("Toy", 15)
+    assert run["train_cfg"]["max_epochs"] == 2
+    assert run["val_cfg"] == {"loss": False}
+    assert run["optimizers"]["optimizer"][0] == "SGD ("
     out = capsys.readouterr().out
     assert "run mine: files in" in out
-    assert "plugins logging, losses" in out
-    assert '"after_train_iter"' in (runner.run_dir / "run.log").read_text()
+    assert "plugins logging, losses (blocked: blocked)" in out
+
+
+def test_runs_without_a_name_never_share_a_folder(make: Any) -> None:
+    runners = [logging(make) for _ in range(3)]
+    for runner in runners:
+        runner.train()
+    assert len({runner.run_dir for runner in runners}) == 3
+    for runner in runners:
+        assert len(lines(runner)) == 6
+    again = logging(make, name=runners[0].name)
+    again.train()  # a name of one's own goes on in its folder
+    assert len(lines(again)) == 12
 
 
 def test_the_level_holds_for_console_and_file(make: Any, capsys: Any) -> None:
@@ -208,18 +232,18 @@ def test_a_run_that_goes_on_writes_what_the_straight_run_writes(make: Any) -> No
         assert essence(second) == essence(straight)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_before_training(
-    make: Any, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(make: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    runner = logging(make, work_dir=tmp_path / "file")
     with pytest.raises(OSError, match=r"cannot make the run's folder .*Pass another work_dir"):
-        logging(make, work_dir=tmp_path / "file")
+        runner.train()
+    assert runner.progress.iter == 0
 
 
 def test_a_failing_disk_costs_nothing(make: Any, capsys: Any) -> None:
     runner = logging(make)
     path = runner.run_dir / "metrics.jsonl"
-    path.mkdir()  # cannot be opened as a file
+    runner.on("before_train")(lambda: path.mkdir())  # cannot be opened as a file
 
     @runner.on("after_train_epoch", tryfirst=True)
     def mend(runner: Any) -> None:
@@ -231,12 +255,110 @@ def test_a_failing_disk_costs_nothing(make: Any, capsys: Any) -> None:
     assert capsys.readouterr().out.count("WARNING cannot write") == 1
 
 
+FULL_DISK = """
+import resource, signal, sys, torch
+from torch import nn
+from hookengine import Runner
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = nn.Linear(1, 1)
+runner = Runner(model, sys.argv[1], [(torch.ones(1, 1), torch.ones(1, 1))] * 6,
+                loss=nn.MSELoss(), optim_wrapper=torch.optim.SGD(model.parameters(), lr=0.1),
+                train_cfg=dict(max_epochs=1), plugins=[dict(type="logging", interval=1)])
+def room(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+@runner.on("before_train_iter")
+def fill(runner):
+    if runner.progress.iter == 2: room(400)  # in the middle of a line
+    if runner.progress.iter == 4: room(resource.RLIM_INFINITY)
+runner.train()
+"""
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_whole_lines(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["iter"] for record in written] == [1, 2, 3, 4, 5, 6]
+    assert "cannot write" in done.stdout
+
+
 def test_a_disk_that_fails_to_the_end_is_said_so_at_the_end(make: Any, capsys: Any) -> None:
     runner = logging(make)
-    (runner.run_dir / "metrics.jsonl").mkdir()
+    runner.on("before_train")(lambda runner: (runner.run_dir / "metrics.jsonl").mkdir())
     runner.train()
     runner.close()
     assert "ERROR 6 records could not be written" in capsys.readouterr().out
+
+
+def test_a_full_disk_behind_the_console_does_not_end_training(tmp_path: Path) -> None:
+    script = FULL_DISK.partition("def room")[0] + "runner.train()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    assert len(path.read_text().splitlines()) == 6
+    assert "cannot print any more, see run.log" in done.stderr
+
+
+def test_values_of_every_kind_are_taken(make: Any, capsys: Any) -> None:
+    runner = logging(make, train_cfg=dict(max_iters=2))
+    values = {
+        "nan": float("nan"),
+        "inf": torch.tensor(float("inf")),
+        "huge": 10**400,
+        "numpy": np.float32(0.5),
+        "array": np.array([0.1, 0.2]),
+        "one": torch.ones(1),
+        "epoch": 99.5,
+        "lr": 7.0,
+    }
+    runner.on("after_train_iter")(lambda runner: runner.log(values))
+    runner.train()
+    (record,) = lines(runner)
+    assert (record["nan"], record["inf"]) == ("nan", "inf")
+    assert (record["numpy"], record["one"], record["lr"]) == (0.5, 1.0, 7.0)
+    assert (record["epoch"], record["value/epoch"]) == (1, 99.5)
+    assert "huge" not in record
+    out = capsys.readouterr().out
+    assert out.count("'array' (ndarray) is no number: it goes to the sinks alone") == 1
+    with pytest.raises(ValueError, match="phase must be"):
+        runner.log(values, phase="eval")  # type: ignore[arg-type]
+
+
+def test_what_a_stop_had_written_is_not_written_twice_after_a_resume(make: Any) -> None:
+    first = logging(make, interval=5, name="run")
+    states = []
+
+    @first.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == 3:
+            runner.stop()
+
+    @first.on("safe_point")
+    def save(runner: Any) -> None:
+        states.append(runner.state_dict())
+
+    first.train()
+    first.close()
+    assert [r["iter"] for r in lines(first)] == [3]
+    second = logging(make, interval=5, name="run")
+    second.load_state_dict(states[2])
+    second.train()
+    assert [r["iter"] for r in lines(second)] == [5, 10]
+
+
+def test_after_it_was_removed_nothing_is_opened_again(make: Any) -> None:
+    runner = logging(make, interval=1)
+    runner.on("after_train_iter")(
+        lambda runner: "logging" in runner.plugins and runner.plugins.remove("logging")
+    )
+    runner.train()
+    assert runner.progress.iter == 10
 
 
 def test_the_logger_is_given_back(make: Any, capsys: Any, caplog: Any) -> None:
