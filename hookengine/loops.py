@@ -116,20 +116,22 @@ class TrainLoop:
         if runner.optim_wrapper.window_open:
             return False
         agreed = runner.hooks.agree(runner, runner.requests)
-        # A copy: what is asked for while these are served is for the next time.
-        served = dict(runner.requests if agreed is None else agreed)
-        runner.agreed = served
-        runner.hooks.safe_point(runner)
-        if served:
-            self._settle(served)
+        if agreed is None:
+            agreed = runner.requests
+        if agreed:
+            self._serve(dict(agreed))  # a copy: what is asked for meanwhile is for the next time
+        else:
+            runner.hooks.safe_point(runner)
         return runner.progress.stopped is not None
 
-    def _settle(self, agreed: Mapping[str, str]) -> None:
+    def _serve(self, agreed: dict[str, str]) -> None:
         runner = self.runner
+        runner.agreed = agreed
+        runner.hooks.safe_point(runner)
+        runner.agreed = {}
         for request, reason in agreed.items():
             if runner.requests.get(request) == reason:
                 del runner.requests[request]
-        runner.agreed = {}
         if "stop" in agreed:
             runner.progress.stopped = agreed["stop"]
             runner.logger.info("training stops", reason=agreed["stop"])

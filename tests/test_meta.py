@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import hookengine
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -65,6 +68,19 @@ def test_import_contracts_name_every_plugin() -> None:
     kernel, independent, _ = config["contracts"]
     assert set(config["root_packages"]) == packages | {"hookengine"}
     assert set(kernel["forbidden_modules"]) == set(independent["modules"]) == packages
+
+
+def test_plugins_import_only_the_kernels_public_names() -> None:
+    for path in (ROOT / "plugins").glob("**/*.py"):
+        package = path.relative_to(ROOT / "plugins").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("hookengine") for alias in node.names), path
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hookengine"):
+                if node.module == "hookengine":
+                    assert {alias.name for alias in node.names} <= set(hookengine.__all__), path
+                else:
+                    assert (node.module or "").partition(".")[0] == package, path
 
 
 def test_no_file_names_a_registry_host_or_a_path_of_a_machine() -> None:
