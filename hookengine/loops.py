@@ -70,7 +70,8 @@ class TrainLoop:
         runner.model.train()
         with runner.plugins.opened("before_train_epoch"):
             hooks.before_train_epoch(runner)
-            if not self._run_batches(self._open()):
+            at_limit = not self.cfg.by_epoch and progress.iter >= self.cfg.limit
+            if not (at_limit or self._run_batches(self._open())):
                 return
             if progress.batch == 0:
                 raise ValueError(

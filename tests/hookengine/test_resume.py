@@ -70,6 +70,26 @@ def test_every_safe_point_is_one_to_go_on_from(
             assert torch.equal(value, expected.bare_model.state_dict()[name])
 
 
+def test_an_epoch_that_is_closed_at_the_limit_draws_no_batch(make: Any, data: Any) -> None:
+    class Endless:
+        """Has a length, and yields more than that."""
+
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Any:
+            return generator(data)
+
+    first = make(train_dataloader=Endless(), train_cfg=dict(max_iters=5))
+    states = []
+    first.on("after_train_iter")(lambda runner: states.append(runner.state_dict()["progress"]))
+    first.train()
+    second = make(train_dataloader=Endless(), train_cfg=dict(max_iters=5))
+    second.progress.load_state_dict(states[-1])
+    second.train()
+    assert (second.progress.epoch, second.progress.iter, second.progress.batch) == (1, 5, 0)
+
+
 def test_an_interrupt_after_the_last_iteration_leaves_its_validation_owed(make: Any) -> None:
     runner = make(validate=True, train_cfg=dict(max_iters=4, val_interval=2))
     validated = []
