@@ -1,9 +1,9 @@
 """Microseconds per iteration that a framework adds to a loop written by hand.
 
 All contestants train the same network on the same batches in one process, in turn, round after
-round; each round's contestants are compared with that round's loop by hand, and the median over
-the rounds is reported. Time is taken inside the network, at each forward pass, so that what a
-framework does before its loop does not count. Peers that are not
+round; each is compared with a loop by hand just before it, and the median over the rounds is
+reported. The row of the loop by hand itself is the noise. Time is taken inside the network, at each
+forward pass, so that what a framework does before its loop does not count. Peers that are not
 installed are left out (``pip install "hookengine[bench]"``).
 
     python benchmarks/overhead.py [--rounds 25] [--only raw,bare,defaults] [--long]

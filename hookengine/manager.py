@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import pluggy
 
+from hookengine.blame import blame
 from hookengine.dispatch import Hooks, Observer, observed, resolve
 from hookengine.hookspecs import EVENTS, PROJECT, HookSpecs
 from hookengine.plugins import DEFAULT_PLUGINS, check_methods, name_of, resolve_order
@@ -377,43 +378,10 @@ class PluginManager(pluggy.PluginManager):
                 self[name].load_rank_state_dict(state)
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to ``error``: which plugin raised it, in which event, at which iteration.
-
-        Costs nothing before: the frames of the traceback are compared with the implementations.
-        """
-        if isinstance(error, BaseExceptionGroup):
-            for inner in error.exceptions:
-                self.blame(inner)
-            if any(_is_blamed(inner) for inner in error.exceptions):
-                return
-        if _is_blamed(error):
-            return
-        impls: dict[types.CodeType, list[tuple[str, pluggy.HookImpl]]] = {}
-        for event in EVENTS:
-            for impl in getattr(self.hook, event).get_hookimpls():
-                function = inspect.unwrap(impl.function)
-                if (code := getattr(function, "__code__", None)) is not None:
-                    impls.setdefault(code, []).append((event, impl))
-        culprit = None
-        traceback = error.__traceback__
-        while traceback is not None:
-            frame = traceback.tb_frame
-            for event, impl in impls.get(frame.f_code, ()):
-                first = frame.f_code.co_varnames[:1]
-                owner = frame.f_locals.get(first[0]) if first else None
-                if owner is impl.plugin or not isinstance(owner, type(impl.plugin)):
-                    culprit = (event, impl.plugin_name)
-            traceback = traceback.tb_next
-        if culprit is not None:
-            event, name = culprit
-            note = f"raised by plugin {name!r} ({self.source(name)}), event {event!r}"
-            if (progress := getattr(self._hooks.runner, "progress", None)) is not None:
-                note += f", epoch {progress.epoch}, iteration {progress.iter}"
-            error.add_note(note)
-
-
-def _is_blamed(error: BaseException) -> bool:
-    return any(note.startswith("raised by plugin") for note in getattr(error, "__notes__", ()))
+        """Add a note to ``error``: which plugin raised it, in which event, at which iteration."""
+        impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
+        progress = getattr(self._hooks.runner, "progress", None)
+        blame(error, impls, self.source, progress)
 
 
 _NO_OPTIONS: pluggy.HookimplOpts = {

@@ -157,8 +157,10 @@ class BaseModel(BaseModule):
         Returns:
             The losses by name, detached scalar tensors on the device; ``loss`` is their sum.
         """
+        # As self.data_preprocessor, less the search of nn.Module.__getattr__ in each iteration.
+        preprocess = self._modules.get("data_preprocessor") or self.data_preprocessor
         with optim_wrapper.optim_context(self):
-            data = self.data_preprocessor(data, True)
+            data = preprocess(data, True)
             losses = self._run_forward(data, "loss")
         loss, log_vars = self.parse_losses(losses)
         optim_wrapper.update_params(loss)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import logging
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
 import torch
@@ -32,7 +28,8 @@ from hookengine.build import (
 )
 from hookengine.config import EvalCfg, TrainCfg, parse
 from hookengine.dispatch import SILENT
-from hookengine.hookspecs import HookSpecs, Phase
+from hookengine.hookspecs import Phase
+from hookengine.life import Life
 from hookengine.loops import EvalLoop, TrainLoop
 from hookengine.manager import FunctionPlugin, PluginLike, PluginManager
 from hookengine.model import BaseModel, SupervisedModel
@@ -43,7 +40,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
 
 
-class Runner:
+class Runner(Life):
     """Trains, validates and tests a model; every feature is a plugin that answers its events.
 
     Everything is built here, in the constructor, so that a mistake shows before the first
@@ -111,8 +108,6 @@ class Runner:
             raise TypeError(migration.explain("Runner", moved, known))
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be callable, as F.cross_entropy is, got {loss!r}")
-        self.closed = self.built = False
-        self._depth = 0
         self._has_optimizer = optim_wrapper is not None
         train = {
             "train_dataloader": train_dataloader,
@@ -130,17 +125,20 @@ class Runner:
         self.name = name or time.strftime("%Y%m%d_%H%M%S")
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = Progress()
-        self.requests: dict[str, str] = {}
+        self.requests = {}
         self.agreed: Mapping[str, str] = {}
         self.logger = _make_logger()
         self.loss = loss
+        self.model: Any = None
         self.optim_wrapper: Any = None
+        self.train_loop: TrainLoop | None = None
+        self.val_loop: EvalLoop | None = None
+        self.test_loop: EvalLoop | None = None
 
         self.plugins = PluginManager(plugins, defaults)
-        self.hooks: HookSpecs = self.plugins.hooks
+        self.hooks = self.plugins.hooks
         self.hooks.runner = self
-        _open_runners.add(self)
-        with self._errors_blamed(close=True):
+        with self._building():
             self.plugins.configure()
             self._build_model(model)
             self._build_optimizers(optim_wrapper)
@@ -148,7 +146,6 @@ class Runner:
             self.val_loop = self._build_eval_loop("val", val_dataloader, val_evaluator)
             self.test_loop = self._build_eval_loop("test", test_dataloader, test_evaluator)
             self.hooks.resume(self)
-        self.built = True
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -160,7 +157,7 @@ class Runner:
         self._names = {id(p): n for n, p in model.named_parameters()}
         self.hooks.initialize_model(self, model)
         self.bare_model: nn.Module = self.hooks.convert_model(self, model)
-        self.model: Any = self.wrap(self.bare_model, "train")
+        self.model = self.wrap(self.bare_model, "train")
 
     def wrap(self, model: nn.Module, role: Literal["train", "average"]) -> nn.Module:
         """``model`` on the device, as the plugins wrap it (DDP, FSDP, compile).
@@ -266,10 +263,6 @@ class Runner:
         with self._running():
             return loop.run()
 
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError("this Runner is closed: make another one")
-
     def stop(self, reason: str = "runner.stop()") -> None:
         """Ask for the end of training at the next safe point (of the next run, outside of one)."""
         self.requests["stop"] = reason
@@ -323,51 +316,20 @@ class Runner:
 
         return register
 
-    def close(self) -> None:
-        """Let the plugins give back what they took; the Runner cannot be used afterwards."""
-        if self.closed:
-            return
-        if self._depth:
-            raise RuntimeError("close() was called within a run that goes on: call stop() there")
-        self.closed = True
-        _open_runners.discard(self)
-        if getattr(self, "train_loop", None) is not None:
-            self.train_loop.forget()  # type: ignore[union-attr]
-        try:
-            with self._errors_blamed():
-                self.plugins.unconfigure()
-        finally:  # a model that is kept does not keep the Runner
-            inner = [*self.model.modules()] if hasattr(self, "model") else []
-            for module in inner:
-                if isinstance(module, BaseModel):
-                    module._hooks = SILENT
-            for wrapper in self.optim_wrapper.by_name().values() if self.optim_wrapper else ():
-                wrapper.hooks = SILENT
-
-    def __del__(self) -> None:
-        if getattr(self, "plugins", None) is not None and not self.closed:
-            try:
-                self.close()
-            except Exception as error:
-                self.logger.error(f"closing failed: {error!r}")
-
     def __getattr__(self, name: str) -> Any:
         answer = migration.answer(f"runner.{name}")
         raise AttributeError(f"the Runner has no {name!r}" + (f": {answer}" if answer else ""))
 
-    def __enter__(self) -> Self:
-        return self
+    def _leave_run(self) -> None:
+        if self.train_loop is not None:
+            self.train_loop.forget()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._also(error, self.close)
+    def _let_go(self) -> None:
+        for module in self.model.modules() if self.model is not None else ():
+            if isinstance(module, BaseModel):
+                module._hooks = SILENT
+        for wrapper in self.optim_wrapper.by_name().values() if self.optim_wrapper else ():
+            wrapper.hooks = SILENT
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -409,55 +371,6 @@ class Runner:
             self.train_loop.forget(resumed=True)
         self.hooks.after_load_checkpoint(self, checkpoint)
 
-    # -- life -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """One call of train(), val() or test(): before_run, and on the way out after_run.
-
-        A validation that a plugin starts within a run is a part of it.
-        """
-        if self._depth:
-            yield
-            return
-        self._depth = 1
-        try:
-            with self._errors_blamed():
-                try:
-                    with self.plugins.opened("before_run"):
-                        self.hooks.before_run(self)
-                        yield
-                except BaseException as error:
-                    if self.train_loop is not None:
-                        self.train_loop.forget()
-                    self.plugins.blame(error)
-                    self._also(error, self.hooks.on_exception, self, error)
-                    self._also(error, self.hooks.after_run, self)
-                    raise
-                self.hooks.after_run(self)
-        finally:
-            self._depth = 0
-            self.requests.clear()
-
-    def _also(self, error: BaseException, call: Callable[..., None], *arguments: Any) -> None:
-        """Run a closing event after ``error``; what it raises is noted and does not hide it."""
-        try:
-            call(*arguments)
-        except BaseException as other:  # a second Ctrl-C, too
-            self.plugins.blame(other)
-            notes = "; ".join(getattr(other, "__notes__", []))
-            error.add_note(f"and then {type(other).__name__}: {other} ({notes})")
-
-    @contextmanager
-    def _errors_blamed(self, close: bool = False) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self.plugins.blame(error)
-            if close:
-                self._also(error, self.close)
-            raise
-
 
 def _make_logger() -> Any:
     """A structlog logger over a standard one, which nobody else shares; plugins add handlers."""
@@ -468,15 +381,3 @@ def _make_logger() -> Any:
         processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
         wrapper_class=structlog.stdlib.BoundLogger,
     )
-
-
-_open_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_open_runners() -> None:
-    for runner in list(_open_runners):
-        try:
-            runner.close()
-        except Exception as error:
-            runner.logger.error("closing at exit failed", error=repr(error))
