@@ -155,18 +155,14 @@ class PluginManager(pluggy.PluginManager):
             entry = entry.get("plugin_name") or entry["type"]
         if isinstance(entry, str):
             return entry
+        name = name_of(entry)
         cls = entry if isinstance(entry, type) else type(entry)
-        name = entry.__name__ if isinstance(entry, type) else name_of(entry)
-        if isinstance(entry, type) or name == getattr(cls, "plugin_name", None):
-            for point in PLUGINS.entry_points().values():  # the name that others know it by
-                if point.value == f"{cls.__module__}:{cls.__qualname__}":
-                    name = point.name
-            name = getattr(cls, "plugin_name", name) if name == cls.__name__ else name
-        return name
+        if name != name_of(cls):
+            return name  # the instance has one of its own
+        point = PLUGINS.offered_as(cls)  # by which others know it
+        return name if point is None else point.name
 
     def _build(self, name: str, entry: PluginLike) -> object:
-        if (point := PLUGINS.entry_points().get(name)) is not None:
-            self._sources[name] = distribution_of(point)
         if isinstance(entry, str):
             entry = {"type": entry}
         if isinstance(entry, type):
@@ -174,6 +170,10 @@ class PluginManager(pluggy.PluginManager):
                 f"the plugin {name!r} is a class: pass an instance, {entry.__name__}(...), or "
                 f"dict(type={entry.__name__}, ...)"
             )
+        kind = entry["type"] if isinstance(entry, Mapping) else type(entry)
+        point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
+        if point is not None:
+            self._sources[name] = distribution_of(point)
         if not isinstance(entry, Mapping):
             return entry
         options = {key: value for key, value in entry.items() if key != "plugin_name"}

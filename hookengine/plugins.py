@@ -123,13 +123,13 @@ def options_of(plugin: object) -> dict[str, Any]:
 
 
 def name_of(plugin: object) -> str:
-    """The name of a plugin object: its ``plugin_name``, or its class's in snake case."""
+    """The name of a plugin (or class): its ``plugin_name``, or the class's in snake case."""
     named = getattr(plugin, "plugin_name", None)
     if isinstance(named, str):
         return named
     if isinstance(plugin, types.ModuleType):
         return plugin.__name__
-    return _snake_case(type(plugin).__name__)
+    return _snake_case((plugin if isinstance(plugin, type) else type(plugin)).__name__)
 
 
 def check_methods(name: str, plugin: object) -> None:

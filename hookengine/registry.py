@@ -81,6 +81,13 @@ class Registry:
             )
         return point
 
+    def offered_as(self, obj: Any) -> EntryPoint | None:
+        """The entry point that offers this class or function, or None."""
+        known = self._searched == tuple(sys.path)
+        points = self._entry_points if known else self.entry_points()
+        value = f"{obj.__module__}:{obj.__qualname__}"
+        return next((point for point in points.values() if point.value == value), None)
+
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""
         return sorted({*self._registered, *self.entry_points()})

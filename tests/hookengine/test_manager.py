@@ -447,6 +447,13 @@ def test_an_instance_has_the_name_and_the_source_of_its_entry_point() -> None:
     assert manager.order == list(DEFAULT_PLUGINS)
     assert manager.source("logging").startswith("hookengine ")
 
+    class Preprocess(Plugin):  # of the same name, and not the same
+        def before_run(self) -> None: ...
+
+    assert PluginManager([Preprocess()]).source("preprocess") == __name__
+    with pytest.raises(TypeError, match="the plugin 'hidden' is a class"):
+        PluginManager([type("Hidden", (), {})])
+
 
 def test_a_group_of_errors_out_of_a_plugin_is_blamed(make: Any) -> None:
     class Group(Plugin):
