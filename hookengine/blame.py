@@ -42,7 +42,7 @@ def blame(
     event, name = found
     note = f"raised by plugin {name!r} ({source(name)}), event {event!r}"
     if progress is not None:
-        note += f", epoch {progress.epoch}, iteration {progress.iter}"
+        note += f", epoch {progress.current_epoch}, iteration {progress.iter}"
     error.add_note(note)
 
 

@@ -291,17 +291,18 @@ class PluginManager(pluggy.PluginManager):
         resolve_order({**self._declared, name: built})
         if name in self._declared:
             self.remove(name)
-        before = self._declared
-        self._arrange({**before, name: built})
+        self._arrange({**self._declared, name: built})
         if runner is not None:
+            self.configured.add(name)
             try:
-                self._tell(name, "configure")
-                self.configured.add(name)
-                for event in self._open:
+                for event in ("configure", *self._open):
                     self._tell(name, event)
-            except BaseException:
-                self._arrange(before)
-                self.configured.discard(name)
+            except BaseException as error:
+                self.blame(error)  # before it is off, and nobody's any more
+                try:
+                    self.remove(name)
+                except Exception as other:
+                    error.add_note(f"and then, in unconfigure, {type(other).__name__}: {other}")
                 raise
         return name
 

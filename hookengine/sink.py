@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import queue
 import threading
 import time
@@ -49,9 +50,10 @@ class Sink(Plugin):
     on, bit-identically.
 
     The delay that a sink adds is bounded: a record that finds the queue full (``queue_size``
-    records are waiting) is dropped and counted, without waiting; at the end of a run and in
-    ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry. What was dropped
-    stands in the run's ``metrics.jsonl``.
+    records are waiting) is dropped and counted, without waiting; at the end of a run, at a load and
+    in ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry (one that has not
+    moved since is not waited for again), and ``close`` as many. What was dropped stands in the
+    run's ``metrics.jsonl``.
 
     A record at or before the iteration that ``held`` names for its phase is one that the sink
     already had when it was opened, or when a checkpoint was loaded: a run that was resumed repeats
@@ -65,8 +67,7 @@ class Sink(Plugin):
         for name in EVENTS.keys() & cls.__dict__.keys():
             method = cls.__dict__[name]
             if callable(method):
-                isolate = _queued if name == "write" else _isolated
-                setattr(cls, name, isolate(method))
+                setattr(cls, name, _WRAPPERS.get(name, _isolated)(method))
         super().__init_subclass__(**kwargs)
 
     def open(self, runner: Runner) -> None:
@@ -106,6 +107,7 @@ class Sink(Plugin):
 
     def after_load_checkpoint(self, runner: Runner) -> None:
         """What is written from here on may be a repetition."""
+        self._state.flush(self.flush_timeout)
         self._state.repeat()
 
     def after_run(self, runner: Runner) -> None:
@@ -234,6 +236,17 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
     return put
 
 
+def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
+    """Isolated too; asks for the Runner also where the method does not, to warn through it."""
+    wanted = len(inspect.signature(method).parameters) - 1
+
+    def configure(self: Sink, runner: Runner) -> None:
+        Sink.configure(self, runner)
+        self._state.guard("configure", lambda: method(self, *[runner] * wanted))
+
+    return configure
+
+
 def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what an event's implementation raises away from training."""
     name = method.__name__
@@ -241,11 +254,15 @@ def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
-        if base is not None and name == "configure":
-            base(self, kwargs.get("runner", args[0] if args else None))
         result = self._state.guard(name, lambda: method(self, *args, **kwargs))
-        if base is not None and name != "configure":
+        if base is not None:
             base(self, self._state.runner)
         return result
 
     return call
+
+
+_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "write": _queued,
+    "configure": _isolated_configure,
+}

@@ -225,7 +225,7 @@ def test_an_error_names_the_plugin_the_event_and_the_iteration(make: Any) -> Non
         make(plugins=[Broken()]).train()
     (note,) = caught.value.__notes__
     assert note == (
-        f"raised by plugin 'broken' ({__name__}), event 'after_train_iter', epoch 0, iteration 3"
+        f"raised by plugin 'broken' ({__name__}), event 'after_train_iter', epoch 1, iteration 3"
     )
     assert caught.traceback[-1].name == "helper"
 
@@ -372,9 +372,13 @@ def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(make:
         raise LookupError("no")
 
     runner = make()
-    with pytest.raises(LookupError):
-        runner.plugins.add(named("bad", configure=fail, after_train_iter=fail))
+    told = []
+    undo = {"unconfigure": lambda self: told.append("unconfigure")}
+    with pytest.raises(LookupError) as caught:
+        runner.plugins.add(named("bad", configure=fail, after_train_iter=fail, **undo))
     assert runner.plugins.order == []
+    assert told == ["unconfigure"]  # as one that fails in the construction
+    assert "plugin 'bad'" in caught.value.__notes__[0]
     runner.plugins.add(named("bad", unconfigure=fail, after_train_iter=fail))
     with pytest.raises(LookupError):
         runner.plugins.remove("bad")

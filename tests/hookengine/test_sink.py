@@ -173,6 +173,7 @@ def test_a_sink_that_raises_changes_nothing_and_warns_once(make: Any, capsys: An
     assert "failed in configure; training goes on" in lines[0]
     assert "OSError: configure" in lines[0]
     assert "18 failures, 0 dropped" in lines[1]
+    assert all(line[:2].isdigit() for line in lines)  # they went through the run's own logger
 
 
 def test_a_sink_that_hangs_changes_nothing_and_is_not_waited_for(make: Any, capsys: Any) -> None:
