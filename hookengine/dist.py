@@ -6,6 +6,7 @@ They look at the process group that exists, and never make one: a plugin does, i
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -71,3 +72,17 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
+    """Give rank ``src``'s values to the tensors of all ranks, in place; the order is the same."""
+    if not is_distributed():
+        return
+    # NCCL takes dense tensors on its own device: of others a copy makes the way.
+    staging = torch.device("cuda") if torch_dist.get_backend() == "nccl" else None
+    with torch.no_grad():
+        for tensor in tensors:
+            travelling = tensor.detach().to(staging or tensor.device).contiguous()
+            torch_dist.broadcast(travelling, src=src)
+            if travelling.data_ptr() != tensor.data_ptr():
+                tensor.copy_(travelling)

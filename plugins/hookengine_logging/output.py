@@ -17,6 +17,8 @@ class Output:
 
     Each line is printed to what ``sys.stdout`` is at that moment, so that a progress bar that has
     put itself there can place the line above itself. Until the file is opened its lines are kept.
+    An event may come with ``run_log="..."``: the text that the file gets in its stead, where the
+    whole is too long for the console.
 
     Args:
         console: Whether this process prints all lines; without, it prints errors only.
@@ -39,13 +41,14 @@ class Output:
         level = event.pop("level").upper()
         timestamp = event.pop("timestamp")
         text = str(event.pop("event"))
+        whole = str(event.pop("run_log", text))
         exception = event.pop("exception", None)
         mark = "" if level == "INFO" else f"{level} "
         details = "".join(f"  {key}={value}" for key, value in event.items())
-        line = f"{mark}{text}{details}" + (f"\n{exception}" if exception else "")
+        details += f"\n{exception}" if exception else ""
         if self._console or level in ("ERROR", "CRITICAL"):
-            self._print(f"{timestamp[11:]}  {line}")
-        self._write(f"{timestamp}  {line}")
+            self._print(f"{timestamp[11:]}  {mark}{text}{details}")
+        self._write(f"{timestamp}  {mark}{whole}{details}")
 
     def _print(self, text: str) -> None:
         try:

@@ -44,6 +44,12 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     gathered = dist.gather_objects(f"from {rank}")
     assert gathered == (["from 0", "from 1"] if rank == 0 else None)
     assert dist.sum_over_ranks(torch.tensor([1.0 + rank])).item() == 3
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64):
+        whole = torch.full((2, 3), rank, dtype=dtype)
+        column = torch.full((3, 2), rank, dtype=dtype).T[0]  # not dense
+        dist.broadcast_tensors([whole, column, torch.empty(0)], src=1)
+        assert bool((whole == 1).all()), dtype
+        assert bool((column == 1).all()), dtype
 
     # Dealt in turn, five samples: rank 0 has 0 2 4, rank 1 has 1 3, and once 0 again as padding.
     metric = Order()
