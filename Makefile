@@ -20,6 +20,7 @@ lint: .venv/installed
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/count_calls.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/features.py
 
 docs: .venv/installed
 	$(BIN)/hookengine events --markdown > docs/events.md

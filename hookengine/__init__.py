@@ -12,7 +12,7 @@ from hookengine.optim import OptimWrapper, OptimWrapperDict
 from hookengine.plugins import DEFAULT_PLUGINS, Plugin, options_of
 from hookengine.progress import Progress
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
-from hookengine.registry import MODELS, PLUGINS, WEIGHT_INITIALIZERS, Registry
+from hookengine.registry import MODEL_WRAPPERS, MODELS, PLUGINS, WEIGHT_INITIALIZERS, Registry
 from hookengine.runner import Runner
 from hookengine.sink import Record, Sink
 
@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_PLUGINS",
     "EVENTS",
     "MODELS",
+    "MODEL_WRAPPERS",
     "PLUGINS",
     "WEIGHT_INITIALIZERS",
     "BaseMetric",

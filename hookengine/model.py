@@ -21,17 +21,65 @@ from hookengine.registry import MODELS
 
 if TYPE_CHECKING:
     # What type checkers and editors see of the registry; a test holds the two equal.
+    from hookengine_init import (
+        BaseInit,
+        Caffe2XavierInit,
+        ConstantInit,
+        KaimingInit,
+        NormalInit,
+        PretrainedInit,
+        TruncNormalInit,
+        UniformInit,
+        XavierInit,
+        bias_init_with_prob,
+        caffe2_xavier_init,
+        constant_init,
+        init_weights,
+        initialize,
+        kaiming_init,
+        load_weights,
+        normal_init,
+        trunc_normal_init,
+        uniform_init,
+        update_init_info,
+        xavier_init,
+    )
+    from hookengine_model_utilities import detect_anomalous_params, is_model_wrapper, merge_dict
     from hookengine_preprocess import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
 
 __all__ = [
     "BaseDataPreprocessor",
+    "BaseInit",
     "BaseModel",
     "BaseModule",
+    "Caffe2XavierInit",
+    "ConstantInit",
     "ImgDataPreprocessor",
+    "KaimingInit",
     "ModuleDict",
     "ModuleList",
+    "NormalInit",
+    "PretrainedInit",
     "Sequential",
+    "TruncNormalInit",
+    "UniformInit",
+    "XavierInit",
+    "bias_init_with_prob",
+    "caffe2_xavier_init",
+    "constant_init",
+    "detect_anomalous_params",
+    "init_weights",
+    "initialize",
+    "is_model_wrapper",
+    "kaiming_init",
+    "load_weights",
+    "merge_dict",
+    "normal_init",
     "stack_batch",
+    "trunc_normal_init",
+    "uniform_init",
+    "update_init_info",
+    "xavier_init",
 ]
 
 
@@ -55,20 +103,36 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
 
     Args:
         init_cfg: One dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
+
+    Attributes:
+        loaded: Names of the tensors that a state dict was loaded into, which are not initialised.
     """
 
     def __init__(self, init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
         self._is_init = False
+        self.loaded: set[str] = set()
 
     @property
     def is_init(self) -> bool:
-        """Whether ``init_weights`` was called."""
+        """Whether ``init_weights`` was called; set it to False to initialise the module anew."""
         return self._is_init
 
+    @is_init.setter
+    def is_init(self, value: bool) -> None:
+        self.__dict__["_is_init"] = value  # nn.Module's own way searches parameters first
+        if not value:
+            self.loaded.clear()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.loaded.update(key[len(prefix) :] for key in state_dict if key.startswith(prefix))
+
     def init_weights(self) -> None:
-        """Initialise the weights of this module and its children.
+        """Initialise the weights of this module and its children, as their ``init_cfg`` say.
 
         Raises:
             RuntimeError: no plugin provides the initializers.

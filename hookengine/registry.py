@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any, TypeVar, overload
 
@@ -50,6 +50,7 @@ class Registry:
         self._registered: dict[str, Any] = {}
         self._entry_points: dict[str, EntryPoint] = {}
         self._searched: tuple[str, ...] = ()
+        self._loaded: dict[str, tuple[EntryPoint, Any]] = {}
 
     def __repr__(self) -> str:
         return f"Registry({self.group!r})"
@@ -83,14 +84,24 @@ class Registry:
 
     def offered_as(self, obj: Any) -> EntryPoint | None:
         """The entry point that offers this class or function, or None."""
-        known = self._searched == tuple(sys.path)
-        points = self._entry_points if known else self.entry_points()
         value = f"{obj.__module__}:{obj.__qualname__}"
-        return next((point for point in points.values() if point.value == value), None)
+        return next((point for point in self._known().values() if point.value == value), None)
+
+    def _known(self) -> dict[str, EntryPoint]:
+        """The entry points as they were last found, where the path is still the same."""
+        known = self._searched == tuple(sys.path)
+        return self._entry_points if known else self.entry_points()
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""
         return sorted({*self._registered, *self.entry_points()})
+
+    def objects(self) -> Iterator[Any]:
+        """What all the names stand for; imports each."""
+        yield from self._registered.values()
+        for name, point in self._known().items():
+            if name not in self._registered:
+                yield self._load(point)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (
@@ -177,10 +188,13 @@ class Registry:
             raise
 
     def _load(self, point: EntryPoint) -> Any:
+        loaded = self._loaded.get(point.name)
+        if loaded is not None and loaded[0] is point:
+            return loaded[1]
         dist = distribution_of(point)
         self._check_requirement(point, dist)
         try:
-            return point.load()
+            obj = point.load()
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and point.extras and point.dist is not None:
                 fix = f'pip install "{point.dist.name}[{",".join(point.extras)}]"'
@@ -192,6 +206,8 @@ class Registry:
                 f"the {self.kind} {point.name!r} of {dist} ({point.value}) cannot be imported: "
                 f"{type(error).__name__}: {error}. Fix: {fix}"
             ) from error
+        self._loaded[point.name] = point, obj
+        return obj
 
     def _check_requirement(self, point: EntryPoint, dist: str) -> None:
         """Refuse a distribution that asks for another version of hookengine."""
@@ -209,3 +225,4 @@ class Registry:
 PLUGINS = Registry("hookengine.plugins", "plugin")
 MODELS = Registry("hookengine.model", "model")
 WEIGHT_INITIALIZERS = Registry("hookengine.weight_initializers", "weight initializer")
+MODEL_WRAPPERS = Registry("hookengine.model_wrappers", "model wrapper")

@@ -57,7 +57,7 @@ def test_every_package_is_typed_and_has_its_entry_points() -> None:
         for value in group.values()
     }
     packages = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
-    assert named == packages
+    assert named - {"torch"} == packages  # torch's own model wrappers are entry points too
     for package in (*(ROOT / "plugins" / name for name in packages), ROOT / "hookengine"):
         assert (package / "py.typed").exists()
 

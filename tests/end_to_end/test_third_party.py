@@ -88,7 +88,8 @@ def test_it_is_switched_on_by_name_with_options(install: Install, make: Any, cap
 
 def test_it_is_ordered_by_what_it_declares(install: Install) -> None:
     install(GOOD)
-    assert PluginManager(["greeter"]).order == ["preprocess", "greeter", "logging", "progress_bar"]
+    expected = ["preprocess", "init", "greeter", "logging", "progress_bar"]
+    assert PluginManager(["greeter"]).order == expected
 
 
 def test_it_is_blocked_without_being_imported(install: Install, monkeypatch: Any) -> None:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import hookengine.model
-from hookengine import MODELS, BaseModel, BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine import (
+    MODELS,
+    BaseModel,
+    BaseModule,
+    ModuleDict,
+    ModuleList,
+    Registry,
+    Sequential,
+)
 from hookengine.dispatch import SILENT
 from hookengine.model import BaseDataPreprocessor
 
@@ -181,19 +189,36 @@ def test_cuda_takes_the_preprocessor_along() -> None:
     assert model.cpu().data_preprocessor.device.type == "cpu"
 
 
-def test_init_weights_says_that_no_plugin_provides_it(monkeypatch: Any) -> None:
+def test_init_weights_asks_the_plugin_or_says_that_there_is_none(monkeypatch: Any) -> None:
     class Module(BaseModule): ...
 
     module = Module(init_cfg=dict(type="Constant", val=1))
     assert module.init_cfg == dict(type="Constant", val=1)
     assert not module.is_init
-    if "init_weights" not in MODELS:
-        with pytest.raises(RuntimeError, match=r"no installed plugin.*torch.nn.init"):
-            module.init_weights()
-    called = []
+    called: list[Any] = []
     monkeypatch.setitem(MODELS._registered, "init_weights", called.append)
     module.init_weights()
     assert called == [module]
+    monkeypatch.setattr(Registry, "__contains__", lambda self, name: False)
+    with pytest.raises(RuntimeError, match=r"no installed plugin.*torch.nn.init"):
+        module.init_weights()
+
+
+def test_a_module_knows_what_was_loaded_into_it_until_it_is_to_be_initialised_anew() -> None:
+    class Block(BaseModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+    whole = nn.Sequential(Block(), Block())
+    assert whole[0].loaded == set()
+    state = {name: value for name, value in whole.state_dict().items() if name != "1.fc.bias"}
+    whole.load_state_dict(state, strict=False)
+    assert whole[0].loaded == {"fc.weight", "fc.bias"}
+    assert whole[1].loaded == {"fc.weight"}
+    assert copy.deepcopy(whole)[1].loaded == {"fc.weight"}
+    whole[1].is_init = False
+    assert whole[1].loaded == set()
 
 
 def test_init_cfg_is_a_copy_and_shows_in_the_repr() -> None:

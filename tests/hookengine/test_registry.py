@@ -8,7 +8,7 @@ import sys
 import pytest
 from torch import nn
 
-from hookengine import MODELS, PLUGINS, Registry
+from hookengine import MODEL_WRAPPERS, MODELS, PLUGINS, Registry
 
 
 @pytest.fixture
@@ -91,6 +91,15 @@ def test_our_own_names_come_through_entry_points() -> None:
     assert point is not None
     assert point.value == "hookengine_preprocess:BaseDataPreprocessor"
     assert MODELS.get("BaseDataPreprocessor").__name__ == "BaseDataPreprocessor"
+
+
+def test_objects_are_those_of_all_names_each_loaded_once() -> None:
+    wrappers = list(MODEL_WRAPPERS.objects())
+    assert nn.parallel.DistributedDataParallel in wrappers
+    assert len(wrappers) == len(MODEL_WRAPPERS.names())
+    own = Registry("hookengine.model_wrappers", "model wrapper")
+    own.register_module("DataParallel", module=int)  # hides the entry point's
+    assert nn.DataParallel not in list(own.objects())
 
 
 def test_listing_imports_no_plugin() -> None:

@@ -1,0 +1,99 @@
+"""Weight initialization: initializers, ``init_cfg``, weights from files; the plugin ``init``."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from hookengine import BaseModule, Plugin, dist, preserved_random_state
+from hookengine_init.init_cfg import initialize
+from hookengine_init.initializers import (
+    BaseInit,
+    Caffe2XavierInit,
+    ConstantInit,
+    KaimingInit,
+    NormalInit,
+    TruncNormalInit,
+    UniformInit,
+    XavierInit,
+    bias_init_with_prob,
+    caffe2_xavier_init,
+    constant_init,
+    kaiming_init,
+    normal_init,
+    trunc_normal_init,
+    uniform_init,
+    xavier_init,
+)
+from hookengine_init.pretrained import PretrainedInit
+from hookengine_init.record import named_tensors, update_init_info
+from hookengine_init.tree import init_model, init_weights
+from hookengine_init.weights import load_weights, read_weights
+
+__all__ = [
+    "BaseInit",
+    "Caffe2XavierInit",
+    "ConstantInit",
+    "Init",
+    "KaimingInit",
+    "NormalInit",
+    "PretrainedInit",
+    "TruncNormalInit",
+    "UniformInit",
+    "XavierInit",
+    "bias_init_with_prob",
+    "caffe2_xavier_init",
+    "constant_init",
+    "init_weights",
+    "initialize",
+    "kaiming_init",
+    "load_weights",
+    "normal_init",
+    "read_weights",
+    "trunc_normal_init",
+    "uniform_init",
+    "update_init_info",
+    "xavier_init",
+]
+
+
+class Init(Plugin, name="init"):
+    """Initialise the weights of a ``BaseModule`` before it is trained, as ``init_cfg`` says.
+
+    Once, on the CPU, before the model is converted, wrapped or loaded. A model that was
+    initialised already, a plain ``nn.Module``, and a Runner that does not train are left alone.
+    Of several ranks all get rank 0's weights.
+    """
+
+    keep: tuple[str, ...] = Field(
+        (), description="names of submodules to leave as they are, a pretrained backbone say"
+    )
+    seed: int | None = Field(
+        None, ge=0, description="makes the weights depend on this alone, on no draw before"
+    )
+
+    def initialize_model(self, runner: Any, model: nn.Module) -> None:
+        """Call the model's ``init_weights()``, and report."""
+        if not isinstance(model, BaseModule) or model.is_init or runner.train_cfg is None:
+            return
+        with preserved_random_state() if self.seed is not None else nullcontext():
+            if self.seed is not None:
+                _seed_all(self.seed)
+            record = init_model(model, self.keep, runner.logger, user_code=True)
+        dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
+        if record.changed:
+            runner.logger.info(record.summary(), run_log=record.table())
+
+
+def _seed_all(seed: int) -> None:
+    """Seed the generators that an ``init_weights`` may draw from."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)

@@ -1,0 +1,142 @@
+"""``init_cfg``: one module initialised as a configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from hookengine import WEIGHT_INITIALIZERS
+from hookengine_init.initializers import BaseInit
+from hookengine_init.layers import check_layers
+from hookengine_init.pretrained import PretrainedInit
+from hookengine_init.record import record_of
+
+Cfg = Mapping[str, Any]
+
+
+def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
+    """Initialise a module as a configuration says, in the order of the list.
+
+    ::
+
+        initialize(net, dict(type="Kaiming", layer="Conv2d"))
+        initialize(net, [dict(type="Constant", val=1, bias=2, layer="Linear",
+                              override=dict(type="Normal", name="head", std=0.01))])
+
+    Args:
+        module: Any module.
+        init_cfg: One dict or a list. ``type``: a name of ``WEIGHT_INITIALIZERS`` or a class;
+            ``layer``: which layers; ``override``: one dict or a list, each with the ``name`` of a
+            submodule, all of which is initialised by the ``type`` and options beside it, or by
+            the outer ones where there are none; the rest are options of the initializer.
+
+    Raises:
+        TypeError: a dict was expected, or an option has another type.
+        KeyError: no ``type``, or an unknown one.
+        ValueError: neither ``layer`` nor ``override``; one of them matches nothing in the module.
+    """
+    initialize_each(module, as_list(init_cfg, "init_cfg"))
+
+
+def initialize_each(module: nn.Module, cfgs: list[Cfg]) -> None:
+    """Initialise a module as each of the configurations says, in order."""
+    for cfg in cfgs:
+        try:
+            _initialize_one(module, cfg)
+        except Exception as error:
+            record = record_of(module)
+            name = record.name_of(module) if record is not None else ""
+            error.add_note(
+                f"in the init_cfg of {type(module).__name__}{f' {name!r}' * bool(name)}: {cfg!r}"
+            )
+            raise
+
+
+def _initialize_one(module: nn.Module, cfg: Cfg) -> None:
+    options = dict(cfg)
+    override = options.pop("override", None)
+    outer = {name: value for name, value in options.items() if name != "layer"}
+    overrides = [] if override is None else [*_overrides(module, override, outer)]
+    initializer = _build(options)
+    if not (overrides and _fills_layers(initializer) and not initializer.layer):
+        _apply(initializer, module)
+    for target, initializer in overrides:
+        _apply(initializer, target)
+
+
+def _build(options: Cfg) -> Any:
+    if "bias" in options and "bias_prob" in options:
+        raise ValueError(
+            f"bias={options['bias']!r} and bias_prob={options['bias_prob']!r} both say what the "
+            "bias is: give one"
+        )
+    initializer = WEIGHT_INITIALIZERS.build(options)
+    if not callable(initializer):
+        raise TypeError(
+            f"the weight initializer {options['type']!r} must build something to call with a "
+            f"module, as a subclass of BaseInit does; got {initializer!r}"
+        )
+    return initializer
+
+
+def _fills_layers(initializer: Any) -> bool:
+    """Whether it does what ``BaseInit`` does, and no code of others."""
+    return getattr(type(initializer), "__call__", None) is BaseInit.__call__  # noqa: B004
+
+
+def _apply(initializer: Any, module: nn.Module) -> None:
+    """Call an initializer; of one that is not ours the record finds out what it changed."""
+    record = record_of(module)
+    if _fills_layers(initializer) or isinstance(initializer, PretrainedInit):
+        initializer(module)
+        return
+    if isinstance(initializer, BaseInit) and initializer.layer and not initializer.wholemodule:
+        check_layers(initializer.layer, module)
+    if record is None:
+        initializer(module)
+        return
+    describe = getattr(initializer, "_get_init_info", None)
+    info = str(describe()) if describe is not None else type(initializer).__name__
+    with record.watching(module, info):
+        initializer(module)
+
+
+def _overrides(module: nn.Module, override: Any, outer: Cfg) -> Iterator[tuple[nn.Module, Any]]:
+    """Each submodule that an override names, with its initializer."""
+    for cfg in as_list(override, "override"):
+        options = dict(cfg)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"an override needs the 'name' of a submodule, got {dict(cfg)!r}")
+        if options and "type" not in options:
+            raise ValueError(
+                f"the override of {name!r} has options and no 'type': give its type, or the name "
+                f"alone for the outer one; got {dict(cfg)!r}"
+            )
+        if "layer" in options:
+            raise ValueError(
+                f"the override of {name!r} initialises all of it: drop 'layer', or give {name!r} "
+                "an init_cfg of its own"
+            )
+        try:
+            target = module.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"the override names {name!r}, and {type(module).__name__} has no such submodule: "
+                f"it has {', '.join(n for n, _ in module.named_children()) or 'none'}"
+            ) from error
+        initializer = _build(options or outer)
+        initializer.wholemodule = True
+        yield target, initializer
+
+
+def as_list(cfg: Any, what: str) -> list[Cfg]:
+    """One dict or several, as a list."""
+    if type(cfg) is dict:
+        return [cfg]
+    cfgs = [cfg] if isinstance(cfg, Mapping) else cfg
+    if not isinstance(cfgs, (list, tuple)) or not all(isinstance(c, Mapping) for c in cfgs):
+        raise TypeError(f"{what} takes a dict or a list of dicts, got {cfg!r}")
+    return list(cfgs)

@@ -1,0 +1,61 @@
+"""``Pretrained``: initialise a module by weights from a file."""
+
+from __future__ import annotations
+
+import os
+
+import structlog
+from torch import nn
+
+from hookengine_init.record import record_of
+from hookengine_init.weights import load_weights
+
+
+class PretrainedInit:
+    """Load weights into the module.
+
+    Keys that one side lacks are reported in one warning, as long as something fits; shapes that
+    differ are an error, unless ``ignore_mismatched_sizes`` leaves these tensors as they are.
+
+    Args:
+        checkpoint: Path or URL; see ``read_weights``.
+        prefix: Load what is below it in the checkpoint, as ``"backbone."`` of a detector.
+        map_location: Where tensors are read to.
+        ignore_mismatched_sizes: Leave tensors whose shape differs as they are, a new head say.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str],
+        prefix: str | None = None,
+        map_location: str = "cpu",
+        ignore_mismatched_sizes: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.map_location = map_location
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load; see ``load_weights`` for what it raises."""
+        record = record_of(module)
+        logger = record.logger if record is not None else structlog.get_logger("hookengine")
+        what = f"load {self.prefix} in model" if self.prefix is not None else "load model"
+        logger.info(f"{what} from: {self.checkpoint}")
+        before = {name: p._version for name, p in module.named_parameters()}
+        load_weights(
+            module,
+            self.checkpoint,
+            prefix=self.prefix,
+            map_location=self.map_location,
+            strict=False,
+            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+            logger=logger,
+        )
+        if record is not None:
+            for name, parameter in module.named_parameters():
+                if before.get(name) != parameter._version:
+                    record.wrote(parameter, self._get_init_info())
+
+    def _get_init_info(self) -> str:
+        return f"{type(self).__name__}: load from {self.checkpoint}"

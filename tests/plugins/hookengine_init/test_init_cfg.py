@@ -1,0 +1,152 @@
+"""init_cfg: what it selects, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookengine import WEIGHT_INITIALIZERS
+from hookengine.model import BaseInit, ConstantInit, initialize
+
+
+class FooNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.feat = nn.Conv2d(3, 4, 3)
+        self.reg = nn.Conv2d(4, 2, 3)
+        self.head = nn.Sequential(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+
+
+def values(module: nn.Module) -> tuple[float, float]:
+    """The one value of the weight and of the bias."""
+    (weight,), (bias,) = (set(t.flatten().tolist()) for t in (module.weight, module.bias))
+    return weight, bias
+
+
+def test_one_dict_or_a_list_in_order() -> None:
+    net = FooNet()
+    initialize(net, dict(type="Constant", layer="Conv2d", val=1, bias=2))
+    assert values(net.feat) == values(net.head[0]) == (1, 2)
+    initialize(
+        net,
+        [
+            dict(type="Constant", layer="Conv2d", val=3),
+            dict(type=ConstantInit, layer="BatchNorm2d", val=4, bias_prob=0.5),
+        ],
+    )
+    assert values(net.feat) == (3, 0)
+    assert values(net.head[1]) == (4, 0)
+
+
+def test_an_override_has_its_own_type_or_the_outer_one() -> None:
+    net = FooNet()
+    outer = dict(type="Constant", val=1, bias=2, layer="Conv2d")
+    initialize(net, dict(outer, override=dict(type="Constant", name="reg", val=3, bias=4)))
+    assert (values(net.feat), values(net.reg)) == ((1, 2), (3, 4))
+    several = [dict(type="Constant", name="reg", val=5), dict(name="head")]
+    initialize(net, dict(outer, override=several))
+    assert values(net.reg) == (5, 0)
+    assert values(net.head[1]) == (1, 2)  # all of it, whatever the class
+
+
+def test_an_override_alone_leaves_the_rest_and_may_be_deep() -> None:
+    net = FooNet()
+    before = net.feat.weight.clone()
+    initialize(net, dict(type="Constant", val=9, override=dict(name="head.1")))
+    assert torch.equal(net.feat.weight, before)
+    assert values(net.head[1]) == (9, 0)
+
+
+def test_the_configuration_is_not_changed() -> None:
+    cfg = dict(type="Constant", val=1, layer=["Conv2d"], override=[dict(name="reg")])
+    initialize(FooNet(), cfg)
+    assert cfg == dict(type="Constant", val=1, layer=["Conv2d"], override=[dict(name="reg")])
+
+
+def test_an_initializer_that_was_registered(monkeypatch: Any) -> None:
+    class Fives(BaseInit):
+        def __call__(self, module: nn.Module) -> None:
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, 5)
+
+    monkeypatch.setitem(WEIGHT_INITIALIZERS._registered, "Fives", Fives)
+    net = FooNet()
+    initialize(net, dict(type="Fives"))  # decides by itself: needs no layer
+    assert {v for p in net.parameters() for v in p.flatten().tolist()} == {5}
+    with pytest.raises(ValueError, match="layer='Linear' matches nothing in FooNet"):
+        initialize(net, dict(type="Fives", layer="Linear"))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "error", "message"),
+    [
+        ("Constant", TypeError, "init_cfg takes a dict or a list of dicts, got 'Constant'"),
+        ([1], TypeError, r"init_cfg takes a dict or a list of dicts, got \[1\]"),
+        (dict(layer="Conv2d"), KeyError, "needs a 'type'"),
+        (dict(type="Kaimin", layer="Conv2d"), KeyError, "Did you mean 'Kaiming'.*Known: Caffe2Xav"),
+        (dict(type="Normal"), ValueError, r"add layer=.*FooNet has Conv2d \(3\), BatchNorm2d \(1"),
+        (
+            dict(type="Normal", layer="Conv3d"),
+            ValueError,
+            r"layer='Conv3d' matches nothing in FooNet, which has Conv2d \(3\).*mean 'Conv2d'",
+        ),
+        (
+            dict(type="Normal", layer=["linear", "Conv1d"]),
+            ValueError,
+            r"layer=\['linear', 'Conv1d'\] matches nothing",
+        ),
+        (dict(type="Normal", layer="Conv2d", override=3), TypeError, "override takes a dict or a"),
+        (
+            dict(type="Normal", layer="Conv2d", override=dict(type="Xavier")),
+            ValueError,
+            "an override needs the 'name' of a submodule, got {'type': 'Xavier'}",
+        ),
+        (
+            dict(type="Normal", layer="Conv2d", override=dict(name="reg", std=1)),
+            ValueError,
+            "override of 'reg' has options and no 'type'",
+        ),
+        (
+            dict(type="Normal", layer="Conv2d", override=dict(name="reh")),
+            ValueError,
+            "override names 'reh', and FooNet has no such submodule: it has feat, reg, head",
+        ),
+        (
+            dict(type="Normal", override=dict(name="reg", type="Xavier", layer="Conv2d")),
+            ValueError,
+            "override of 'reg' initialises all of it: drop 'layer'",
+        ),
+        (
+            dict(type="Normal", layer="Conv2d", bias=0, bias_prob=0.1),
+            ValueError,
+            "bias=0 and bias_prob=0.1 both say",
+        ),
+        (
+            dict(type="Xavier", layer="Conv2d", distribution="x"),
+            ValueError,
+            "'uniform' or 'normal'",
+        ),
+        (dict(type="Constant", layer="Conv2d"), TypeError, "missing 1 required.*'val'"),
+        (
+            dict(type="Normal", layer="Conv2d", sdt=1),
+            TypeError,
+            "unexpected keyword argument 'sdt'",
+        ),
+    ],
+)
+def test_mistakes_are_answered_and_nothing_is_changed(cfg: Any, error: type, message: str) -> None:
+    net = FooNet()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(error, match=message) as caught:
+        initialize(net, cfg)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    if isinstance(cfg, dict):
+        assert f"in the init_cfg of FooNet: {cfg!r}" in caught.value.__notes__
+
+
+def test_a_misspelt_name_in_a_list_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="layer 'conv2D' matches nothing.*mean 'Conv2d'"):
+        initialize(FooNet(), dict(type="Normal", layer=["conv2D", "BatchNorm2d"]))

@@ -1,0 +1,285 @@
+"""The plugin init: when a Runner initialises, what it leaves, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner
+
+ON = dict(defaults=("init",))
+
+
+class Net(BaseModel):
+    """A backbone and a head, which the tests' data fit."""
+
+    def __init__(self, init_cfg: Any = dict(type="Normal", layer="Linear")) -> None:  # noqa: B006
+        super().__init__(init_cfg=init_cfg)
+        self.backbone = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+        scores = self.head(self.backbone(inputs))
+        if mode == "loss":
+            return {"loss": F.cross_entropy(scores, labels)}
+        return scores, labels
+
+
+def test_it_is_on_by_default_and_can_be_switched_off(make: Any) -> None:
+    assert "init" in DEFAULT_PLUGINS
+    model = Net()
+    before = model.head.weight.clone()
+    make(model=model, plugins=["no:init"], defaults=("init",))
+    assert torch.equal(model.head.weight, before)
+    make(model=model, **ON)
+    assert not torch.equal(model.head.weight, before)
+    assert model.is_init
+
+
+def test_the_weights_are_those_of_the_configuration(make: Any) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    state = torch.get_rng_state()
+    make(model=lambda: torch.set_rng_state(state) or model, **ON)
+    torch.set_rng_state(state)
+    assert torch.equal(model.backbone.weight, torch.empty(4, 4).normal_())
+    assert torch.equal(model.head.weight, torch.empty(3, 4).normal_())
+
+
+def test_it_comes_before_conversion_wrapping_optimizers_and_loading(make: Any) -> None:
+    class Watch(Plugin):
+        def initialize_model(self, model: Any) -> None:
+            seen.append(("initialize", model.is_init, next(model.parameters()).device.type))
+
+        def convert_model(self, model: Any) -> None:
+            seen.append(("convert", model.is_init))
+
+        def wrap_model(self, model: Any) -> None:
+            seen.append(("wrap", model.is_init))
+
+        def resume(self, runner: Any) -> None:
+            runner.bare_model.load_state_dict(trained)
+            seen.append(("resume", runner.model.is_init))
+
+    seen: list[Any] = []
+    trained = Net().state_dict()
+    runner = make(model=Net(), plugins=[Watch()], **ON)
+    expected = [("initialize", True, "cpu"), ("convert", True), ("wrap", True), ("resume", True)]
+    assert seen == expected
+    state = runner.bare_model.state_dict()
+    assert all(torch.equal(state[name], trained[name]) for name in trained)
+
+
+def test_weights_that_were_there_before_the_runner_stay(make: Any) -> None:
+    source = Net()
+    model = Net()
+    model.load_state_dict(source.state_dict())
+    make(model=model, **ON)
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_a_second_runner_does_not_initialise_trained_weights(make: Any) -> None:
+    class Mine(Net):
+        def init_weights(self) -> None:  # calls no super().init_weights()
+            nn.init.ones_(self.head.weight)
+
+    for model in (Net(), Mine()):
+        make(model=model, **ON).train()
+        trained = model.head.weight.clone()
+        make(model=model, **ON)
+        assert torch.equal(model.head.weight, trained)
+
+
+def test_a_runner_that_does_not_train_leaves_the_model_alone(
+    tmp_path: Path, data: Any, accuracy: Any
+) -> None:
+    model = Net()
+    before = model.head.weight.clone()
+    evaluation = dict(
+        val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path, **ON
+    )
+    with Runner(model, **evaluation) as runner:
+        runner.val()
+    assert torch.equal(model.head.weight, before)
+    assert not model.is_init
+
+
+def test_a_plain_module_is_never_initialised(make: Any) -> None:
+    class LikeTimm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def init_weights(self, mode: str = "") -> None:
+            raise AssertionError("pretrained weights would be lost")
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(inputs)
+
+    make(model=LikeTimm(), loss=F.cross_entropy, **ON)
+
+
+def test_keep_leaves_named_parts_as_they_are(make: Any, capsys: Any) -> None:
+    class Pretrained(nn.Linear):
+        def init_weights(self) -> None:
+            raise AssertionError("was to be kept")
+
+    model = Net()
+    model.backbone = Pretrained(4, 4)
+    kept, fresh = model.backbone.weight.clone(), model.head.weight.clone()
+    options = dict(type="init", keep=("backbone",))
+    make(model=model, plugins=[options], defaults=("init", "logging"))
+    assert torch.equal(model.backbone.weight, kept)
+    assert not torch.equal(model.head.weight, fresh)
+    text = capsys.readouterr().out
+    assert "backbone.weight  [4, 4]  kept as it was: keep='backbone'" in text
+    with pytest.raises(
+        ValueError, match=r"keep='bakbone': Net has no.*mean 'backbone'.*has data_p"
+    ):
+        make(model=Net(), plugins=[dict(type="init", keep=["bakbone"])], **ON)
+
+
+def test_foreign_init_weights_are_listed(make: Any, capsys: Any) -> None:
+    class Foreign(nn.Linear):
+        def init_weights(self) -> None:
+            nn.init.zeros_(self.weight)
+
+    model = Net()
+    model.backbone = Foreign(4, 4)
+    make(model=model, defaults=("init", "logging"))
+    text = capsys.readouterr().out
+    assert f"backbone ({__name__}." in text
+    assert "Foreign) was initialised by its own init_weights()" in text
+    assert "keep=('backbone',)" in text
+
+
+def test_the_model_s_own_init_weights_is_called_and_named(make: Any, capsys: Any) -> None:
+    class Mine(Net):
+        def init_weights(self) -> None:
+            super().init_weights()
+            nn.init.constant_(self.head.bias, 3)
+
+    model = Mine()
+    make(model=model, defaults=("init", "logging"))
+    assert model.head.bias.tolist() == [3, 3, 3]
+    text = capsys.readouterr().out
+    assert "head.bias        [3]     Initialized by user-defined `init_weights` in Mine" in text
+    assert text.count("weights of Mine") == 1
+
+
+def test_a_seeded_initialization_depends_on_the_seed_alone(make: Any) -> None:
+    class Draws(Net):
+        def init_weights(self) -> None:
+            super().init_weights()
+            nn.init.constant_(self.head.bias, random.random() + np.random.rand())
+
+    def initialised(draws: int, seed: int | None) -> tuple[list[Tensor], float]:
+        model = Draws()
+
+        def factory() -> Net:
+            torch.manual_seed(5)
+            random.seed(5)
+            np.random.seed(5)
+            for _ in range(draws):
+                torch.rand(3), random.random(), np.random.rand()
+            return model
+
+        make(model=factory, plugins=[dict(type="init", seed=seed)], **ON)
+        after = torch.rand(1).item()
+        weights = [model.backbone.weight, model.head.weight, model.head.bias]
+        return [w.detach().clone() for w in weights], after
+
+    (a, _), (b, _) = initialised(0, seed=3), initialised(7, seed=3)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    (c, after) = initialised(0, seed=4)
+    assert not torch.equal(a[0], c[0])
+    torch.manual_seed(5)
+    assert after == torch.rand(1).item()  # nor does what follows depend on it
+    assert not torch.equal(initialised(0, seed=None)[0][0], initialised(7, seed=None)[0][0])
+
+
+def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
+    make: Any, capsys: Any
+) -> None:
+    model = Net()
+    model.many = nn.Sequential(*[nn.Linear(1, 1) for _ in range(30)])
+    runner = make(model=model, defaults=("init", "logging"))
+    console = capsys.readouterr().out
+    assert "weights of Net, 64 parameters, one by one in run.log" in console
+    assert "64 x backbone.weight ... many.29.bias  95 values  NormalInit: mean=0" in console
+    assert "many.7.weight" not in console
+    runner.train()
+    log = (runner.run_dir / "run.log").read_text()
+    assert sum(line.startswith("  many.") for line in log.splitlines()) == 60
+    assert "  many.7.weight    [1, 1]  NormalInit: mean=0, std=1, bias=0" in log
+    options = json.loads((runner.run_dir / "run.json").read_text())["plugins"][0]["options"]
+    assert options == {"keep": [], "seed": None}
+
+
+def test_a_model_without_any_init_cfg_says_nothing(make: Any, capsys: Any) -> None:
+    make(model=Net(None), defaults=("init", "logging"))
+    assert "weights of" not in capsys.readouterr().out
+
+
+def test_a_mistake_names_the_plugin_and_the_event(make: Any) -> None:
+    with pytest.raises(ValueError, match="layer='Conv2d' matches nothing in Net") as caught:
+        make(model=Net(dict(type="Normal", layer="Conv2d")), **ON)
+    assert any("'init'" in note and "initialize_model" in note for note in caught.value.__notes__)
+
+
+def test_bad_options_are_answered() -> None:
+    from hookengine import PLUGINS
+
+    for options, message in (
+        (dict(keep="backbone"), "keep='backbone'"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(kep=()), "unknown option 'kep'. Did you mean 'keep'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            PLUGINS.build(dict(type="init", **options))
+
+
+# -- several ranks ------------------------------------------------------------------------------
+
+
+def on_rank(rank: int, port: int, folder: str) -> None:
+    """Run by each rank, which draws weights of its own; an assertion fails the test."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(rank)
+    model = Net()
+    runner = Runner(
+        model,
+        folder,
+        train_dataloader=[(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))],
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+    )
+    for tensor in model.state_dict().values():
+        both = [torch.empty_like(tensor) for _ in range(2)]
+        torch_dist.all_gather(both, tensor)
+        assert torch.equal(both[0], both[1])
+    runner.close()
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)
+    assert capfd.readouterr().out.count("weights of Net") == 1

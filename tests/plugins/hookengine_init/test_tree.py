@@ -1,0 +1,420 @@
+"""init_weights: the order from the top down, who is called, what is left, and the report."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hookengine import MODEL_WRAPPERS, WEIGHT_INITIALIZERS
+from hookengine.model import (
+    BaseInit,
+    BaseModule,
+    ModuleDict,
+    ModuleList,
+    Sequential,
+    init_weights,
+    update_init_info,
+)
+
+
+def constant(val: float, **options: Any) -> dict[str, Any]:
+    return dict(type="Constant", val=val, layer="Linear", **options)
+
+
+class Block(BaseModule):
+    """One linear layer, with an init_cfg of its own."""
+
+    def __init__(self, init_cfg: Any = None) -> None:
+        super().__init__(init_cfg)
+        self.fc = nn.Linear(2, 2)
+
+
+class Net(BaseModule):
+    """Children by name."""
+
+    def __init__(self, init_cfg: Any = None, **children: nn.Module) -> None:
+        super().__init__(init_cfg)
+        self.first = nn.Linear(2, 2)
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+class Custom(nn.Module):
+    """As the seed's ToyConv: initialises itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_of_its_own = nn.Parameter(torch.empty(2))
+        self.untouched = nn.Parameter(torch.ones(2))
+        self.calls = 0
+
+    def init_weights(self) -> None:
+        self.calls += 1
+        self.weight_of_its_own.data.fill_(6)
+
+
+def weight(module: Any) -> float:
+    """The one value of a linear layer's weight."""
+    (value,) = set(module.weight.flatten().tolist())
+    return float(value)
+
+
+def report(capsys: Any) -> dict[str, str]:
+    """What the console's table says, by the parameter's name."""
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, bracket, rest = line.strip().partition(" [")
+        if line.startswith("  ") and bracket:
+            rows[name.strip()] = rest.partition("] ")[2].strip()
+    return rows
+
+
+# -- the way down -------------------------------------------------------------------------------
+
+
+def test_the_inner_configuration_wins_over_the_outer() -> None:
+    net = Net(constant(1), own=Block(constant(2)), plain=Block(), deep=Net(own=Block(constant(3))))
+    net.init_weights()
+    assert (weight(net.first), weight(net.own.fc), weight(net.plain.fc)) == (1, 2, 1)
+    assert (weight(net.deep.first), weight(net.deep.own.fc)) == (1, 3)
+    assert all(m.is_init for m in net.modules() if isinstance(m, BaseModule))
+
+
+def test_containers_have_their_own() -> None:
+    net = Net(
+        constant(1),
+        listed=ModuleList([nn.Linear(2, 2)], init_cfg=constant(2)),
+        named=ModuleDict({"a": nn.Linear(2, 2)}, init_cfg=constant(3)),
+        in_order=Sequential(nn.Linear(2, 2), Block(constant(5)), init_cfg=constant(4)),
+    )
+    net.init_weights()
+    assert (weight(net.listed[0]), weight(net.named["a"])) == (2, 3)
+    assert (weight(net.in_order[0]), weight(net.in_order[1].fc)) == (4, 5)
+
+
+def test_base_modules_are_found_within_plain_containers() -> None:
+    net = Net(constant(1), plain=nn.Sequential(nn.ModuleList([Block(constant(2))])))
+    net.init_weights()
+    assert weight(net.plain[0][0].fc) == 2
+
+
+def test_a_child_with_a_hand_written_init_weights_is_called_once() -> None:
+    custom = Custom()
+    net = Net(constant(1), custom=custom, again=custom)
+    net.init_weights()
+    assert custom.calls == 1
+    assert custom.weight_of_its_own.tolist() == [6, 6]
+
+
+def test_one_that_is_no_direct_child_is_left_and_said_so(capsys: Any) -> None:
+    net = Net(constant(1), wrapped=nn.Sequential(Custom()))
+    net.init_weights()
+    assert net.wrapped[0].calls == 0
+    text = capsys.readouterr().out
+    assert "wrapped.0 (Custom) has an init_weights() that was not called" in text
+
+
+def test_a_subclass_may_override_it_and_call_super() -> None:
+    class Mine(Block):
+        def init_weights(self) -> None:
+            super().init_weights()
+            nn.init.constant_(self.fc.bias, 8)
+
+    net = Net(constant(1), mine=Mine(constant(2)))
+    net.init_weights()
+    assert weight(net.mine.fc) == 2
+    assert net.mine.fc.bias.tolist() == [8, 8]
+
+
+def test_model_wrappers_are_seen_through(monkeypatch: Any) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    net = Net(parallel=nn.DataParallel(Block(constant(2))), own=Wrapper(Custom()))
+    net.init_weights()
+    assert weight(net.parallel.module.fc) == 2
+    assert net.own.module.calls == 0  # not known to be one
+    monkeypatch.setitem(MODEL_WRAPPERS._registered, "Wrapper", Wrapper)
+    net = Net(own=Wrapper(Custom()))
+    net.init_weights()
+    assert net.own.module.calls == 1
+
+
+def test_pretrained_comes_last(tmp_path: Path) -> None:
+    net = Net(inner=Block())
+    state = {name: torch.full_like(value, 9) for name, value in net.state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")
+    pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
+    net = Net([pretrained, constant(1)], inner=Block(constant(2)))
+    net.init_weights()
+    assert (weight(net.first), weight(net.inner.fc)) == (9, 9)
+
+
+def test_a_second_call_warns_and_does_nothing(capsys: Any) -> None:
+    net = Net(constant(1), custom=Custom())
+    net.init_weights()
+    net.first.weight.data.fill_(4)
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"init_weights\(\) of Net was called before") as caught:
+        net.init_weights()
+    assert caught[0].filename == __file__
+    assert weight(net.first) == 4
+    assert net.custom.calls == 1
+    assert capsys.readouterr().out == ""
+    net.is_init = False
+    net.init_weights()
+    assert weight(net.first) == 1
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_hand_written_ones() -> None:
+    net = Net(
+        [dict(type="Kaiming", layer="Linear")], inner=Block(dict(type="Xavier", layer="Linear"))
+    )
+    torch.manual_seed(0)
+    net.init_weights()
+    torch.manual_seed(0)
+    expected = nn.init.kaiming_normal_(torch.empty(2, 2), mode="fan_out")
+    nn.init.kaiming_normal_(torch.empty(2, 2), mode="fan_out")  # of inner.fc, which Xavier replaces
+    assert torch.equal(net.first.weight, expected)
+    assert torch.equal(net.inner.fc.weight, nn.init.xavier_normal_(torch.empty(2, 2)))
+
+
+def test_it_is_a_function_too() -> None:
+    block = Block(constant(3))
+    init_weights(block)
+    assert weight(block.fc) == 3
+
+
+# -- what stays ---------------------------------------------------------------------------------
+
+
+def test_loaded_tensors_are_never_initialised(capsys: Any) -> None:
+    trained = Net(inner=Block(), custom=Custom())
+    trained.custom.weight_of_its_own.data.fill_(1)
+    state = trained.state_dict()
+    del state["first.bias"]
+    net = Net(constant(1, bias=7), inner=Block(constant(2)), custom=Custom())
+    net.load_state_dict(state, strict=False)
+    net.init_weights()
+    for name, value in state.items():
+        assert torch.equal(net.state_dict()[name], value), name
+    assert net.first.bias.tolist() == [7, 7]  # which the state lacked
+    assert net.custom.calls == 0
+    rows = report(capsys)
+    assert rows["first.bias"] == "ConstantInit: val=1, bias=7"
+    assert rows["first.weight"] == "loaded before from a state dict: left as it is"
+
+
+def test_a_loaded_part_of_a_model_stays_too() -> None:
+    net = Net(constant(1), inner=Block(constant(2)))
+    state = Block().state_dict()
+    net.inner.load_state_dict(state)
+    net.init_weights()
+    assert torch.equal(net.inner.fc.weight, state["fc.weight"])
+    assert weight(net.first) == 1
+
+
+def test_a_model_that_is_loaded_whole_is_not_touched_at_all(tmp_path: Path) -> None:
+    net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "gone.pth")))
+    net.load_state_dict(Net().state_dict())
+    net.init_weights()
+    assert net.is_init
+
+
+def test_loading_with_assign_counts_as_loading() -> None:
+    net, state = Net(constant(1)), Net().state_dict()
+    net.load_state_dict(state, assign=True)
+    net.init_weights()
+    assert net.first.weight.data_ptr() == state["first.weight"].data_ptr()
+
+
+def test_initialised_anew_after_loading_where_it_is_asked_for() -> None:
+    net = Net(constant(1))
+    net.load_state_dict(Net().state_dict())
+    net.is_init = False
+    net.init_weights()
+    assert weight(net.first) == 1
+
+
+# -- failures -----------------------------------------------------------------------------------
+
+
+def test_an_error_names_the_part_and_leaves_no_trace() -> None:
+    net = Net(constant(1), deep=Net(inner=Block(dict(type="Normal", layer="Conv2d"))))
+    with pytest.raises(ValueError, match="layer='Conv2d' matches nothing in Block") as caught:
+        net.init_weights()
+    assert any("in the init_cfg of Block 'deep.inner'" in note for note in caught.value.__notes__)
+    assert not net.is_init
+    assert not any("_params_init_info" in m.__dict__ for m in net.modules())
+    copy.deepcopy(net)
+
+
+def test_an_error_in_code_of_others_names_it() -> None:
+    class Broken(nn.Module):
+        def init_weights(self, std: float) -> None: ...
+
+    with pytest.raises(TypeError, match="std") as caught:
+        Net(broken=Broken()).init_weights()
+    assert "in init_weights() of Broken 'broken'" in caught.value.__notes__
+
+
+def test_what_was_loaded_is_back_after_an_error() -> None:
+    net = Net(constant(1), bad=Block(dict(type="Normal", layer="Conv2d")))
+    state = {"first.weight": torch.full((2, 2), 5.0)}
+    net.load_state_dict(state, strict=False)
+    with pytest.raises(ValueError, match="matches nothing"):
+        net.init_weights()
+    assert weight(net.first) == 5
+
+
+# -- the report ---------------------------------------------------------------------------------
+
+
+def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(capsys: Any) -> None:
+    net = Net(constant(1, override=dict(name="b", type="Xavier")), b=nn.Linear(2, 3), c=Custom())
+    net.init_weights()
+    text = capsys.readouterr().out
+    assert "weights of Net, 6 parameters" in text
+    assert "  b.weight             [3, 2]  XavierInit: gain=1, distribution=normal, bias=0" in text
+    assert f"c ({__name__}.Custom) was initialised by its own init_weights()" in text
+    assert "keep=('c',)" in text
+
+
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        (dict(type="Constant", val=2), "ConstantInit: val=2, bias=0"),
+        (dict(type="Xavier", bias=1), "XavierInit: gain=1, distribution=normal, bias=1"),
+        (dict(type="Normal", std=0.1), "NormalInit: mean=0, std=0.1, bias=0"),
+        (dict(type="TruncNormal"), "TruncNormalInit: a=-2, b=2, mean=0, std=1, bias=0"),
+        (dict(type="Uniform", bias_prob=0.5), "UniformInit: a=0, b=1, bias=-0.0"),
+        (
+            dict(type="Kaiming"),
+            "KaimingInit: a=0, mode=fan_out, nonlinearity=relu, distribution=normal, bias=0",
+        ),
+        (
+            dict(type="Caffe2Xavier"),
+            "Caffe2XavierInit: a=1, mode=fan_in, nonlinearity=leaky_relu, distribution=uniform, "
+            "bias=0",
+        ),
+    ],
+)
+def test_the_initializer_is_named_with_its_options(cfg: Any, said: str, capsys: Any) -> None:
+    Block(dict(cfg, layer="Linear")).init_weights()
+    assert report(capsys) == {"fc.weight": said, "fc.bias": said}
+
+
+def test_a_constant_that_was_there_already_keeps_who_set_it(capsys: Any) -> None:
+    """As the seed's chapter shows for the bias that Xavier sets to the 0 that Kaiming had set."""
+    override = dict(name="first", type="Xavier")
+    Net(dict(type="Kaiming", layer="Linear", override=override)).init_weights()
+    rows = report(capsys)
+    assert rows["first.weight"].startswith("XavierInit")
+    assert rows["first.bias"].startswith("KaimingInit")
+
+
+def test_what_nobody_changed_is_said_so(capsys: Any) -> None:
+    Net(custom=Custom()).init_weights()
+    rows = report(capsys)
+    same = "The value is the same before and after calling `init_weights` of Net"
+    user = "Initialized by user-defined `init_weights` in Custom"
+    assert rows["custom.weight_of_its_own"] == user
+    assert rows["custom.untouched"] == rows["first.weight"] == same
+
+
+def test_code_of_others_is_told_from_what_it_calls(capsys: Any) -> None:
+    class Mine(Block):
+        def __init__(self) -> None:
+            super().__init__(constant(2))
+            self.before, self.after = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.inner = Block(dict(type="Normal", layer="Linear"))
+
+        def init_weights(self) -> None:
+            self.before.weight.data.fill_(3)
+            super().init_weights()
+            self.after.bias.data.fill_(4)
+            nn.init.zeros_(self.inner.fc.bias)
+
+    Net(mine=Mine()).init_weights()
+    rows = report(capsys)
+    mine = "Initialized by user-defined `init_weights` in Mine"
+    assert rows["mine.before.weight"] == "ConstantInit: val=2, bias=0"
+    assert rows["mine.after.weight"] == "ConstantInit: val=2, bias=0"
+    assert rows["mine.after.bias"] == mine
+    assert rows["mine.inner.fc.weight"] == "NormalInit: mean=0, std=1, bias=0"
+    assert rows["mine.inner.fc.bias"] == mine
+
+
+def test_parameters_that_are_replaced_are_named_too(capsys: Any) -> None:
+    class Replacing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def init_weights(self) -> None:
+            self.weight = nn.Parameter(torch.ones(2))
+
+    Net(child=Replacing()).init_weights()
+    expected = "Initialized by user-defined `init_weights` in Replacing"
+    assert report(capsys)["child.weight"] == expected
+
+
+def test_an_initializer_of_ones_own_may_say_what_it_did(monkeypatch: Any, capsys: Any) -> None:
+    class Quiet:
+        def __call__(self, module: nn.Module) -> None:
+            module.fc.weight.data.fill_(1)
+
+    class Talking(BaseInit):
+        def __call__(self, module: nn.Module) -> None:
+            module.fc.bias.data.fill_(1)
+            update_init_info(module, init_info="set to one")
+
+    monkeypatch.setitem(WEIGHT_INITIALIZERS._registered, "Quiet", Quiet)
+    monkeypatch.setitem(WEIGHT_INITIALIZERS._registered, "Talking", Talking)
+    Block([dict(type="Quiet"), dict(type="Talking")]).init_weights()
+    assert report(capsys) == {"fc.weight": "Quiet", "fc.bias": "set to one"}
+    with pytest.raises(RuntimeError, match="no init_weights"):
+        update_init_info(Block(), "x")
+
+
+def test_lazy_and_meta_parameters_do_not_disturb_it(capsys: Any) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.LazyLinear(2)
+            self.meta = nn.Linear(2, 2, device="meta")
+
+        def init_weights(self) -> None:
+            nn.init.zeros_(self.meta.weight)
+
+    with pytest.raises(ValueError, match="LazyLinear does not know its shape"):
+        Net(constant(1), lazy=Lazy()).init_weights()
+    capsys.readouterr()
+    Net(dict(type="Constant", val=1, override=dict(name="first")), lazy=Lazy()).init_weights()
+    assert "lazy.fc.weight    lazy    The value is the same" in capsys.readouterr().out
+
+
+def test_shared_parameters_are_listed_once(capsys: Any) -> None:
+    net = Net(constant(1), tied=nn.Linear(2, 2))
+    net.tied.weight = net.first.weight
+    net.init_weights()
+    assert set(report(capsys)) == {"first.weight", "first.bias", "tied.bias"}
+
+
+def test_the_report_of_a_vector_of_nan_is_not_a_change(capsys: Any) -> None:
+    class Nan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight: Tensor = nn.Parameter(torch.full((2,), torch.nan))
+
+        def init_weights(self) -> None: ...
+
+    Net(child=Nan()).init_weights()
+    assert report(capsys)["child.weight"].startswith("The value is the same")

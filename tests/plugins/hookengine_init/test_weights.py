@@ -1,0 +1,431 @@
+"""Weights from outside: files of others load, what does not fit is said whole, nothing runs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import http.server
+import os
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hookengine.model import BaseModule, PretrainedInit, initialize, load_weights
+
+
+class Net(BaseModule):
+    def __init__(self, init_cfg: Any = None, classes: int = 3) -> None:
+        super().__init__(init_cfg)
+        self.backbone = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, classes)
+
+
+def filled(value: float, **options: Any) -> Net:
+    net = Net(**options)
+    for tensor in net.state_dict().values():
+        tensor.fill_(value)
+    return net
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    mine, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture
+def source() -> Net:
+    return filled(2)
+
+
+# -- forms of checkpoints -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapped_and_prefixed_checkpoints_load(
+    key: str | None, prefix: str, tmp_path: Path, source: Net
+) -> None:
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "net.pth")
+    net = Net()
+    assert not any(load_weights(net, tmp_path / "net.pth"))
+    assert same(net, source)
+
+
+def test_the_file_of_before_torch_1_6_loads(tmp_path: Path, source: Net) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
+    net = Net()
+    load_weights(net, path)
+    assert same(net, source)
+
+
+def test_safetensors_load(tmp_path: Path, source: Net) -> None:
+    save_file(source.state_dict(), tmp_path / "net.safetensors")
+    net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "net.safetensors")))
+    net.init_weights()
+    assert same(net, source)
+
+
+def test_torchvision_and_timm_style_files_load(tmp_path: Path) -> None:
+    from torchvision.models import resnet18
+
+    source = resnet18()
+    torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
+    torch.save({"state_dict_ema": {}, "state_dict": source.state_dict()}, tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        model = resnet18()
+        load_weights(model, tmp_path / name)
+        assert same(model, source)
+
+
+def test_a_prefix_takes_what_is_below_it(tmp_path: Path, source: Net) -> None:
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "detector.pth")
+    for prefix in ("backbone", "backbone."):
+        backbone = Net().backbone
+        initialize(
+            backbone,
+            dict(type="Pretrained", checkpoint=str(tmp_path / "detector.pth"), prefix=prefix),
+        )
+        assert same(backbone, source.backbone)
+    with pytest.raises(ValueError, match=r"nothing below prefix='neck'.*begin with backbone, head"):
+        load_weights(Net().backbone, tmp_path / "detector.pth", prefix="neck")
+
+
+def test_a_module_of_its_own_that_is_called_module_is_no_prefix(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Net()
+
+    source = Wrapper()
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    net = Wrapper()
+    load_weights(net, tmp_path / "net.pth")
+    assert same(net, source)
+
+
+def test_map_location_reaches_torch(tmp_path: Path, source: Net) -> None:
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    net = filled(1)
+    with pytest.raises(ValueError, match=r"(?s)nothing was loaded: Error.*Cannot copy out of meta"):
+        PretrainedInit(tmp_path / "net.pth", map_location="meta")(net)
+    assert same(net, filled(1))
+
+
+def test_the_versions_that_modules_save_are_kept(tmp_path: Path, source: Net) -> None:
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    seen = {}
+
+    class Versioned(nn.BatchNorm1d):
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *a: Any) -> None:
+            seen[prefix] = metadata.get("version")
+            super()._load_from_state_dict(state, prefix, metadata, *a)
+
+    net = Net()
+    net.backbone[1] = Versioned(4)
+    load_weights(net, tmp_path / "net.pth")
+    assert seen == {"backbone.1.": 2}
+    load_weights(net.backbone, tmp_path / "net.pth", prefix="backbone")
+    assert seen == {"backbone.1.": 2, "1.": 2}
+
+
+@pytest.fixture
+def mmengine_checkpoint(tmp_path: Path, monkeypatch: Any, source: Net) -> Path:
+    """As MMEngine's Runner saves it: a history with bound methods, numpy's scalars and arrays."""
+    name = "mmengine.logging.history_buffer"
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": self.mean}
+
+        def mean(self) -> float:
+            raise AssertionError("the history was asked")
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = name, "HistoryBuffer"
+    with monkeypatch.context() as patch:
+        for module in ("mmengine", "mmengine.logging", name):
+            patch.setitem(sys.modules, module, types.ModuleType(module))
+        sys.modules[name].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+        content = {
+            "meta": {"epoch": np.int64(1), "seed": np.float64(0.5), "array": np.zeros((2, 2))},
+            "state_dict": source.state_dict(),
+            "message_hub": {"log_scalars": {"loss": HistoryBuffer()}},
+        }
+        torch.save(content, tmp_path / "mmengine.pth")
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "mmengine.pth")
+    assert {f"{name}.HistoryBuffer", "builtins.getattr", "numpy.ndarray"} <= set(named)
+    return tmp_path / "mmengine.pth"
+
+
+def test_a_checkpoint_of_mmengine_loads_without_mmengine(
+    mmengine_checkpoint: Path, source: Net
+) -> None:
+    net = Net()
+    load_weights(net, mmengine_checkpoint)
+    assert same(net, source)
+    with pytest.raises(pickle.UnpicklingError):  # torch alone: nothing was made safe for good
+        torch.load(mmengine_checkpoint, weights_only=True)
+
+
+# -- what does not fit --------------------------------------------------------------------------
+
+
+def test_every_key_that_does_not_fit_is_in_one_message(tmp_path: Path, source: Net) -> None:
+    state = source.state_dict()
+    state["neck.weight"] = state.pop("backbone.0.bias")
+    state["head.weight"] = torch.ones(7, 4)
+    torch.save(state, tmp_path / "net.pth")
+    net = filled(1)
+    with pytest.raises(
+        ValueError, match="does not fit Net, into which nothing was loaded"
+    ) as caught:
+        load_weights(net, tmp_path / "net.pth")
+    text = str(caught.value)
+    assert "missing in the checkpoint (1): backbone.0.bias" in text
+    assert "unexpected in the checkpoint (1): neck.weight" in text
+    assert "of another shape (1): head.weight [3, 4] here, [7, 4] there" in text
+    assert "ignore_mismatched_sizes=True loads the others" in text
+    assert same(net, filled(1))
+    assert net.loaded == set()
+
+
+def test_strict_refuses_what_one_side_lacks(source: Net) -> None:
+    state = source.state_dict()
+    del state["head.bias"]
+    net = filled(1)
+    with pytest.raises(ValueError, match=r"missing.*head\.bias.*strict=False loads what is there"):
+        load_weights(net, state)
+    assert same(net, filled(1))
+
+
+def test_pretrained_warns_once_of_what_one_side_lacks(capsys: Any, source: Net) -> None:
+    state = source.state_dict()
+    state["fc.weight"] = state.pop("head.bias")
+    net = filled(1)
+    result = load_weights(net, state, strict=False)
+    assert result == (["head.bias"], ["fc.weight"], [])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "warning" in line
+    assert "fits Net in 8 of 9 tensors; missing in the checkpoint (1): head.bias; unexp" in line
+    assert net.head.bias.tolist() == [1, 1, 1]
+    assert net.head.weight[0].tolist() == [2, 2, 2, 2]
+
+
+def test_a_new_head_is_left_where_it_is_asked_for(tmp_path: Path, source: Net) -> None:
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
+    with pytest.raises(ValueError, match=r"head\.weight \[5, 4\] here, \[3, 4\] there"):
+        Net(cfg, classes=5).init_weights()
+    net = Net(dict(cfg, ignore_mismatched_sizes=True), classes=5)
+    before = net.head.weight.clone()
+    net.init_weights()
+    assert same(net.backbone, source.backbone)
+    assert torch.equal(net.head.weight, before)
+    assert not any("head" in name for name in net.loaded)  # so that it may still be initialised
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.LSTM(2, 2).state_dict(), tmp_path / "lstm.pth")
+    net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "lstm.pth")))
+    with pytest.raises(ValueError, match=r"missing in the checkpoint \(8\).*Nothing fits"):
+        net.init_weights()
+    assert not net.is_init
+
+
+def test_a_module_may_make_old_shapes_fit(source: Net) -> None:
+    """As OpenMMLab's backbones resize their position embeddings when they load."""
+
+    def cut(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"][:2]
+        state[prefix + "bias"] = state[prefix + "bias"][:2]
+
+    net = Net(classes=2)
+    net.head.register_load_state_dict_pre_hook(cut)
+    assert not any(load_weights(net, source.state_dict()))
+    assert net.head.bias.tolist() == [2, 2]
+
+
+def test_an_error_in_mid_load_leaves_what_was() -> None:
+    class Broken(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.register_load_state_dict_pre_hook(self.fail)
+
+        def fail(self, *args: Any) -> None:
+            raise OverflowError("in a hook of the model")
+
+    net = Broken()
+    for tensor in net.state_dict().values():
+        tensor.fill_(1)
+    with pytest.raises(OverflowError):
+        load_weights(net, filled(2).state_dict())
+    assert same(net, filled(1))
+
+
+# -- bad files ----------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickled as the call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+    def __call__(self) -> None: ...  # pickle asks that what is called is callable
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "function", [os.system, eval, exec, print, functools.partial, Path.touch], ids=str
+)
+def test_a_malicious_pickle_is_named_and_not_run(
+    function: Any, legacy: bool, tmp_path: Path, source: Net
+) -> None:
+    victim = tmp_path / "victim"
+    argument = f"open({str(victim)!r}, 'w')" if function in (eval, exec) else f"touch {victim}"
+    content = {"state_dict": source.state_dict(), "x": Call(function, argument)}
+    torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
+    net = filled(1, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "bad.pth")))
+    with pytest.raises(ValueError, match=r"bad\.pth.*could run code. Nothing was loaded or run"):
+        net.init_weights()
+    assert same(net, filled(1))
+    assert not victim.exists()
+
+
+def test_getattr_which_histories_need_leads_nowhere(tmp_path: Path, source: Net) -> None:
+    call = Call(Call(getattr, Path, "touch"), str(tmp_path / "victim"))
+    torch.save({"state_dict": source.state_dict(), "x": call}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad\.pth"):
+        load_weights(Net(), tmp_path / "bad.pth")
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
+def test_a_damaged_file_is_said_so(damage: str, suffix: str, tmp_path: Path, source: Net) -> None:
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".pth":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": whole[: len(whole) // 2],
+            "empty": b"",
+            "text": b"<html>404 Not Found</html>",
+            "flipped": b"\xff" + whole[1:],
+        }[damage]
+    )
+    net = filled(1)
+    with pytest.raises(ValueError, match=rf"net\{suffix} \(\d+ bytes\) is damaged"):
+        load_weights(net, path)
+    assert same(net, filled(1))
+
+
+def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "epoch_2.pth").touch()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*epoch_1\.pth.* has epoch_2\.pth"):
+        load_weights(Net(), tmp_path / "epoch_1.pth")
+    with pytest.raises(FileNotFoundError, match="nor its folder"):
+        load_weights(Net(), tmp_path / "gone" / "epoch_1.pth")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_weights(Net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "it is a list"),
+        ({"epoch": 3}, "it is a dict with 'epoch'"),
+        ({"state_dict": {}}, "it is a dict with nothing"),
+    ],
+)
+def test_a_file_without_weights_is_said_so(content: Any, said: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=f"holds no weights: {said}"):
+        load_weights(Net(), tmp_path / "none.pth")
+
+
+# -- elsewhere ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: Any) -> Iterator[tuple[str, Path]]:
+    """A real server on the loopback, and the folder that it serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None: ...
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", folder
+        server.shutdown()
+        thread.join()
+
+
+def test_a_url_is_downloaded_once(served: tuple[str, Path], source: Net) -> None:
+    url, folder = served
+    torch.save(source.state_dict(), folder / "net.pth")
+    net = Net(dict(type="Pretrained", checkpoint=f"{url}/net.pth"))
+    net.init_weights()
+    assert same(net, source)
+    (folder / "net.pth").unlink()
+    again = Net(dict(type="Pretrained", checkpoint=f"{url}/net.pth"))
+    again.init_weights()
+    assert same(again, source)
+
+
+def test_a_url_that_fails_is_said_so_and_leaves_nothing(served: tuple[str, Path]) -> None:
+    url, folder = served
+    with pytest.raises(
+        OSError, match=r"cannot download .*/gone\.pth: HTTP Error 404.*give the path"
+    ):
+        load_weights(Net(), f"{url}/gone.pth")
+    torch.save(Net().state_dict(), folder / "gone.pth")
+    load_weights(Net(), f"{url}/gone.pth")
+
+
+def test_torchvisions_names_are_its_urls(monkeypatch: Any, tmp_path: Path) -> None:
+    asked = []
+
+    def download(url: str, path: str, **options: Any) -> None:
+        asked.append(url)
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)  # there is no network here
+    load_weights(nn.Linear(2, 2), "torchvision://resnet50")
+    load_weights(nn.Linear(2, 2), "torchvision://resnet50.imagenet1k_v2")
+    assert [url.rpartition("/")[2] for url in asked] == [
+        "resnet50-0676ba61.pth",
+        "resnet50-11ad3fa6.pth",
+    ]
+    with pytest.raises(
+        ValueError, match="no weights 'v9' of resnet50: imagenet1k_v1, imagenet1k_v2"
+    ):
+        load_weights(nn.Linear(2, 2), "torchvision://resnet50.v9")
+    with pytest.raises(
+        ValueError, match=r"cannot read s3://bucket/net\.pth: a checkpoint is a path"
+    ):
+        load_weights(nn.Linear(2, 2), "s3://bucket/net.pth")
