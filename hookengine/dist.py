@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
 
@@ -75,14 +76,21 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
-    """Give rank ``src``'s values to the tensors of all ranks, in place; the order is the same."""
+    """Give rank ``src``'s values to the tensors of all ranks, in place, of whatever dtype.
+
+    Args:
+        tensors: In the same order on all ranks. Those without values (lazy, meta) are passed over.
+        src: The rank whose values all get.
+    """
     if not is_distributed():
         return
-    # NCCL takes dense tensors on its own device: of others a copy makes the way.
+    # NCCL takes tensors on its own device, and backends know few dtypes: so bytes travel.
     staging = torch.device("cuda") if torch_dist.get_backend() == "nccl" else None
     with torch.no_grad():
         for tensor in tensors:
-            travelling = tensor.detach().to(staging or tensor.device).contiguous()
-            torch_dist.broadcast(travelling, src=src)
-            if travelling.data_ptr() != tensor.data_ptr():
-                tensor.copy_(travelling)
+            if is_lazy(tensor) or tensor.is_meta:
+                continue
+            values = tensor.detach().to(staging or tensor.device).contiguous()
+            torch_dist.broadcast(values.view(-1).view(torch.uint8), src=src)
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.copy_(values)

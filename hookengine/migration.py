@@ -51,7 +51,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "load_from": (
         "checkpoint",
         "Runner(load_from=path)",
-        "runner.bare_model.load_state_dict(torch.load(path, weights_only=True))",
+        "hookengine.model.load_weights(model, path)",
     ),
     "resume": (
         "checkpoint",
@@ -110,7 +110,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "runner.load_checkpoint": (
         "checkpoint",
         "Runner(load_from=path)",
-        "runner.load_state_dict(torch.load(path, weights_only=True))",
+        "hookengine.model.load_weights(runner.bare_model, path)",
     ),
 }
 

@@ -7,6 +7,7 @@ distributions offer in the entry-point group ``hookengine.model`` can be importe
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -95,7 +96,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *MODELS.names()})
+    return sorted({*__all__, *MODELS.names()})
 
 
 class BaseModule(nn.Module, metaclass=ABCMeta):
@@ -105,31 +106,35 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
         init_cfg: One dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
 
     Attributes:
-        loaded: Names of the tensors that a state dict was loaded into, which are not initialised.
+        init_cfg: A copy of it.
+        loaded_tensors: Names of the parameters and buffers that a state dict was loaded into.
     """
 
     def __init__(self, init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
         self._is_init = False
-        self.loaded: set[str] = set()
+        self.loaded_tensors: set[str] = set()
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @property
     def is_init(self) -> bool:
-        """Whether ``init_weights`` was called; set it to False to initialise the module anew."""
+        """Whether ``init_weights`` was called.
+
+        Set to False, the module and all BaseModules within are initialised anew, loaded tensors
+        included.
+        """
         return self._is_init
 
     @is_init.setter
     def is_init(self, value: bool) -> None:
-        self.__dict__["_is_init"] = value  # nn.Module's own way searches parameters first
+        self.__dict__["_is_init"] = value  # nn.Module's own way would search the parameters first
         if not value:
-            self.loaded.clear()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.loaded.update(key[len(prefix) :] for key in state_dict if key.startswith(prefix))
+            for module in self.modules():
+                if isinstance(module, BaseModule):
+                    module._is_init = False
+                    module.loaded_tensors.clear()
 
     def init_weights(self) -> None:
         """Initialise the weights of this module and its children, as their ``init_cfg`` say.
@@ -148,6 +153,21 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
     def __repr__(self) -> str:
         text = super().__repr__()
         return f"{text}\ninit_cfg={self.init_cfg}" if self.init_cfg else text
+
+
+def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What tells whether a parameter or buffer was written or replaced, by name."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors}
+
+
+def _before_loading(module: BaseModule, *_: Any) -> None:
+    module.__dict__["_before_loading"] = _versions(module)
+
+
+def _after_loading(module: BaseModule, *_: Any) -> None:
+    before = module.__dict__.pop("_before_loading", {})
+    module.loaded_tensors.update(n for n, v in _versions(module).items() if before.get(n) != v)
 
 
 class Sequential(BaseModule, nn.Sequential):
@@ -196,7 +216,7 @@ class BaseModel(BaseModule):
         if not isinstance(data_preprocessor, nn.Module):
             raise TypeError(
                 "data_preprocessor takes a dict or an nn.Module, got "
-                f"{type(data_preprocessor).__name__}"
+                f"{type(data_preprocessor).__name__}; an init_cfg is given by name, init_cfg=[...]"
             )
         self.data_preprocessor = data_preprocessor
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 import sys
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 
 from hookengine import BaseModule, Plugin, dist, preserved_random_state
-from hookengine_init.init_cfg import initialize
+from hookengine_init.files import read_weights
+from hookengine_init.init_cfg import as_list, initialize, split_pretrained
 from hookengine_init.initializers import (
     BaseInit,
     Caffe2XavierInit,
@@ -34,7 +35,7 @@ from hookengine_init.initializers import (
 from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import named_tensors, update_init_info
 from hookengine_init.tree import init_model, init_weights
-from hookengine_init.weights import load_weights, read_weights
+from hookengine_init.weights import load_weights
 
 __all__ = [
     "BaseInit",
@@ -63,6 +64,10 @@ __all__ = [
 ]
 
 
+def _as_tuple(names: Any) -> Any:
+    return (names,) if isinstance(names, str) else names
+
+
 class Init(Plugin, name="init"):
     """Initialise the weights of a ``BaseModule`` before it is trained, as ``init_cfg`` says.
 
@@ -71,7 +76,7 @@ class Init(Plugin, name="init"):
     Of several ranks all get rank 0's weights.
     """
 
-    keep: tuple[str, ...] = Field(
+    keep: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (), description="names of submodules to leave as they are, a pretrained backbone say"
     )
     seed: int | None = Field(
@@ -80,7 +85,10 @@ class Init(Plugin, name="init"):
 
     def initialize_model(self, runner: Any, model: nn.Module) -> None:
         """Call the model's ``init_weights()``, and report."""
-        if not isinstance(model, BaseModule) or model.is_init or runner.train_cfg is None:
+        if not isinstance(model, BaseModule):
+            self._tell_of_parts(runner, model)
+            return
+        if model.is_init or runner.train_cfg is None:
             return
         with preserved_random_state() if self.seed is not None else nullcontext():
             if self.seed is not None:
@@ -89,6 +97,31 @@ class Init(Plugin, name="init"):
         dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
+
+    def _tell_of_parts(self, runner: Any, model: nn.Module) -> None:
+        """Of parts that look as if they were initialised here, within a plain module."""
+        for name, part in model.named_modules():
+            if isinstance(part, BaseModule) and part.init_cfg and not part.is_init:
+                runner.logger.warning(
+                    f"the model is a plain {type(model).__name__}, which is not initialised: the "
+                    f"init_cfg of {name!r} waits for its init_weights()"
+                )
+                return
+
+    def before_run(self, runner: Any) -> None:
+        """Say so where weights that the model asks for were never loaded."""
+        if runner.train_cfg is not None:
+            return
+        for name, part in runner.bare_model.named_modules():
+            if isinstance(part, BaseModule) and not part.is_init and not part.loaded_tensors:
+                _, pretrained = split_pretrained(as_list(part.init_cfg or [], "init_cfg"))
+                if pretrained:
+                    where = f" of {name!r}" if name else ""
+                    runner.logger.warning(
+                        f"the init_cfg{where} names pretrained weights, which only a Runner that "
+                        "trains loads: load weights, or call init_weights() of the model before"
+                    )
+                    return
 
 
 def _seed_all(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from hookengine import WEIGHT_INITIALIZERS
 from hookengine_init.initializers import BaseInit
-from hookengine_init.layers import check_layers
+from hookengine_init.layers import check_layers, nearest
 from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import record_of
 
@@ -37,6 +38,8 @@ def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
         KeyError: no ``type``, or an unknown one.
         ValueError: neither ``layer`` nor ``override``; one of them matches nothing in the module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"initialize takes a module, got {type(module).__name__}")
     initialize_each(module, as_list(init_cfg, "init_cfg"))
 
 
@@ -54,11 +57,37 @@ def initialize_each(module: nn.Module, cfgs: list[Cfg]) -> None:
             raise
 
 
+def split_pretrained(cfgs: list[Cfg]) -> tuple[list[Cfg], list[Cfg]]:
+    """The configurations without what is ``Pretrained``, overrides included; and just that."""
+    first: list[Cfg] = []
+    last: list[Cfg] = []
+    for cfg in cfgs:
+        if _is_pretrained(cfg):
+            last.append(cfg)
+            continue
+        override = cfg.get("override")
+        overrides = [] if override is None else as_list(override, "override")
+        loading = [part for part in overrides if _is_pretrained(part)]
+        if not loading:
+            first.append(cfg)
+            continue
+        rest = [part for part in overrides if part not in loading]
+        outer = {key: value for key, value in cfg.items() if key != "override"}
+        if rest or "layer" in cfg:
+            first.append({**outer, "override": rest} if rest else outer)
+        last.append({k: v for k, v in outer.items() if k != "layer"} | {"override": loading})
+    return first, last
+
+
+def _is_pretrained(cfg: Cfg) -> bool:
+    kind = cfg.get("type")
+    return kind == "Pretrained" or (isinstance(kind, type) and issubclass(kind, PretrainedInit))
+
+
 def _initialize_one(module: nn.Module, cfg: Cfg) -> None:
     options = dict(cfg)
     override = options.pop("override", None)
-    outer = {name: value for name, value in options.items() if name != "layer"}
-    overrides = [] if override is None else [*_overrides(module, override, outer)]
+    overrides = [] if override is None else [*_overrides(module, override, options)]
     initializer = _build(options)
     if not (overrides and _fills_layers(initializer) and not initializer.layer):
         _apply(initializer, module)
@@ -72,7 +101,11 @@ def _build(options: Cfg) -> Any:
             f"bias={options['bias']!r} and bias_prob={options['bias_prob']!r} both say what the "
             "bias is: give one"
         )
-    initializer = WEIGHT_INITIALIZERS.build(options)
+    try:
+        initializer = WEIGHT_INITIALIZERS.build(options)
+    except TypeError:
+        _check_options(options)
+        raise
     if not callable(initializer):
         raise TypeError(
             f"the weight initializer {options['type']!r} must build something to call with a "
@@ -81,9 +114,40 @@ def _build(options: Cfg) -> Any:
     return initializer
 
 
+def _check_options(options: Cfg) -> None:
+    """Say which option an initializer does not have, or lacks.
+
+    ``**kwargs`` of a class stand for what the next one in the order of inheritance takes.
+    """
+    kind = options.get("type")
+    cls = WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
+    known: dict[str, bool] = {}
+    for base in cls.__mro__ if isinstance(cls, type) else ():
+        if "__init__" not in vars(base) or base is object:
+            continue
+        _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                known.setdefault(parameter.name, parameter.default is parameter.empty)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    given = [name for name in options if name != "type"]
+    if known and (wrong := next((name for name in given if name not in known), None)):
+        near = nearest(wrong, known, cutoff=0.5)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise TypeError(f"{kind!r} has no option {wrong!r}.{hint} It takes {', '.join(known)}")
+    if missing := [name for name, required in known.items() if required and name not in given]:
+        raise TypeError(f"{kind!r} needs the option {', '.join(missing)}")
+
+
 def _fills_layers(initializer: Any) -> bool:
-    """Whether it does what ``BaseInit`` does, and no code of others."""
-    return getattr(type(initializer), "__call__", None) is BaseInit.__call__  # noqa: B004
+    """Whether it does what ``BaseInit`` does, and says itself what it writes."""
+    cls = type(initializer)
+    return (
+        isinstance(initializer, BaseInit)
+        and cls.__call__ is BaseInit.__call__
+        and cls.init_layer is BaseInit.init_layer
+    )
 
 
 def _apply(initializer: Any, module: nn.Module) -> None:
@@ -124,10 +188,13 @@ def _overrides(module: nn.Module, override: Any, outer: Cfg) -> Iterator[tuple[n
             target = module.get_submodule(name)
         except AttributeError as error:
             raise ValueError(
-                f"the override names {name!r}, and {type(module).__name__} has no such submodule: "
-                f"it has {', '.join(n for n, _ in module.named_children()) or 'none'}"
+                f"the override names {name!r}, and {type(module).__name__} has no such submodule"
+                f"{' (it is no module)' * hasattr(module, name)}: it has "
+                f"{', '.join(n for n, _ in module.named_children()) or 'none'}"
             ) from error
-        initializer = _build(options or outer)
+        if not options:
+            options = {key: value for key, value in outer.items() if key != "layer"}
+        initializer = _build(options)
         initializer.wholemodule = True
         yield target, initializer
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine_init.layers import check_layers
-from hookengine_init.record import writing
+from hookengine_init.layers import check_filled, check_layers, keep_computed_weight
+from hookengine_init.record import Write, ignore, writing
 
 Number = int | float
 
@@ -81,58 +82,80 @@ class BaseInit:
         cls = type(module)
         return cls.__name__ in self.layer or any(b.__name__ in self.layer for b in cls.__bases__)
 
-    def fill(self, weight: Tensor) -> None:
-        """Fill a weight in place."""
+    def fill(self, weight: Tensor) -> Tensor | None:
+        """Fill a weight in place; autograd does not look."""
         raise NotImplementedError(f"{type(self).__name__} implements neither fill nor __call__")
 
     def __call__(self, module: nn.Module) -> None:
         """Initialise the layers of ``module`` that match; children come before parents.
 
         Raises:
-            ValueError: none does.
+            ValueError: no layer matches, or those that do have neither ``weight`` nor ``bias``.
         """
         write = writing(module, self._get_init_info())
-        known: dict[type, bool] = {}
+        matched: dict[type, bool] = {}
+        filled: set[type] = set()
 
         def init(layer: nn.Module) -> None:
             cls = type(layer)
-            matched = known.get(cls)
-            if matched is None:
-                matched = known[cls] = self.wholemodule or self.matches(layer)
-            if matched:
-                self.init_layer(layer, write)
+            if cls not in matched:
+                matched[cls] = self.wholemodule or self.matches(layer)
+            if matched[cls] and self.init_layer(layer, write) is not False:
+                filled.add(cls)
 
-        module.apply(init)
-        if not self.wholemodule and (len(self.layer) > 1 or True not in known.values()):
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            module.apply(init)
+        if not self.wholemodule and (len(self.layer) > 1 or True not in matched.values()):
             check_layers(self.layer, module)
+        if not filled:
+            check_filled(module, [cls for cls, matches in matched.items() if matches])
 
-    def init_layer(
-        self, layer: nn.Module, write: Callable[[Tensor, Number | None], None] | None = None
-    ) -> None:
-        """Initialise ``weight`` and ``bias`` of one layer, where it has them."""
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if weight is not None and is_lazy(weight):
-            raise ValueError(
-                f"{type(layer).__name__} does not know its shape yet: run a batch through the "
-                "model before its weights are initialised"
-            )
-        if weight is not None:
-            self.fill(weight)
-            if write is not None:
-                write(weight, self.constant)
-        if bias is not None:
-            nn.init.constant_(bias, self.bias)
-            if write is not None:
+    def init_layer(self, layer: nn.Module, write: Write = ignore) -> bool:
+        """Initialise ``weight`` and ``bias`` of one layer, where it has them.
+
+        Args:
+            layer: Its children are left alone.
+            write: Told each tensor that is written, and the constant that it was filled with.
+
+        Returns:
+            Whether it has one of them.
+        """
+        own = layer._parameters  # asked first, since a module's attributes are found there last
+        weight = own["weight"] if "weight" in own else getattr(layer, "weight", None)
+        bias = own["bias"] if "bias" in own else getattr(layer, "bias", None)
+        try:
+            if isinstance(weight, Tensor):
+                result = self.fill(weight)
+                if result is not None and result is not weight:
+                    raise TypeError(
+                        f"{type(self).__name__}.fill returned a new tensor: it must fill the one "
+                        "that it is given, in place, as weight.copy_(...) does"
+                    )
+                write(weight, self._constant())
+                if "weight" not in own:
+                    keep_computed_weight(layer, weight, write)
+            if isinstance(bias, Tensor):
+                nn.init.constant_(bias, self.bias)
                 write(bias, self.bias)
+        except Exception as error:
+            if any(p is not None and is_lazy(p) for p in own.values()):
+                raise ValueError(
+                    f"{type(layer).__name__} does not know its shape yet: run a batch through the "
+                    "model before its weights are initialised"
+                ) from error
+            error.add_note(f"at the layer {layer}")
+            raise
+        return isinstance(weight, Tensor) or isinstance(bias, Tensor)
 
-    @property
-    def constant(self) -> Number | None:
+    def _constant(self) -> Number | None:
         """The value that ``fill`` gives to every element, where there is such a value."""
         return None
 
     def _get_init_info(self) -> str:
         """What the report says of a parameter that this initializer has changed."""
-        return f"{type(self).__name__}, bias={self.bias}"
+        hidden = ("bias", "layer", "wholemodule")
+        options = [f"{name}={value}, " for name, value in vars(self).items() if name not in hidden]
+        return f"{type(self).__name__}{': ' if options else ', '}{''.join(options)}bias={self.bias}"
 
 
 class ConstantInit(BaseInit):
@@ -147,15 +170,11 @@ class ConstantInit(BaseInit):
         super().__init__(**kwargs)
         self.val = val
 
-    @property
-    def constant(self) -> Number:
-        return self.val
+    def _constant(self) -> Number | None:
+        return self.val if type(self).fill is ConstantInit.fill else None
 
     def fill(self, weight: Tensor) -> None:
         nn.init.constant_(weight, self.val)
-
-    def _get_init_info(self) -> str:
-        return f"{type(self).__name__}: val={self.val}, bias={self.bias}"
 
 
 def _check_distribution(distribution: str) -> str:
@@ -183,12 +202,6 @@ class XavierInit(BaseInit):
         fill = nn.init.xavier_uniform_ if uniform else nn.init.xavier_normal_
         fill(weight, gain=self.gain)
 
-    def _get_init_info(self) -> str:
-        return (
-            f"{type(self).__name__}: gain={self.gain}, distribution={self.distribution}, "
-            f"bias={self.bias}"
-        )
-
 
 class NormalInit(BaseInit):
     """Draw the weights from N(mean, std²).
@@ -206,9 +219,6 @@ class NormalInit(BaseInit):
 
     def fill(self, weight: Tensor) -> None:
         nn.init.normal_(weight, self.mean, self.std)
-
-    def _get_init_info(self) -> str:
-        return f"{type(self).__name__}: mean={self.mean}, std={self.std}, bias={self.bias}"
 
 
 class TruncNormalInit(BaseInit):
@@ -229,10 +239,12 @@ class TruncNormalInit(BaseInit):
         self, mean: float = 0, std: float = 1, a: float = -2, b: float = 2, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.mean = mean
-        self.std = std
+        if not (std > 0 and a < b):
+            raise ValueError(f"std must be positive and a below b, got std={std}, a={a}, b={b}")
         self.a = a
         self.b = b
+        self.mean = mean
+        self.std = std
 
     def fill(self, weight: Tensor) -> None:
         mean, std, a, b = self.mean, self.std, self.a, self.b
@@ -243,15 +255,8 @@ class TruncNormalInit(BaseInit):
                 stacklevel=2,
             )
         lower, upper = ((1 + math.erf((x - mean) / std / math.sqrt(2))) / 2 for x in (a, b))
-        with torch.no_grad():
-            weight.uniform_(2 * lower - 1, 2 * upper - 1).erfinv_()
-            weight.mul_(std * math.sqrt(2)).add_(mean).clamp_(min=a, max=b)
-
-    def _get_init_info(self) -> str:
-        return (
-            f"{type(self).__name__}: a={self.a}, b={self.b}, mean={self.mean}, std={self.std}, "
-            f"bias={self.bias}"
-        )
+        weight.uniform_(2 * lower - 1, 2 * upper - 1).erfinv_()
+        weight.mul_(std * math.sqrt(2)).add_(mean).clamp_(min=a, max=b)
 
 
 class UniformInit(BaseInit):
@@ -270,9 +275,6 @@ class UniformInit(BaseInit):
 
     def fill(self, weight: Tensor) -> None:
         nn.init.uniform_(weight, self.a, self.b)
-
-    def _get_init_info(self) -> str:
-        return f"{type(self).__name__}: a={self.a}, b={self.b}, bias={self.bias}"
 
 
 class KaimingInit(BaseInit):
@@ -307,13 +309,6 @@ class KaimingInit(BaseInit):
         )
         fill(weight, a=self.a, mode=self.mode, nonlinearity=self.nonlinearity)
 
-    def _get_init_info(self) -> str:
-        return (
-            f"{type(self).__name__}: a={self.a}, mode={self.mode}, "
-            f"nonlinearity={self.nonlinearity}, distribution={self.distribution}, "
-            f"bias={self.bias}"
-        )
-
 
 class Caffe2XavierInit(KaimingInit):
     """Caffe2's ``XavierFill``: U(-sqrt(3 / fan_in), sqrt(3 / fan_in)).
@@ -331,21 +326,30 @@ class Caffe2XavierInit(KaimingInit):
 # -- functions, for one module without its children --------------------------------------------
 
 
+def _init_one(initializer: BaseInit, module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"expected a module, whose weight and bias are initialised, got {type(module).__name__}"
+        )
+    with torch.no_grad():
+        initializer.init_layer(module)
+
+
 def constant_init(module: nn.Module, val: Number, bias: Number = 0) -> None:
     """Fill ``module.weight`` with ``val`` and ``module.bias`` with ``bias``, where they are."""
-    ConstantInit(val, bias=bias).init_layer(module)
+    _init_one(ConstantInit(val, bias=bias), module)
 
 
 def xavier_init(
     module: nn.Module, gain: Number = 1, bias: Number = 0, distribution: str = "normal"
 ) -> None:
     """``XavierInit`` for ``module.weight``, a constant for ``module.bias``."""
-    XavierInit(gain, distribution, bias=bias).init_layer(module)
+    _init_one(XavierInit(gain, distribution, bias=bias), module)
 
 
 def normal_init(module: nn.Module, mean: Number = 0, std: Number = 1, bias: Number = 0) -> None:
     """``NormalInit`` for ``module.weight``, a constant for ``module.bias``."""
-    NormalInit(mean, std, bias=bias).init_layer(module)
+    _init_one(NormalInit(mean, std, bias=bias), module)
 
 
 def trunc_normal_init(
@@ -357,12 +361,12 @@ def trunc_normal_init(
     bias: float = 0,
 ) -> None:
     """``TruncNormalInit`` for ``module.weight``, a constant for ``module.bias``."""
-    TruncNormalInit(mean, std, a, b, bias=bias).init_layer(module)
+    _init_one(TruncNormalInit(mean, std, a, b, bias=bias), module)
 
 
 def uniform_init(module: nn.Module, a: Number = 0, b: Number = 1, bias: Number = 0) -> None:
     """``UniformInit`` for ``module.weight``, a constant for ``module.bias``."""
-    UniformInit(a, b, bias=bias).init_layer(module)
+    _init_one(UniformInit(a, b, bias=bias), module)
 
 
 def kaiming_init(
@@ -374,9 +378,9 @@ def kaiming_init(
     distribution: str = "normal",
 ) -> None:
     """``KaimingInit`` for ``module.weight``, a constant for ``module.bias``."""
-    KaimingInit(a, mode, nonlinearity, distribution, bias=bias).init_layer(module)
+    _init_one(KaimingInit(a, mode, nonlinearity, distribution, bias=bias), module)
 
 
 def caffe2_xavier_init(module: nn.Module, bias: Number = 0) -> None:
     """``Caffe2XavierInit`` for ``module.weight``, a constant for ``module.bias``."""
-    Caffe2XavierInit(bias=bias).init_layer(module)
+    _init_one(Caffe2XavierInit(bias=bias), module)

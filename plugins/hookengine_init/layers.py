@@ -7,7 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from hookengine_init.record import Write
 
 
 def check_layers(layers: list[str], module: nn.Module) -> None:
@@ -25,14 +28,14 @@ def check_layers(layers: list[str], module: nn.Module) -> None:
     found = {c.__name__ for cls in classes for c in (cls, *cls.__bases__)}
     missing = [name for name in layers if name not in found]
     if len(missing) == len(layers):
-        near = _nearest(missing[0], found, cutoff=0.6)
+        near = nearest(missing[0], found, cutoff=0.6)
         hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
             f"layer={layers if len(layers) > 1 else layers[0]!r} matches nothing in "
             f"{type(module).__name__}, which has {_present(module)}.{hint}"
         )
     for name in missing:  # a list may name more than there is, but not what torch has never had
-        near = None if hasattr(nn, name) else _nearest(name, found, cutoff=0.8)
+        near = None if hasattr(nn, name) else nearest(name, found, cutoff=0.8)
         if near is not None:
             warnings.warn(
                 f"layer {name!r} matches nothing in {type(module).__name__}: did you mean "
@@ -41,13 +44,50 @@ def check_layers(layers: list[str], module: nn.Module) -> None:
             )
 
 
-def _nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The known name that is most like ``name``, in whatever case, or None."""
     folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
     return folded[near[0]] if near else None
 
 
 def _present(module: nn.Module) -> str:
-    """The layers with parameters of their own, by class."""
-    counted = Counter(type(m).__name__ for m in module.modules() if m._parameters)
-    return ", ".join(f"{name} ({count})" for name, count in counted.items()) or "no parameters"
+    """The layers that can be initialised, by class."""
+    layers = (m for m in module.modules() if {"weight", "bias"} & m._parameters.keys())
+    counted = Counter(type(layer).__name__ for layer in layers)
+    return ", ".join(f"{name} ({count})" for name, count in counted.items()) or "no such layers"
+
+
+def check_filled(module: nn.Module, classes: list[type]) -> None:
+    """Say that the layers of these classes, all that matched, have nothing to initialise.
+
+    Raises:
+        ValueError: they have parameters, of other names.
+    """
+    layers = [m for m in module.modules() if type(m) in classes]
+    others = {name: type(m).__name__ for m in layers for name in m._parameters}
+    if others and not {"weight", "bias"} & others.keys():
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(others.values()))} has neither 'weight' nor 'bias', which "
+            f"initializers fill, but {', '.join(others)}: give it an init_weights() of its own"
+        )
+    names = ", ".join(dict.fromkeys(type(m).__name__ for m in layers))
+    warnings.warn(
+        f"nothing was initialised in {type(module).__name__}: {names} has no weight and no bias",
+        stacklevel=2,
+    )
+
+
+def keep_computed_weight(layer: nn.Module, weight: Tensor, write: Write) -> None:
+    """Hand a filled weight that a layer computes from other parameters to the parametrization."""
+    if is_parametrized(layer, "weight"):
+        layer.weight = weight
+        for parameter in layer.parametrizations.weight.parameters():  # type: ignore[union-attr]
+            write(parameter, None)
+    else:
+        warnings.warn(
+            f"{type(layer).__name__} computes its weight from other parameters, so that it cannot "
+            "be initialised; use torch.nn.utils.parametrizations, or give the layer an "
+            "init_weights() of its own",
+            stacklevel=2,
+        )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-import structlog
 from torch import nn
 
-from hookengine_init.record import record_of
+from hookengine_init.record import console, record_of
 from hookengine_init.weights import load_weights
 
 
@@ -39,11 +38,10 @@ class PretrainedInit:
     def __call__(self, module: nn.Module) -> None:
         """Load; see ``load_weights`` for what it raises."""
         record = record_of(module)
-        logger = record.logger if record is not None else structlog.get_logger("hookengine")
+        logger = record.logger if record is not None else console()
         what = f"load {self.prefix} in model" if self.prefix is not None else "load model"
         logger.info(f"{what} from: {self.checkpoint}")
-        before = {name: p._version for name, p in module.named_parameters()}
-        load_weights(
+        mismatch = load_weights(
             module,
             self.checkpoint,
             prefix=self.prefix,
@@ -54,8 +52,8 @@ class PretrainedInit:
         )
         if record is not None:
             for name, parameter in module.named_parameters():
-                if before.get(name) != parameter._version:
-                    record.wrote(parameter, self._get_init_info())
+                if name not in mismatch.missing and name not in mismatch.misshapen:
+                    record.wrote(parameter, None, self._get_init_info())
 
     def _get_init_info(self) -> str:
         return f"{type(self).__name__}: load from {self.checkpoint}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hookengine import dist
+
 ATTRIBUTE = "_params_init_info"
 """Where each module of the model finds the record meanwhile; MMEngine's name for it."""
 
 NARROW = 40
 """Parameters up to which the console shows each; beyond, one line for each way."""
+
+
+Write = Callable[[Tensor, float | None], None]
+"""Told a tensor that was written, and the constant that it was filled with."""
 
 
 @dataclass(slots=True)
@@ -27,7 +35,7 @@ class _Entry:
     info: str | None
     constant: float | None
     version: int
-    checksum: str | None
+    checksum: int | None
 
 
 class InitRecord:
@@ -46,23 +54,33 @@ class InitRecord:
     def __init__(self, root: nn.Module, kept: dict[int, str], logger: Any = None) -> None:
         self.root = root
         self.kept = kept
-        self.logger = logger if logger is not None else structlog.get_logger("hookengine")
-        self.foreign: list[str] = []
+        self.logger = logger if logger is not None else console()
+        self.notes: dict[str, list[str]] = {}
+        self.title = f"weights of {type(root).__name__}, {{}} parameters"
         self._entries: dict[int, _Entry] = {}
         self._watching: list[str] = []
 
     def keeps_all_of(self, module: nn.Module) -> bool:
-        """Whether nothing of ``module`` is to be initialised."""
-        return bool(self.kept) and all(id(p) in self.kept for p in module.parameters())
+        """Whether ``module`` has tensors, none of which is to be initialised."""
+        tensors = [tensor for _, tensor in named_tensors(module)] if self.kept else []
+        return bool(tensors) and all(id(tensor) in self.kept for tensor in tensors)
+
+    def note(self, text: str, module: nn.Module) -> None:
+        """Add to the report what holds for modules of one kind, each of which is then named."""
+        names = self.notes.setdefault(text, [])
+        if (name := self.name_of(module)) not in names:
+            names.append(name)
 
     def name_of(self, module: nn.Module) -> str:
         """The module's name within the model."""
         return next((name for name, m in self.root.named_modules() if m is module), "")
 
-    def wrote(self, tensor: Tensor, info: str, constant: float | None = None) -> None:
+    def wrote(self, tensor: Tensor, constant: float | None, info: str) -> None:
         """Note that ``tensor`` was initialised; a constant that it had already changes nothing."""
+        if tensor.is_meta:  # nothing is there to be written
+            return
         entry = self._entries.get(id(tensor))
-        if entry is None or entry.info is None or constant is None or entry.constant != constant:
+        if entry is None or constant is None or entry.constant != constant:
             entry = _Entry(tensor, info, constant, 0, None)
             self._entries[id(tensor)] = entry
         entry.version = tensor._version
@@ -96,7 +114,7 @@ class InitRecord:
                 or entry.version != parameter._version
                 or (entry.checksum is not None and entry.checksum != _checksum(parameter))
             ):
-                self.wrote(parameter, info)
+                self.wrote(parameter, None, info)
 
     # -- the report -----------------------------------------------------------------------------
 
@@ -111,17 +129,20 @@ class InitRecord:
             "The value is the same before and after calling `init_weights` of "
             f"{type(self.root).__name__}"
         )
-        rows: list[tuple[str, Tensor, str]] = []
-        for name, parameter in self.root.named_parameters():
-            entry = self._entries.get(id(parameter))
-            info = self.kept.get(id(parameter)) or (entry.info if entry is not None else None)
-            rows.append((name, parameter, info or same))
-        return rows
+        rows: dict[int, tuple[str, Tensor, str]] = {}
+        for path, module in self.root.named_modules():
+            for name, parameter in module._parameters.items():
+                key = id(parameter)
+                if parameter is not None and key not in rows:
+                    entry = self._entries.get(key)
+                    info = self.kept.get(key) or (entry.info if entry is not None else None)
+                    rows[key] = (f"{path}.{name}" if path else name, parameter, info or same)
+        return list(rows.values())
 
     def table(self) -> str:
         """Every parameter with its shape, and how it was initialised."""
         rows = [(name, _shape(p), info) for name, p, info in self.rows()]
-        return "\n".join([self._title(len(rows)), *_aligned(rows), *self._footer()])
+        return "\n".join([self.title.format(len(rows)), *_aligned(rows), *self._footer()])
 
     def summary(self) -> str:
         """The table where it is short, else one line for each way of initialization."""
@@ -135,20 +156,32 @@ class InitRecord:
             (f"{len(those)} x {_span([name for name, _ in those])}", _size(those), info)
             for info, those in ways.items()
         ]
-        title = self._title(len(rows)) + ", one by one in run.log"
+        title = self.title.format(len(rows)) + ", one by one in run.log"
         return "\n".join([title, *_aligned(lines), *self._footer()])
 
-    def _title(self, count: int) -> str:
-        return f"weights of {type(self.root).__name__}, {count} parameters"
-
     def _footer(self) -> list[str]:
-        return [f"  {line}" for line in self.foreign]
+        return [f"  {_span(names)}: {text}" for text, names in self.notes.items()]
 
 
-def _checksum(parameter: Tensor) -> str | None:
+def console() -> Any:
+    """Structlog's logger on rank 0, and on the others one that says nothing but errors."""
+    logger = structlog.get_logger("hookengine")
+    if dist.is_main_process():
+        return logger
+    silent = structlog.make_filtering_bound_logger(logging.ERROR)
+    return structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=silent)
+
+
+def _checksum(parameter: Tensor) -> int | None:
+    """The sum of its words of 64 bits, which a change will show; None where there are no values."""
     if is_lazy(parameter) or parameter.is_meta:
         return None
-    return repr(parameter.detach().sum().item())  # as text, in which nan equals nan
+    try:
+        octets = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        whole = octets.numel() // 8 * 8
+        return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+    except (RuntimeError, NotImplementedError, TypeError):  # the report is not worth a run
+        return None
 
 
 def _shape(parameter: Tensor) -> str:
@@ -161,7 +194,7 @@ def _size(those: list[tuple[str, Tensor]]) -> str:
 
 
 def _span(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]}, ..., {names[-1]}"
 
 
 def _aligned(rows: list[tuple[str, str, str]]) -> Iterator[str]:
@@ -177,12 +210,16 @@ def record_of(module: nn.Module) -> InitRecord | None:
     return module.__dict__.get(ATTRIBUTE)
 
 
-def writing(module: nn.Module, info: str) -> Callable[[Tensor, float | None], None] | None:
-    """What notes each tensor that is written as ``info``, or None where no record is kept."""
+def ignore(tensor: Tensor, constant: float | None) -> None:
+    """Note nothing, where no record is kept."""
+
+
+def writing(module: nn.Module, info: str) -> Write:
+    """What notes each tensor that is written as ``info``."""
     record = record_of(module)
     if record is None:
-        return None
-    return lambda tensor, constant: record.wrote(tensor, info, constant)
+        return ignore
+    return functools.partial(record.wrote, info=info)
 
 
 def update_init_info(module: nn.Module, init_info: str) -> None:
@@ -205,23 +242,22 @@ def update_init_info(module: nn.Module, init_info: str) -> None:
 
 @contextmanager
 def recording(
-    root: nn.Module, kept: dict[int, str] | None = None, logger: Any = None
+    root: nn.Module, modules: list[nn.Module], kept: dict[int, str], logger: Any = None
 ) -> Iterator[InitRecord]:
     """Keep a record while ``init_weights`` runs over ``root``, and what is kept as it is.
 
     Args:
         root: The model.
+        modules: All of its modules.
         kept: By ``id``, parameters and buffers that get their values back afterwards, and why.
         logger: See ``InitRecord``.
     """
-    kept = kept or {}
     record = InitRecord(root, kept, logger)
     values = {
         name: tensor.detach().clone()
         for name, tensor in (named_tensors(root) if kept else ())
         if id(tensor) in kept and not is_lazy(tensor)
     }
-    modules = list(root.modules())
     for module in modules:
         module.__dict__[ATTRIBUTE] = record
     try:
@@ -233,7 +269,8 @@ def recording(
             tensors = dict(named_tensors(root))
             with torch.no_grad():
                 for name, value in values.items():
-                    tensors[name].copy_(value)
+                    if name in tensors and tensors[name].shape == value.shape:
+                        tensors[name].copy_(value)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

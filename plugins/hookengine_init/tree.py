@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from hookengine import MODELS, BaseModule, dist
-from hookengine_init.init_cfg import Cfg, as_list, initialize_each
-from hookengine_init.pretrained import PretrainedInit
+from hookengine_init.init_cfg import Cfg, as_list, initialize_each, split_pretrained
 from hookengine_init.record import InitRecord, named_tensors, record_of, recording
 
 
@@ -23,7 +23,8 @@ def init_weights(module: BaseModule) -> None:
     ``Pretrained``: the inner configuration wins over the outer, loaded weights over both. Tensors
     that a state dict was loaded into beforehand stay as they are.
 
-    What ``BaseModule.init_weights`` does. Called again, it warns and does nothing.
+    What ``BaseModule.init_weights`` does. Called again, it warns and does nothing. After an error
+    it may be called anew.
     """
     record = record_of(module)
     if record is not None:
@@ -32,17 +33,19 @@ def init_weights(module: BaseModule) -> None:
         _warn_of_second_call(module)
     else:
         record = init_model(module)
+        if not _is_base_modules(module.init_weights):
+            record.title += ", before what its own init_weights() does after super()"
         if dist.is_main_process():
             record.logger.info(record.table())
 
 
 def init_model(
-    module: BaseModule, keep: Iterable[str] = (), logger: Any = None, user_code: bool = False
+    model: BaseModule, keep: Iterable[str] = (), logger: Any = None, user_code: bool = False
 ) -> InitRecord:
     """Initialise a model.
 
     Args:
-        module: The model.
+        model: The model.
         keep: Names of submodules to leave as they are.
         logger: Who is told what happens, by default structlog's.
         user_code: Call the model's own ``init_weights``, which may be a subclass's.
@@ -50,38 +53,43 @@ def init_model(
     Returns:
         Who initialised what.
     """
-    kept = _kept(module, keep)
-    if kept and all(id(p) in kept for p in module.parameters()):
-        module.is_init = True
-        return InitRecord(module, kept, logger)
-    with recording(module, kept, logger) as record:
-        if user_code:
-            _call(module, module.init_weights, record)
-        else:
-            _init_module(module, record)
+    modules = list(model.modules())
+    parts = [module for module in modules if isinstance(module, BaseModule)]
+    kept = _kept(model, parts, keep)
+    before = [(part, part.is_init, frozenset(part.loaded_tensors)) for part in parts]
+    with recording(model, modules, kept, logger) as record, torch.no_grad():
+        try:
+            if user_code:
+                _call(model, model.init_weights, record)
+            elif record.keeps_all_of(model):
+                model.is_init = True
+            else:
+                _init_module(model, record)
+        except BaseException:  # so that a second try begins where the first one did
+            for part, is_init, loaded in before:
+                part.is_init, part.loaded_tensors = is_init, set(loaded)
+            raise
     return record
 
 
-def _kept(root: nn.Module, keep: Iterable[str]) -> dict[int, str]:
+def _kept(root: nn.Module, parts: list[BaseModule], keep: Iterable[str]) -> dict[int, str]:
     """By ``id``, the tensors that nothing may initialise, and why."""
     kept: dict[int, str] = {}
-    for module in root.modules():
-        if isinstance(module, BaseModule) and (loaded := module.loaded):
-            for name, tensor in named_tensors(module):
-                if name in loaded:
+    for part in parts:
+        if part.loaded_tensors:
+            for name, tensor in named_tensors(part):
+                if name in part.loaded_tensors:
                     kept[id(tensor)] = "loaded before from a state dict: left as it is"
+    modules = dict(root.named_modules(remove_duplicate=False)) if keep else {}
     for name in keep:
-        try:
-            module = root.get_submodule(name)
-        except AttributeError as error:
-            known = [n for n, _ in root.named_modules() if n]
-            near = difflib.get_close_matches(name, known, n=1)
+        if not name or name not in modules:
+            near = difflib.get_close_matches(name, modules, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"keep={name!r}: {type(root).__name__} has no such submodule"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" It has {', '.join(n for n, _ in root.named_children())}"
-            ) from error
-        for _, tensor in named_tensors(module):
+                f"keep={name!r}: {type(root).__name__} has no such submodule{hint} It has "
+                f"{', '.join(n for n, _ in root.named_children())}"
+            )
+        for _, tensor in named_tensors(modules[name]):
             kept[id(tensor)] = f"kept as it was: keep={name!r}"
     return kept
 
@@ -90,17 +98,18 @@ def _init_module(module: BaseModule, record: InitRecord) -> None:
     if module.is_init:
         _warn_of_second_call(module)
         return
-    cfgs = as_list(module.init_cfg, "init_cfg") if module.init_cfg else []
-    last = [cfg for cfg in cfgs if _is_pretrained(cfg)]
-    initialize_each(module, [cfg for cfg in cfgs if cfg not in last] if last else cfgs)
+    first: list[Cfg] = []
+    last: list[Cfg] = []
+    if module.init_cfg:
+        try:
+            first, last = split_pretrained(as_list(module.init_cfg, "init_cfg"))
+        except TypeError as error:
+            error.add_note(f"in {type(module).__name__} {record.name_of(module)!r}")
+            raise
+    initialize_each(module, first)
     _init_children(module, record, direct=True)
     initialize_each(module, last)
-    object.__setattr__(module, "is_init", True)  # nn.Module's own way costs as much as a fill
-
-
-def _is_pretrained(cfg: Cfg) -> bool:
-    kind = cfg.get("type")
-    return kind == "Pretrained" or (isinstance(kind, type) and issubclass(kind, PretrainedInit))
+    object.__setattr__(module, "is_init", True)  # past nn.Module's, which costs as much as a fill
 
 
 def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
@@ -119,39 +128,47 @@ def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
         elif direct or isinstance(child, BaseModule):
             _call(child, init, record)
         else:
-            record.foreign.append(
-                f"{record.name_of(child)} ({type(child).__name__}) has an init_weights() that was "
-                "not called: it is no direct child of a BaseModule"
+            record.note(
+                f"init_weights() of {type(child).__name__} was not called, since it is no direct "
+                "child of a BaseModule; in a ModuleList or Sequential of hookengine.model it is",
+                child,
             )
 
 
-def _call(module: nn.Module, method: Callable[[], object], record: InitRecord) -> None:
+def _is_base_modules(init_weights: Any) -> bool:
+    """Whether a bound ``init_weights`` is BaseModule's, overridden by nobody."""
+    return getattr(init_weights, "__func__", None) is BaseModule.init_weights
+
+
+def _call(module: nn.Module, init: Callable[[], object], record: InitRecord) -> None:
     """Call ``init_weights()`` of a module, which may be code of others."""
     if record.keeps_all_of(module):
+        if isinstance(module, BaseModule):
+            module.is_init = True
         return
-    if getattr(method, "__func__", None) is BaseModule.init_weights:
+    if _is_base_modules(init):
         _init_module(cast("BaseModule", module), record)
         return
     cls = type(module).__name__
     with record.watching(module, f"Initialized by user-defined `init_weights` in {cls}"):
         try:
-            method()
+            init()
         except Exception as error:
             error.add_note(f"in init_weights() of {cls} {record.name_of(module)!r}")
             raise
     if isinstance(module, BaseModule):
         module.is_init = True
     else:
-        name = record.name_of(module)
-        record.foreign.append(
-            f"{name} ({type(module).__module__}.{cls}) was initialised by its own init_weights(); "
-            f"the plugin 'init' leaves it alone with keep=({name!r},)"
+        record.note(
+            f"initialised by init_weights() of {type(module).__module__}.{cls}; to leave it as it "
+            "is, name it in keep=(...) of the plugin 'init'",
+            module,
         )
 
 
 def _warn_of_second_call(module: nn.Module) -> None:
     warnings.warn(
-        f"init_weights() of {type(module).__name__} was called before: this call does nothing. Set "
-        "is_init = False to initialise anew",
+        f"init_weights() of {type(module).__name__} was called before: nothing is initialised. Set "
+        "is_init = False to initialise it anew",
         stacklevel=4,
     )

@@ -61,7 +61,15 @@ def detect_anomalous_params(loss: Tensor, model: nn.Module) -> list[str]:
 
     Returns:
         Their names, in the order of the model.
+
+    Raises:
+        TypeError: the loss is no tensor.
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"detect_anomalous_params takes the loss, one tensor, got {type(loss).__name__}; of "
+            "losses by name take their sum"
+        )
     reached: set[int] = set()
     visited: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]

@@ -195,8 +195,15 @@ def stack_batch(
     Raises:
         TypeError: no list of tensors. ValueError: empty, or the dimensions do not fit.
     """
-    if not isinstance(tensor_list, list) or not all(isinstance(t, Tensor) for t in tensor_list):
+    if not isinstance(tensor_list, list):
         raise TypeError(f"stack_batch takes a list of tensors, got {type(tensor_list).__name__}")
+    if wrong := [type(item).__name__ for item in tensor_list if not isinstance(item, Tensor)]:
+        raise TypeError(f"stack_batch takes a list of tensors, got one with {', '.join(wrong)}")
+    if not tensor_list or pad_size_divisor < 1:
+        raise ValueError(
+            "stack_batch takes at least one tensor, and a pad_size_divisor of at least 1; got "
+            f"{len(tensor_list)} tensors, pad_size_divisor={pad_size_divisor}"
+        )
     if len({(tensor.dim(), *tensor.shape[:1]) for tensor in tensor_list}) != 1:
         raise ValueError(
             "the tensors to stack must have the same number of dimensions and the same first one, "

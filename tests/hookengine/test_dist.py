@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from hookengine import BaseMetric, dist
 
@@ -44,10 +45,13 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     gathered = dist.gather_objects(f"from {rank}")
     assert gathered == (["from 0", "from 1"] if rank == 0 else None)
     assert dist.sum_over_ranks(torch.tensor([1.0 + rank])).item() == 3
-    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64):
+    lazy = nn.LazyLinear(2).weight
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int16, torch.complex64):
         whole = torch.full((2, 3), rank, dtype=dtype)
         column = torch.full((3, 2), rank, dtype=dtype).T[0]  # not dense
-        dist.broadcast_tensors([whole, column, torch.empty(0)], src=1)
+        scalar = torch.tensor(rank, dtype=dtype)
+        dist.broadcast_tensors([whole, lazy, column, torch.empty(0), scalar], src=1)
+        assert bool(scalar == 1), dtype
         assert bool((whole == 1).all()), dtype
         assert bool((column == 1).all()), dtype
 

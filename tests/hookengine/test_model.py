@@ -204,21 +204,52 @@ def test_init_weights_asks_the_plugin_or_says_that_there_is_none(monkeypatch: An
         module.init_weights()
 
 
-def test_a_module_knows_what_was_loaded_into_it_until_it_is_to_be_initialised_anew() -> None:
-    class Block(BaseModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(2, 2)
+class Block(BaseModule):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        for name, part in parts.items():
+            self.add_module(name, part)
 
+
+def test_a_module_knows_which_tensors_were_loaded_into_it() -> None:
     whole = nn.Sequential(Block(), Block())
-    assert whole[0].loaded == set()
+    assert whole[0].loaded_tensors == set()
     state = {name: value for name, value in whole.state_dict().items() if name != "1.fc.bias"}
     whole.load_state_dict(state, strict=False)
-    assert whole[0].loaded == {"fc.weight", "fc.bias"}
-    assert whole[1].loaded == {"fc.weight"}
-    assert copy.deepcopy(whole)[1].loaded == {"fc.weight"}
-    whole[1].is_init = False
-    assert whole[1].loaded == set()
+    assert whole[0].loaded_tensors == {"fc.weight", "fc.bias"}
+    assert whole[1].loaded_tensors == {"fc.weight"}
+    assert copy.deepcopy(whole)[1].loaded_tensors == {"fc.weight"}
+    assert pickle.loads(pickle.dumps(whole))[1].loaded_tensors == {"fc.weight"}
+
+
+def test_what_is_replaced_or_renamed_in_loading_counts_and_what_does_not_fit_does_not() -> None:
+    block = Block()
+    block.load_state_dict(Block().state_dict(), assign=True)
+    assert block.loaded_tensors == {"fc.weight", "fc.bias"}
+
+    def rename(module: Any, state: Any, prefix: str, *_: Any) -> None:
+        state[prefix + "weight"] = state.pop(prefix + "old")
+
+    block = Block()
+    block.fc.register_load_state_dict_pre_hook(rename)
+    block.load_state_dict({"fc.old": torch.ones(2, 2)}, strict=False)
+    assert block.loaded_tensors == {"fc.weight"}
+
+    block = Block(inner=Block())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        block.load_state_dict({"inner.fc.bias": torch.ones(7), "inner.fc.weight": torch.ones(2, 2)})
+    assert block.loaded_tensors == {"inner.fc.weight"}
+    assert block.inner.loaded_tensors == {"fc.weight"}
+
+
+def test_a_module_to_be_initialised_anew_forgets_at_every_depth() -> None:
+    block = Block(inner=nn.Sequential(Block()))
+    block.load_state_dict(block.state_dict())
+    block.is_init = block.inner[0].is_init = True
+    block.is_init = False
+    assert not block.inner[0].is_init
+    assert block.loaded_tensors == block.inner[0].loaded_tensors == set()
 
 
 def test_init_cfg_is_a_copy_and_shows_in_the_repr() -> None:

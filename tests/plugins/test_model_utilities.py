@@ -99,6 +99,8 @@ def test_parameters_without_a_part_in_the_loss_are_named(capsys: Any) -> None:
     assert "error" in text
     assert "2 parameters took no part in the loss" in text
     assert "forgotten.weight [2, 2], forgotten.bias [2]" in text
+    with pytest.raises(TypeError, match="one tensor, got dict; of losses by name take their sum"):
+        detect_anomalous_params({"loss": loss}, model)  # type: ignore[arg-type]
     loss.backward()
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert unreached == ["forgotten.weight", "forgotten.bias"]

@@ -164,8 +164,8 @@ def test_stack_batch_pads_all_dimensions_but_the_first() -> None:
     ("tensors", "error", "message"),
     [
         (torch.ones(2, 3), TypeError, "list of tensors, got Tensor"),
-        ([torch.ones(1), 3], TypeError, "list of tensors"),
-        ([], ValueError, "same number of dimensions"),
+        ([torch.ones(1), 3], TypeError, "list of tensors, got one with int"),
+        ([], ValueError, "at least one tensor"),
         ([torch.ones(1, 2), torch.ones(1, 2, 3)], ValueError, r"shapes \[\(1, 2\), \(1, 2, 3\)\]"),
         ([torch.ones(1, 2), torch.ones(2, 2)], ValueError, "the same first one"),
     ],

@@ -18,6 +18,7 @@ class FooNet(nn.Module):
         self.feat = nn.Conv2d(3, 4, 3)
         self.reg = nn.Conv2d(4, 2, 3)
         self.head = nn.Sequential(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+        self.scale = nn.Parameter(torch.ones(1))
 
 
 def values(module: nn.Module) -> tuple[float, float]:
@@ -76,6 +77,7 @@ def test_an_initializer_that_was_registered(monkeypatch: Any) -> None:
     net = FooNet()
     initialize(net, dict(type="Fives"))  # decides by itself: needs no layer
     assert {v for p in net.parameters() for v in p.flatten().tolist()} == {5}
+    initialize(net, dict(type="Constant", val=1, override=dict(type="Fives", name="reg")))
     with pytest.raises(ValueError, match="layer='Linear' matches nothing in FooNet"):
         initialize(net, dict(type="Fives", layer="Linear"))
 
@@ -129,11 +131,25 @@ def test_an_initializer_that_was_registered(monkeypatch: Any) -> None:
             ValueError,
             "'uniform' or 'normal'",
         ),
-        (dict(type="Constant", layer="Conv2d"), TypeError, "missing 1 required.*'val'"),
+        (dict(type="Constant", layer="Conv2d"), TypeError, "'Constant' needs the option val"),
+        (
+            dict(type="Normal", layers="Conv2d"),
+            TypeError,
+            "no option 'layers'. Did you mean 'layer'",
+        ),
+        (dict(type="Pretrained", chekpoint="x"), TypeError, "Did you mean 'checkpoint'"),
+        (dict(type="Pretrained", checkpoint=None), TypeError, "is a path or a URL, got None"),
+        (
+            dict(type="TruncNormal", layer="Conv2d", std=0),
+            ValueError,
+            "std must be positive and a below b, got std=0, a=-2, b=2",
+        ),
+        (dict(type="Normal", layer="Conv2d", override=dict(name="scale")), ValueError, "no module"),
+        (dict(type=dict, val=1), TypeError, "must build something to call with a"),
         (
             dict(type="Normal", layer="Conv2d", sdt=1),
             TypeError,
-            "unexpected keyword argument 'sdt'",
+            r"no option 'sdt'\. Did you mean 'std'\? It takes mean, std, bias",
         ),
     ],
 )
@@ -150,3 +166,52 @@ def test_mistakes_are_answered_and_nothing_is_changed(cfg: Any, error: type, mes
 def test_a_misspelt_name_in_a_list_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="layer 'conv2D' matches nothing.*mean 'Conv2d'"):
         initialize(FooNet(), dict(type="Normal", layer=["conv2D", "BatchNorm2d"]))
+
+
+def test_an_error_names_the_layer() -> None:
+    with pytest.raises(ValueError, match="Fan in and fan out") as caught:
+        initialize(FooNet(), dict(type="Kaiming", layer="BatchNorm2d"))
+    assert any("at the layer BatchNorm2d(2, " in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (nn.MultiheadAttention(2, 1), "in_proj_weight, .*in_proj_bias"),
+        (nn.LSTM(2, 2), "weight_ih_l0"),
+    ],
+)
+def test_layers_without_weight_and_bias_are_refused(layer: nn.Module, names: str) -> None:
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=f"{name} has neither 'weight' nor 'bias'.*{names}"):
+        initialize(nn.Sequential(layer), dict(type="Normal", layer=name))
+
+
+def test_layers_without_any_parameter_are_warned_of() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2, affine=False), nn.Linear(1, 1))
+    for layer in ("ReLU", "BatchNorm1d"):
+        with pytest.warns(UserWarning, match=f"{layer} has no weight and no bias"):
+            initialize(net, dict(type="Constant", val=1, layer=layer))
+    with pytest.warns(UserWarning, match="ReLU has no weight and no bias"):
+        initialize(net, dict(type="Constant", val=1, override=dict(name="0")))
+    initialize(net, dict(type="Constant", val=1, layer=["BatchNorm1d", "Linear"]))
+
+
+def test_a_parametrized_weight_is_set_through_its_parametrization() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    torch.manual_seed(0)
+    initialize(net, dict(type="Normal", layer="ParametrizedLinear"))
+    torch.manual_seed(0)
+    torch.testing.assert_close(net[0].weight, torch.empty(2, 3).normal_())
+
+
+def test_a_weight_that_a_hook_computes_is_warned_of() -> None:
+    with pytest.warns(FutureWarning):
+        net = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)))
+    with pytest.warns(UserWarning, match="Linear computes its weight from other parameters"):
+        initialize(net, dict(type="Normal", layer="Linear"))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="initialize takes a module, got str"):
+        initialize("net", dict(type="Normal", layer="Linear"))  # type: ignore[arg-type]

@@ -246,6 +246,25 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
     assert torch.equal(model[0].weight, torch.eye(3))
     assert torch.equal(model[0].bias, torch.ones(3))
     assert Eye()._get_init_info() == "Eye, bias=0"
+
+    class Scaled(Eye):
+        def __init__(self, scale: float, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.scale = scale
+
+        def fill(self, weight: Tensor) -> None:
+            weight.fill_(self.scale)  # autograd does not look
+
+    Scaled(0.5, layer="Linear")(model)
+    assert model[0].weight.unique().tolist() == [0.5]
+    assert Scaled(0.5)._get_init_info() == "Scaled: scale=0.5, bias=0"
+
+    class NotInPlace(BaseInit):
+        def fill(self, weight: Tensor) -> Tensor:
+            return torch.zeros_like(weight)
+
+    with pytest.raises(TypeError, match=r"NotInPlace\.fill returned a new tensor"):
+        NotInPlace(layer="Linear")(model)
     with pytest.raises(NotImplementedError, match="BaseInit implements neither fill nor __call__"):
         BaseInit(layer="Linear")(model)
 
@@ -263,6 +282,8 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
         (lambda: XavierInit(distribution="gauss"), ValueError, "'uniform' or 'normal', got 'gau"),
         (lambda: KaimingInit(distribution="gauss"), ValueError, "'uniform' or 'normal'"),
         (lambda: xavier_init(nn.Linear(1, 1), distribution="x"), ValueError, "'uniform' or 'norm"),
+        (lambda: kaiming_init(nn.Linear(1, 1).weight), TypeError, "expected a module.*Parameter"),
+        (lambda: trunc_normal_init(nn.Linear(1, 1), a=2), ValueError, "a below b, got std=1, a=2"),
         (lambda: bias_init_with_prob(0), ValueError, "between 0 and 1, got 0"),
         (lambda: normal_init(nn.LazyLinear(3)), ValueError, "run a batch through"),
     ],

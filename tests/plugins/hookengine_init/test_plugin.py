@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner
+from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner, Sequential
 
 ON = dict(defaults=("init",))
 
@@ -115,6 +115,25 @@ def test_a_runner_that_does_not_train_leaves_the_model_alone(
     assert not model.is_init
 
 
+def test_evaluating_a_model_whose_pretrained_weights_were_not_loaded_is_warned_of(
+    tmp_path: Path, data: Any, accuracy: Any, capsys: Any
+) -> None:
+    torch.save(Net().state_dict(), tmp_path / "net.pth")
+    evaluation = dict(val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path)
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
+    for prepare, warned in (
+        (lambda model: None, True),
+        (lambda model: model.init_weights(), False),
+        (lambda model: model.load_state_dict(Net().state_dict()), False),
+    ):
+        model = Net(cfg)
+        prepare(model)
+        capsys.readouterr()
+        with Runner(model, **evaluation) as runner:
+            runner.val()
+        assert ("the init_cfg names pretrained weights" in capsys.readouterr().out) == warned
+
+
 def test_a_plain_module_is_never_initialised(make: Any) -> None:
     class LikeTimm(nn.Module):
         def __init__(self) -> None:
@@ -130,6 +149,16 @@ def test_a_plain_module_is_never_initialised(make: Any) -> None:
     make(model=LikeTimm(), loss=F.cross_entropy, **ON)
 
 
+def test_the_parts_of_a_plain_module_that_wait_are_told_of(make: Any, capsys: Any) -> None:
+    model = nn.Sequential(Sequential(nn.Linear(4, 3), init_cfg=dict(type="Normal", layer="Linear")))
+    make(model=model, loss=F.cross_entropy, defaults=("init", "logging"))
+    assert "the init_cfg of '0' waits for its init_weights()" in capsys.readouterr().out
+    model[0].init_weights()
+    capsys.readouterr()
+    make(model=model, loss=F.cross_entropy, defaults=("init", "logging"))
+    assert "waits" not in capsys.readouterr().out
+
+
 def test_keep_leaves_named_parts_as_they_are(make: Any, capsys: Any) -> None:
     class Pretrained(nn.Linear):
         def init_weights(self) -> None:
@@ -138,12 +167,14 @@ def test_keep_leaves_named_parts_as_they_are(make: Any, capsys: Any) -> None:
     model = Net()
     model.backbone = Pretrained(4, 4)
     kept, fresh = model.backbone.weight.clone(), model.head.weight.clone()
-    options = dict(type="init", keep=("backbone",))
+    options = dict(type="init", keep="backbone")  # or several, in a tuple
     make(model=model, plugins=[options], defaults=("init", "logging"))
     assert torch.equal(model.backbone.weight, kept)
     assert not torch.equal(model.head.weight, fresh)
     text = capsys.readouterr().out
     assert "backbone.weight  [4, 4]  kept as it was: keep='backbone'" in text
+    with pytest.raises(ValueError, match="keep='': Net has no such submodule"):
+        make(model=Net(), plugins=[dict(type="init", keep=[""])], **ON)
     with pytest.raises(
         ValueError, match=r"keep='bakbone': Net has no.*mean 'backbone'.*has data_p"
     ):
@@ -159,9 +190,8 @@ def test_foreign_init_weights_are_listed(make: Any, capsys: Any) -> None:
     model.backbone = Foreign(4, 4)
     make(model=model, defaults=("init", "logging"))
     text = capsys.readouterr().out
-    assert f"backbone ({__name__}." in text
-    assert "Foreign) was initialised by its own init_weights()" in text
-    assert "keep=('backbone',)" in text
+    assert f"  backbone: initialised by init_weights() of {__name__}.Foreign; to leave it" in text
+    assert "name it in keep=(...) of the plugin 'init'" in text
 
 
 def test_the_model_s_own_init_weights_is_called_and_named(make: Any, capsys: Any) -> None:
@@ -217,7 +247,7 @@ def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
     runner = make(model=model, defaults=("init", "logging"))
     console = capsys.readouterr().out
     assert "weights of Net, 64 parameters, one by one in run.log" in console
-    assert "64 x backbone.weight ... many.29.bias  95 values  NormalInit: mean=0" in console
+    assert "64 x backbone.weight, ..., many.29.bias  95 values  NormalInit: mean=0" in console
     assert "many.7.weight" not in console
     runner.train()
     log = (runner.run_dir / "run.log").read_text()
@@ -242,7 +272,7 @@ def test_bad_options_are_answered() -> None:
     from hookengine import PLUGINS
 
     for options, message in (
-        (dict(keep="backbone"), "keep='backbone'"),
+        (dict(keep=3), "keep=3"),
         (dict(seed=-1), "seed=-1"),
         (dict(kep=()), "unknown option 'kep'. Did you mean 'keep'"),
     ):

@@ -14,6 +14,7 @@ from hookengine import MODEL_WRAPPERS, WEIGHT_INITIALIZERS
 from hookengine.model import (
     BaseInit,
     BaseModule,
+    ConstantInit,
     ModuleDict,
     ModuleList,
     Sequential,
@@ -116,7 +117,7 @@ def test_one_that_is_no_direct_child_is_left_and_said_so(capsys: Any) -> None:
     net.init_weights()
     assert net.wrapped[0].calls == 0
     text = capsys.readouterr().out
-    assert "wrapped.0 (Custom) has an init_weights() that was not called" in text
+    assert "  wrapped.0: init_weights() of Custom was not called, since it is no direct" in text
 
 
 def test_a_subclass_may_override_it_and_call_super() -> None:
@@ -156,13 +157,24 @@ def test_pretrained_comes_last(tmp_path: Path) -> None:
     net.init_weights()
     assert (weight(net.first), weight(net.inner.fc)) == (9, 9)
 
+    # Also as the override of a part that has an init_cfg of its own.
+    part = dict(pretrained, name="inner", prefix="inner")
+    for override in (part, [part, dict(type="Constant", name="first", val=4)]):
+        net = Net(constant(1, override=override), inner=Block(constant(2)))
+        net.init_weights()
+        assert weight(net.inner.fc) == 9
+        assert weight(net.first) == (1 if override is part else 4)
+        assert net.inner.loaded_tensors == {"fc.weight", "fc.bias"}
+
 
 def test_a_second_call_warns_and_does_nothing(capsys: Any) -> None:
     net = Net(constant(1), custom=Custom())
     net.init_weights()
     net.first.weight.data.fill_(4)
     capsys.readouterr()
-    with pytest.warns(UserWarning, match=r"init_weights\(\) of Net was called before") as caught:
+    with pytest.warns(
+        UserWarning, match=r"init_weights\(\) of Net was called before: nothing is"
+    ) as caught:
         net.init_weights()
     assert caught[0].filename == __file__
     assert weight(net.first) == 4
@@ -171,6 +183,22 @@ def test_a_second_call_warns_and_does_nothing(capsys: Any) -> None:
     net.is_init = False
     net.init_weights()
     assert weight(net.first) == 1
+
+
+def test_initialised_anew_the_inner_configuration_still_wins() -> None:
+    net = Net(constant(1), inner=Block(constant(2)))
+    net.init_weights()
+    net.is_init = False
+    net.init_weights()
+    assert (weight(net.first), weight(net.inner.fc)) == (1, 2)
+
+
+def test_a_part_that_is_initialised_already_is_not_again() -> None:
+    net = Net(inner=Block(constant(2)))
+    net.inner.init_weights()
+    net.inner.fc.weight.data.fill_(5)
+    net.init_weights()
+    assert weight(net.inner.fc) == 5
 
 
 def test_the_same_seed_gives_the_same_weights_and_the_hand_written_ones() -> None:
@@ -221,6 +249,32 @@ def test_a_loaded_part_of_a_model_stays_too() -> None:
     assert weight(net.first) == 1
 
 
+def test_children_without_parameters_are_initialised_beside_what_is_kept() -> None:
+    class Anchors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sizes", torch.zeros(2))
+
+        def init_weights(self) -> None:
+            self.sizes.fill_(5)
+
+    net = Net(constant(1), back=Block(), anchors=Anchors())
+    net.back.load_state_dict(Block().state_dict())
+    net.init_weights()
+    assert net.anchors.sizes.tolist() == [5, 5]
+
+
+def test_what_user_code_takes_away_from_what_is_kept_does_not_disturb() -> None:
+    class Removing(Block):
+        def init_weights(self) -> None:
+            self.fc.bias = None
+
+    net = Net(mine=Removing())
+    net.load_state_dict({"mine.fc.bias": torch.ones(2)}, strict=False)
+    net.init_weights()
+    assert net.mine.fc.bias is None
+
+
 def test_a_model_that_is_loaded_whole_is_not_touched_at_all(tmp_path: Path) -> None:
     net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "gone.pth")))
     net.load_state_dict(Net().state_dict())
@@ -256,6 +310,24 @@ def test_an_error_names_the_part_and_leaves_no_trace() -> None:
     copy.deepcopy(net)
 
 
+def test_after_an_error_a_second_try_is_as_the_first() -> None:
+    missing = dict(type="Pretrained", checkpoint="nowhere.pth")
+    net = Net([missing, constant(1)], inner=Net(constant(2), deep=Block(constant(3))))
+    with pytest.raises(FileNotFoundError):
+        net.init_weights()
+    assert not any(m.is_init for m in net.modules() if isinstance(m, BaseModule))
+    net.init_cfg = constant(1)
+    net.init_weights()
+    assert (weight(net.first), weight(net.inner.first)) == (1, 2)
+    assert weight(net.inner.deep.fc) == 3
+
+
+def test_a_configuration_that_is_none_names_the_part() -> None:
+    with pytest.raises(TypeError, match="init_cfg takes a dict") as caught:
+        Net(inner=Block("Kaiming")).init_weights()
+    assert "in Block 'inner'" in caught.value.__notes__
+
+
 def test_an_error_in_code_of_others_names_it() -> None:
     class Broken(nn.Module):
         def init_weights(self, std: float) -> None: ...
@@ -283,8 +355,7 @@ def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(capsys: Any)
     text = capsys.readouterr().out
     assert "weights of Net, 6 parameters" in text
     assert "  b.weight             [3, 2]  XavierInit: gain=1, distribution=normal, bias=0" in text
-    assert f"c ({__name__}.Custom) was initialised by its own init_weights()" in text
-    assert "keep=('c',)" in text
+    assert f"  c: initialised by init_weights() of {__name__}.Custom; to leave it as it is" in text
 
 
 @pytest.mark.parametrize(
@@ -352,6 +423,72 @@ def test_code_of_others_is_told_from_what_it_calls(capsys: Any) -> None:
     assert rows["mine.inner.fc.bias"] == mine
 
 
+def test_what_the_model_itself_does_afterwards_is_not_in_the_report_of_a_direct_call(
+    capsys: Any,
+) -> None:
+    class Mine(Block):
+        def init_weights(self) -> None:
+            super().init_weights()
+            nn.init.zeros_(self.fc.weight)
+
+    Mine(constant(2)).init_weights()
+    text = capsys.readouterr().out
+    assert "2 parameters, before what its own init_weights() does after super()" in text
+
+
+def test_a_tensor_that_the_file_does_not_give_is_named_after_who_set_it(
+    tmp_path: Path, capsys: Any
+) -> None:
+    torch.save({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(5)}, tmp_path / "net.pth")
+    pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
+    Block([constant(2), dict(pretrained, ignore_mismatched_sizes=True)]).init_weights()
+    rows = report(capsys)
+    assert rows["fc.weight"].startswith("PretrainedInit: load from")
+    assert rows["fc.bias"] == "ConstantInit: val=2, bias=0"
+
+
+def test_foreign_modules_of_one_class_share_a_line(capsys: Any) -> None:
+    net = Net(many=nn.Sequential(Custom(), Custom(), Custom()))
+    net.init_weights()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Custom was not" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("  many.0, ..., many.2: init_weights() of Custom was not called")
+
+
+def test_layers_that_an_initializer_treats_by_itself_are_watched(capsys: Any) -> None:
+    class Own(ConstantInit):
+        def init_layer(self, layer: nn.Module, write: Any = None) -> None:
+            layer.weight.data.fill_(4)
+
+    class OtherFill(ConstantInit):
+        def fill(self, weight: Tensor) -> None:
+            nn.init.eye_(weight)
+
+    Block(dict(type=Own, val=1, layer="Linear")).init_weights()
+    assert report(capsys)["fc.weight"] == "Own: val=1, bias=0"
+    Block([constant(1), dict(type=OtherFill, val=1, layer="Linear")]).init_weights()
+    assert report(capsys)["fc.weight"] == "OtherFill: val=1, bias=0"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float8_e4m3fn, torch.complex64, torch.float64], ids=str
+)
+def test_changes_are_seen_in_every_dtype(dtype: torch.dtype, capsys: Any) -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            values = torch.full((3,), 60000.0).to(dtype)
+            self.a, self.b = (nn.Parameter(values.clone(), requires_grad=False) for _ in "ab")
+
+        def init_weights(self) -> None:
+            self.a.data[0] = 3
+
+    Net(child=Typed()).init_weights()
+    rows = report(capsys)
+    assert rows["child.a"] == "Initialized by user-defined `init_weights` in Typed"
+    assert rows["child.b"].startswith("The value is the same")
+
+
 def test_parameters_that_are_replaced_are_named_too(capsys: Any) -> None:
     class Replacing(nn.Module):
         def __init__(self) -> None:
@@ -399,6 +536,13 @@ def test_lazy_and_meta_parameters_do_not_disturb_it(capsys: Any) -> None:
     capsys.readouterr()
     Net(dict(type="Constant", val=1, override=dict(name="first")), lazy=Lazy()).init_weights()
     assert "lazy.fc.weight    lazy    The value is the same" in capsys.readouterr().out
+
+
+def test_on_the_meta_device_nothing_is_said_to_be_initialised(capsys: Any) -> None:
+    with torch.device("meta"):
+        net = Net(constant(1))
+    net.init_weights()
+    assert report(capsys)["first.weight"].startswith("The value is the same")
 
 
 def test_shared_parameters_are_listed_once(capsys: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from hookengine.model import BaseModule, PretrainedInit, initialize, load_weights
@@ -51,7 +51,9 @@ def source() -> Net:
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_wrapped_and_prefixed_checkpoints_load(
     key: str | None, prefix: str, tmp_path: Path, source: Net
 ) -> None:
@@ -83,7 +85,9 @@ def test_torchvision_and_timm_style_files_load(tmp_path: Path) -> None:
     source = resnet18()
     torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
     torch.save({"state_dict_ema": {}, "state_dict": source.state_dict()}, tmp_path / "b.pth")
-    for name in ("a.pth", "b.pth"):
+    inner = {"state_dict": {}, "model": {"depth": 18}, "model_state_dict": source.state_dict()}
+    torch.save(inner, tmp_path / "c.pth")
+    for name in ("a.pth", "b.pth", "c.pth"):
         model = resnet18()
         load_weights(model, tmp_path / name)
         assert same(model, source)
@@ -118,7 +122,7 @@ def test_a_module_of_its_own_that_is_called_module_is_no_prefix(tmp_path: Path) 
 def test_map_location_reaches_torch(tmp_path: Path, source: Net) -> None:
     torch.save(source.state_dict(), tmp_path / "net.pth")
     net = filled(1)
-    with pytest.raises(ValueError, match=r"(?s)nothing was loaded: Error.*Cannot copy out of meta"):
+    with pytest.raises(ValueError, match=r"(?s)nothing was loaded. Error.*Cannot copy out of meta"):
         PretrainedInit(tmp_path / "net.pth", map_location="meta")(net)
     assert same(net, filled(1))
 
@@ -179,6 +183,45 @@ def test_a_checkpoint_of_mmengine_loads_without_mmengine(
         torch.load(mmengine_checkpoint, weights_only=True)
 
 
+def test_tied_weights_load_from_safetensors(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+
+    source, net = Tied(), Tied()
+    save_model(source, str(tmp_path / "tied.safetensors"))  # which holds the weight once
+    assert not load_weights(net, tmp_path / "tied.safetensors")
+    assert same(net, source)
+
+
+def test_the_format_is_told_by_the_content(tmp_path: Path, source: Net) -> None:
+    save_file(source.state_dict(), tmp_path / "net.pth")
+    torch.save(source.state_dict(), tmp_path / "net.safetensors")
+    for name in ("net.pth", "net.safetensors"):
+        net = Net()
+        load_weights(net, tmp_path / name, map_location=torch.device("cpu"))
+        assert same(net, source)
+
+
+def test_an_old_batch_norm_without_a_counter_loads_strictly(source: Net) -> None:
+    state = source.state_dict()  # of version 2, so that torch misses the counter
+    del state["backbone.1.num_batches_tracked"]
+    assert not load_weights(Net(), state)
+
+
+def test_lazy_modules_learn_their_shape_from_the_weights(source: Net) -> None:
+    net = nn.Sequential(nn.LazyLinear(4))
+    state = {"0.weight": torch.ones(4, 2), "0.bias": torch.ones(4)}
+    assert not load_weights(net, state)
+    assert net[0].weight.shape == (4, 2)
+    both = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match=r"1\.bias \[1\] here, \[9\] there"):
+        load_weights(both, {**state, "1.bias": torch.ones(9)})
+    assert isinstance(both[0].weight, nn.UninitializedParameter)
+
+
 # -- what does not fit --------------------------------------------------------------------------
 
 
@@ -196,16 +239,18 @@ def test_every_key_that_does_not_fit_is_in_one_message(tmp_path: Path, source: N
     assert "missing in the checkpoint (1): backbone.0.bias" in text
     assert "unexpected in the checkpoint (1): neck.weight" in text
     assert "of another shape (1): head.weight [3, 4] here, [7, 4] there" in text
-    assert "ignore_mismatched_sizes=True loads the others" in text
+    assert "ignore_mismatched_sizes=True loads the other tensors" in text
     assert same(net, filled(1))
-    assert net.loaded == set()
+    assert net.loaded_tensors == set()
 
 
 def test_strict_refuses_what_one_side_lacks(source: Net) -> None:
     state = source.state_dict()
     del state["head.bias"]
     net = filled(1)
-    with pytest.raises(ValueError, match=r"missing.*head\.bias.*strict=False loads what is there"):
+    with pytest.raises(
+        ValueError, match=r"(?s)strict=False loads what is there.*missing.*head\.bias"
+    ):
         load_weights(net, state)
     assert same(net, filled(1))
 
@@ -215,10 +260,14 @@ def test_pretrained_warns_once_of_what_one_side_lacks(capsys: Any, source: Net) 
     state["fc.weight"] = state.pop("head.bias")
     net = filled(1)
     result = load_weights(net, state, strict=False)
-    assert result == (["head.bias"], ["fc.weight"], [])
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "warning" in line
-    assert "fits Net in 8 of 9 tensors; missing in the checkpoint (1): head.bias; unexp" in line
+    assert result == (["head.bias"], ["fc.weight"], {})
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "warning" in first
+    assert "the state dict fits Net in 8 of 9 tensors" in first
+    assert [line.rstrip() for line in rest] == [
+        "  missing in the checkpoint (1): head.bias",
+        "  unexpected in the checkpoint (1): fc.weight",
+    ]
     assert net.head.bias.tolist() == [1, 1, 1]
     assert net.head.weight[0].tolist() == [2, 2, 2, 2]
 
@@ -233,13 +282,17 @@ def test_a_new_head_is_left_where_it_is_asked_for(tmp_path: Path, source: Net) -
     net.init_weights()
     assert same(net.backbone, source.backbone)
     assert torch.equal(net.head.weight, before)
-    assert not any("head" in name for name in net.loaded)  # so that it may still be initialised
+    assert not any(
+        "head" in name for name in net.loaded_tensors
+    )  # so that it may still be initialised
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save(nn.LSTM(2, 2).state_dict(), tmp_path / "lstm.pth")
     net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "lstm.pth")))
-    with pytest.raises(ValueError, match=r"missing in the checkpoint \(8\).*Nothing fits"):
+    with pytest.raises(
+        ValueError, match=r"(?s)Nothing of it fits.*missing in the checkpoint \(8\)"
+    ):
         net.init_weights()
     assert not net.is_init
 
@@ -255,6 +308,61 @@ def test_a_module_may_make_old_shapes_fit(source: Net) -> None:
     net.head.register_load_state_dict_pre_hook(cut)
     assert not any(load_weights(net, source.state_dict()))
     assert net.head.bias.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("target", "prefix", "advice"),
+    [
+        (lambda net: net.backbone, "model.", "It fits with prefix='model.backbone'"),
+        (lambda net: net, "model.", "It fits with prefix='model'"),
+        (lambda net: nn.ModuleDict({"det": net}), "", "It fits a part of it.*module.det"),
+        (lambda net: nn.DataParallel(net), "", "It fits a part of it.*module.module"),
+    ],
+)
+def test_where_it_would_fit_is_said(target: Any, prefix: str, advice: str, source: Net) -> None:
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    with pytest.raises(ValueError, match=f"nothing was loaded. {advice}"):
+        load_weights(target(Net()), state)
+
+
+def test_a_prefix_that_is_too_short_is_corrected(source: Net) -> None:
+    state = {f"det.{name}": value for name, value in source.state_dict().items()}
+    with pytest.raises(ValueError, match=r"begin with det\. It fits with prefix='det\.backbone'"):
+        load_weights(Net().backbone, state, prefix="backbone")
+
+
+def test_a_module_on_the_meta_device_is_refused(source: Net) -> None:
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(ValueError, match=r"meta device.*to_empty"):
+        load_weights(net, source.state_dict())
+
+
+class Extra(nn.Linear):
+    """A layer with state beside its tensors."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(2, 2)
+        self.value = value
+
+    def get_extra_state(self) -> Any:
+        return {"value": self.value}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.value = state["value"]
+
+
+def test_extra_state_is_loaded_or_left_with_the_rest() -> None:
+    module, state = Extra(1), Extra(5).state_dict()
+    with pytest.raises(ValueError, match=r"bias \[2\] here, \[3\] there") as caught:
+        load_weights(module, {**state, "bias": torch.ones(3)})
+    assert "unexpected" not in str(caught.value)
+    assert module.value == 1
+    with pytest.raises(ValueError, match="strict=False"):  # found out when all is loaded
+        load_weights(module, {**state, "other": torch.ones(3)})
+    assert module.value == 1
+    load_weights(module, state)
+    assert module.value == 5
 
 
 def test_an_error_in_mid_load_leaves_what_was() -> None:
@@ -301,10 +409,40 @@ def test_a_malicious_pickle_is_named_and_not_run(
     content = {"state_dict": source.state_dict(), "x": Call(function, argument)}
     torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
     net = filled(1, init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "bad.pth")))
-    with pytest.raises(ValueError, match=r"bad\.pth.*could run code. Nothing was loaded or run"):
+    with pytest.raises(
+        ValueError, match=r"bad\.pth.*could run code. Nothing was loaded or run"
+    ) as caught:
         net.init_weights()
+    assert caught.value.__cause__ is None  # torch's own error advises weights_only=False
     assert same(net, filled(1))
     assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda", "no CUDA device is here"), ("gpu", "is no device of torch")]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_device_that_is_not_there_is_not_the_file_s_fault(
+    device: str, said: str, suffix: str, tmp_path: Path, source: Net
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    torch.save(source.state_dict(), tmp_path / f"net{suffix}")
+    with pytest.raises(ValueError, match=f"map_location='{device}'.*{said}"):
+        load_weights(Net(), tmp_path / f"net{suffix}", map_location=device)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "is a web page: download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of git-lfs"),
+    ],
+)
+def test_what_a_file_really_is_is_said(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_weights(Net(), tmp_path / "net.pth")
 
 
 def test_getattr_which_histories_need_leads_nowhere(tmp_path: Path, source: Net) -> None:
@@ -328,7 +466,7 @@ def test_a_damaged_file_is_said_so(damage: str, suffix: str, tmp_path: Path, sou
         {
             "truncated": whole[: len(whole) // 2],
             "empty": b"",
-            "text": b"<html>404 Not Found</html>",
+            "text": b"404 Not Found" * 9,
             "flipped": b"\xff" + whole[1:],
         }[damage]
     )
@@ -339,10 +477,13 @@ def test_a_damaged_file_is_said_so(damage: str, suffix: str, tmp_path: Path, sou
 
 
 def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "epoch_2.pth").touch()
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*epoch_1\.pth.* has epoch_2\.pth"):
+    for name in ("best.safetensors", "epoch_2.pth", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"epoch_1\.pth; there are epoch_2\.pth, best\.safetensors$"
+    ):
         load_weights(Net(), tmp_path / "epoch_1.pth")
-    with pytest.raises(FileNotFoundError, match="nor its folder"):
+    with pytest.raises(FileNotFoundError, match="nor a folder"):
         load_weights(Net(), tmp_path / "gone" / "epoch_1.pth")
     with pytest.raises(ValueError, match="is a folder"):
         load_weights(Net(), tmp_path)
@@ -353,7 +494,9 @@ def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
     [
         ([1, 2], "it is a list"),
         ({"epoch": 3}, "it is a dict with 'epoch'"),
-        ({"state_dict": {}}, "it is a dict with nothing"),
+        ({"state_dict": {}}, "it is a dict with 'state_dict'"),
+        ({"weight": np.ones(2)}, "it is a dict with 'weight', whose values are numpy's"),
+        ({1: torch.ones(2)}, "it is a dict with 1"),
     ],
 )
 def test_a_file_without_weights_is_said_so(content: Any, said: str, tmp_path: Path) -> None:
@@ -406,6 +549,20 @@ def test_a_url_that_fails_is_said_so_and_leaves_nothing(served: tuple[str, Path]
     load_weights(Net(), f"{url}/gone.pth")
 
 
+def test_a_download_that_was_cut_off_is_not_kept(served: tuple[str, Path], source: Net) -> None:
+    url, folder = served
+    torch.save(source.state_dict(), folder / "net.pth")
+    whole = (folder / "net.pth").read_bytes()
+    (folder / "net.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged") as caught:
+        load_weights(Net(), f"{url}/net.pth")
+    assert f"it came from {url}/net.pth, and is deleted" in caught.value.__notes__
+    (folder / "net.pth").write_bytes(whole)
+    net = Net()
+    load_weights(net, f"{url}/net.pth")
+    assert same(net, source)
+
+
 def test_torchvisions_names_are_its_urls(monkeypatch: Any, tmp_path: Path) -> None:
     asked = []
 
@@ -425,6 +582,8 @@ def test_torchvisions_names_are_its_urls(monkeypatch: Any, tmp_path: Path) -> No
         ValueError, match="no weights 'v9' of resnet50: imagenet1k_v1, imagenet1k_v2"
     ):
         load_weights(nn.Linear(2, 2), "torchvision://resnet50.v9")
+    with pytest.raises(ValueError, match="no model 'resnet5O'; near it: resnet5"):
+        load_weights(nn.Linear(2, 2), "torchvision://resnet5O")
     with pytest.raises(
         ValueError, match=r"cannot read s3://bucket/net\.pth: a checkpoint is a path"
     ):
