@@ -13,7 +13,7 @@ from torch import nn
 
 from hookengine import BaseModule, Plugin, dist, preserved_random_state
 from hookengine_init.files import read_weights
-from hookengine_init.init_cfg import as_list, initialize, split_pretrained
+from hookengine_init.init_cfg import as_list, initialize, loads_weights
 from hookengine_init.initializers import (
     BaseInit,
     Caffe2XavierInit,
@@ -113,15 +113,18 @@ class Init(Plugin, name="init"):
         if runner.train_cfg is not None:
             return
         for name, part in runner.bare_model.named_modules():
-            if isinstance(part, BaseModule) and not part.is_init and not part.loaded_tensors:
-                _, pretrained = split_pretrained(as_list(part.init_cfg or [], "init_cfg"))
-                if pretrained:
-                    where = f" of {name!r}" if name else ""
-                    runner.logger.warning(
-                        f"the init_cfg{where} names pretrained weights, which only a Runner that "
-                        "trains loads: load weights, or call init_weights() of the model before"
-                    )
-                    return
+            if not isinstance(part, BaseModule) or part.is_init:
+                continue
+            asked = any(map(loads_weights, as_list(part.init_cfg or [], "init_cfg")))
+            if asked and not any(
+                isinstance(m, BaseModule) and m.loaded_tensors for m in part.modules()
+            ):
+                where = f" of {name!r}" if name else ""
+                runner.logger.warning(
+                    f"the init_cfg{where} names pretrained weights, which only a Runner that "
+                    "trains loads: load weights, or call init_weights() of the model before"
+                )
+                return
 
 
 def _seed_all(seed: int) -> None:

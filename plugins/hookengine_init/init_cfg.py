@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import record_of
 
 Cfg = Mapping[str, Any]
+Stage = Literal["all", "fill", "load"]
 
 
 def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
@@ -43,11 +44,18 @@ def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
     initialize_each(module, as_list(init_cfg, "init_cfg"))
 
 
-def initialize_each(module: nn.Module, cfgs: list[Cfg]) -> None:
-    """Initialise a module as each of the configurations says, in order."""
+def initialize_each(module: nn.Module, cfgs: list[Cfg], stage: Stage = "all") -> None:
+    """Initialise a module as each of the configurations says, in order.
+
+    Args:
+        module: The module.
+        cfgs: Its configurations.
+        stage: ``"fill"`` leaves out what loads weights, ``"load"`` does just that: a configuration
+            that is ``Pretrained``, with its overrides, and overrides that are.
+    """
     for cfg in cfgs:
         try:
-            _initialize_one(module, cfg)
+            _initialize_one(module, cfg, stage)
         except Exception as error:
             record = record_of(module)
             name = record.name_of(module) if record is not None else ""
@@ -57,40 +65,38 @@ def initialize_each(module: nn.Module, cfgs: list[Cfg]) -> None:
             raise
 
 
-def split_pretrained(cfgs: list[Cfg]) -> tuple[list[Cfg], list[Cfg]]:
-    """The configurations without what is ``Pretrained``, overrides included; and just that."""
-    first: list[Cfg] = []
-    last: list[Cfg] = []
-    for cfg in cfgs:
-        if _is_pretrained(cfg):
-            last.append(cfg)
-            continue
-        override = cfg.get("override")
-        overrides = [] if override is None else as_list(override, "override")
-        loading = [part for part in overrides if _is_pretrained(part)]
-        if not loading:
-            first.append(cfg)
-            continue
-        rest = [part for part in overrides if part not in loading]
-        outer = {key: value for key, value in cfg.items() if key != "override"}
-        if rest or "layer" in cfg:
-            first.append({**outer, "override": rest} if rest else outer)
-        last.append({k: v for k, v in outer.items() if k != "layer"} | {"override": loading})
-    return first, last
+def loads_weights(cfg: Cfg) -> bool:
+    """Whether a configuration, or an override of it, is ``Pretrained``."""
+    if _is_pretrained(cfg):
+        return True
+    override = cfg.get("override")
+    return override is not None and any(map(_is_pretrained, as_list(override, "override")))
 
 
 def _is_pretrained(cfg: Cfg) -> bool:
     kind = cfg.get("type")
-    return kind == "Pretrained" or (isinstance(kind, type) and issubclass(kind, PretrainedInit))
+    if isinstance(kind, str):
+        try:
+            kind = WEIGHT_INITIALIZERS.get(kind)
+        except KeyError:  # which is said where it is built
+            return False
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
 
 
-def _initialize_one(module: nn.Module, cfg: Cfg) -> None:
+def _initialize_one(module: nn.Module, cfg: Cfg, stage: Stage) -> None:
     options = dict(cfg)
     override = options.pop("override", None)
-    overrides = [] if override is None else [*_overrides(module, override, options)]
-    initializer = _build(options)
-    if not (overrides and _fills_layers(initializer) and not initializer.layer):
-        _apply(initializer, module)
+    whole = stage == "all" or _is_pretrained(cfg)
+    if stage == "fill" and _is_pretrained(cfg):
+        return
+    overrides = []
+    for part in [] if override is None else as_list(override, "override"):
+        if whole or _is_pretrained(part) == (stage == "load"):
+            overrides.append(_override(module, part, options))
+    if whole or stage == "fill":
+        initializer = _build(options)
+        if override is None or not _fills_layers(initializer) or initializer.layer:
+            _apply(initializer, module)
     for target, initializer in overrides:
         _apply(initializer, target)
 
@@ -167,36 +173,33 @@ def _apply(initializer: Any, module: nn.Module) -> None:
         initializer(module)
 
 
-def _overrides(module: nn.Module, override: Any, outer: Cfg) -> Iterator[tuple[nn.Module, Any]]:
-    """Each submodule that an override names, with its initializer."""
-    for cfg in as_list(override, "override"):
-        options = dict(cfg)
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            raise ValueError(f"an override needs the 'name' of a submodule, got {dict(cfg)!r}")
-        if options and "type" not in options:
-            raise ValueError(
-                f"the override of {name!r} has options and no 'type': give its type, or the name "
-                f"alone for the outer one; got {dict(cfg)!r}"
-            )
-        if "layer" in options:
-            raise ValueError(
-                f"the override of {name!r} initialises all of it: drop 'layer', or give {name!r} "
-                "an init_cfg of its own"
-            )
-        try:
-            target = module.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(
-                f"the override names {name!r}, and {type(module).__name__} has no such submodule"
-                f"{' (it is no module)' * hasattr(module, name)}: it has "
-                f"{', '.join(n for n, _ in module.named_children()) or 'none'}"
-            ) from error
-        if not options:
-            options = {key: value for key, value in outer.items() if key != "layer"}
-        initializer = _build(options)
-        initializer.wholemodule = True
-        yield target, initializer
+def _override(module: nn.Module, cfg: Cfg, outer: Cfg) -> tuple[nn.Module, Any]:
+    """The submodule that an override names, and its initializer."""
+    options = dict(cfg)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"an override needs the 'name' of a submodule, got {dict(cfg)!r}")
+    if options and "type" not in options:
+        raise ValueError(
+            f"the override of {name!r} has options and no 'type': give its type, or the name "
+            f"alone for the outer one; got {dict(cfg)!r}"
+        )
+    if "layer" in options:
+        raise ValueError(
+            f"the override of {name!r} initialises all of it: drop 'layer', or give {name!r} an "
+            "init_cfg of its own"
+        )
+    try:
+        target = module.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"the override names {name!r}, and {type(module).__name__} has no such submodule"
+            f"{' (it is no module)' * hasattr(module, name)}: it has "
+            f"{', '.join(n for n, _ in module.named_children()) or 'none'}"
+        ) from error
+    initializer = _build(options or {k: v for k, v in outer.items() if k != "layer"})
+    initializer.wholemodule = True
+    return target, initializer
 
 
 def as_list(cfg: Any, what: str) -> list[Cfg]:

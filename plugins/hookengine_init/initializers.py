@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine_init.layers import check_filled, check_layers, keep_computed_weight
+from hookengine_init.layers import check_filled, check_layers, hand_back
 from hookengine_init.record import Write, ignore, writing
 
 Number = int | float
@@ -133,10 +133,12 @@ class BaseInit:
                     )
                 write(weight, self._constant())
                 if "weight" not in own:
-                    keep_computed_weight(layer, weight, write)
+                    hand_back(layer, "weight", weight, write)
             if isinstance(bias, Tensor):
                 nn.init.constant_(bias, self.bias)
                 write(bias, self.bias)
+                if "bias" not in own:
+                    hand_back(layer, "bias", bias, write)
         except Exception as error:
             if any(p is not None and is_lazy(p) for p in own.values()):
                 raise ValueError(

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -78,16 +79,26 @@ def check_filled(module: nn.Module, classes: list[type]) -> None:
     )
 
 
-def keep_computed_weight(layer: nn.Module, weight: Tensor, write: Write) -> None:
-    """Hand a filled weight that a layer computes from other parameters to the parametrization."""
-    if is_parametrized(layer, "weight"):
-        layer.weight = weight
-        for parameter in layer.parametrizations.weight.parameters():  # type: ignore[union-attr]
-            write(parameter, None)
+def hand_back(layer: nn.Module, name: str, value: Tensor, write: Write) -> None:
+    """Make a filled value count that is no parameter of the layer itself.
+
+    That of a parametrization is handed to it. A buffer, or what a property finds elsewhere, is
+    there already. What is computed from other parameters, and not to be inverted, is warned of.
+    """
+    if is_parametrized(layer, name):
+        try:
+            setattr(layer, name, value.detach())
+        except RuntimeError:  # it has no right_inverse
+            counts = False
+        else:
+            counts = True
+            for parameter in layer.parametrizations[name].parameters():  # type: ignore[index,union-attr]
+                write(parameter, None)
     else:
+        counts = name not in vars(layer) and torch.equal(getattr(layer, name), value)
+    if not counts:
         warnings.warn(
-            f"{type(layer).__name__} computes its weight from other parameters, so that it cannot "
-            "be initialised; use torch.nn.utils.parametrizations, or give the layer an "
-            "init_weights() of its own",
+            f"{type(layer).__name__} computes its {name} from other parameters, so that it was not "
+            "initialised: give the layer an init_weights() of its own",
             stacklevel=2,
         )

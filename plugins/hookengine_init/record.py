@@ -83,7 +83,7 @@ class InitRecord:
         if entry is None or constant is None or entry.constant != constant:
             entry = _Entry(tensor, info, constant, 0, None)
             self._entries[id(tensor)] = entry
-        entry.version = tensor._version
+        entry.version = version_of(tensor)
         entry.checksum = _checksum(tensor) if self._watching else None
 
     @contextmanager
@@ -94,7 +94,7 @@ class InitRecord:
         for parameter in module.parameters():
             entry = self._entries.get(id(parameter))
             if entry is None:
-                entry = _Entry(parameter, None, None, parameter._version, None)
+                entry = _Entry(parameter, None, None, version_of(parameter), None)
                 self._entries[id(parameter)] = entry
             if entry.checksum is None:
                 entry.checksum = _checksum(parameter)
@@ -111,7 +111,7 @@ class InitRecord:
             entry = self._entries.get(id(parameter))
             if (
                 entry is None
-                or entry.version != parameter._version
+                or entry.version != version_of(parameter)
                 or (entry.checksum is not None and entry.checksum != _checksum(parameter))
             ):
                 self.wrote(parameter, None, info)
@@ -172,8 +172,13 @@ def console() -> Any:
     return structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=silent)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count."""
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
+
+
 def _checksum(parameter: Tensor) -> int | None:
-    """The sum of its words of 64 bits, which a change will show; None where there are no values."""
+    """The sum of its words of 64 bits, which nearly every change shows; None without values."""
     if is_lazy(parameter) or parameter.is_meta:
         return None
     try:

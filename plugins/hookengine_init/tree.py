@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hookengine import MODELS, BaseModule, dist
-from hookengine_init.init_cfg import Cfg, as_list, initialize_each, split_pretrained
+from hookengine_init.init_cfg import Cfg, as_list, initialize_each, loads_weights
 from hookengine_init.record import InitRecord, named_tensors, record_of, recording
+
+INIT = "init_weights"
 
 
 def init_weights(module: BaseModule) -> None:
@@ -24,7 +26,7 @@ def init_weights(module: BaseModule) -> None:
     that a state dict was loaded into beforehand stay as they are.
 
     What ``BaseModule.init_weights`` does. Called again, it warns and does nothing. After an error
-    it may be called anew.
+    within it, it may be called again.
     """
     record = record_of(module)
     if record is not None:
@@ -56,7 +58,8 @@ def init_model(
     modules = list(model.modules())
     parts = [module for module in modules if isinstance(module, BaseModule)]
     kept = _kept(model, parts, keep)
-    before = [(part, part.is_init, frozenset(part.loaded_tensors)) for part in parts]
+    loaded = [(part, list(part.loaded_tensors)) for part in parts if part.loaded_tensors]
+    initialised = [part for part in parts if part.is_init]
     with recording(model, modules, kept, logger) as record, torch.no_grad():
         try:
             if user_code:
@@ -66,8 +69,12 @@ def init_model(
             else:
                 _init_module(model, record)
         except BaseException:  # so that a second try begins where the first one did
-            for part, is_init, loaded in before:
-                part.is_init, part.loaded_tensors = is_init, set(loaded)
+            for part in parts:
+                part.is_init = False
+            for part in initialised:
+                part.is_init = True
+            for part, tensors in loaded:
+                part.loaded_tensors = type(part.loaded_tensors)(tensors)
             raise
     return record
 
@@ -76,10 +83,8 @@ def _kept(root: nn.Module, parts: list[BaseModule], keep: Iterable[str]) -> dict
     """By ``id``, the tensors that nothing may initialise, and why."""
     kept: dict[int, str] = {}
     for part in parts:
-        if part.loaded_tensors:
-            for name, tensor in named_tensors(part):
-                if name in part.loaded_tensors:
-                    kept[id(tensor)] = "loaded before from a state dict: left as it is"
+        for tensor in part.loaded_tensors if part.loaded_tensors else ():
+            kept[id(tensor)] = "loaded before from a state dict: left as it is"
     modules = dict(root.named_modules(remove_duplicate=False)) if keep else {}
     for name in keep:
         if not name or name not in modules:
@@ -98,29 +103,31 @@ def _init_module(module: BaseModule, record: InitRecord) -> None:
     if module.is_init:
         _warn_of_second_call(module)
         return
-    first: list[Cfg] = []
-    last: list[Cfg] = []
+    cfgs: list[Cfg] = []
+    loading: list[Cfg] = []
     if module.init_cfg:
         try:
-            first, last = split_pretrained(as_list(module.init_cfg, "init_cfg"))
+            cfgs = as_list(module.init_cfg, "init_cfg")
+            loading = [cfg for cfg in cfgs if loads_weights(cfg)]
         except TypeError as error:
             error.add_note(f"in {type(module).__name__} {record.name_of(module)!r}")
             raise
-    initialize_each(module, first)
+    initialize_each(module, cfgs, "fill" if loading else "all")
     _init_children(module, record, direct=True)
-    initialize_each(module, last)
+    initialize_each(module, loading, "load")
     object.__setattr__(module, "is_init", True)  # past nn.Module's, which costs as much as a fill
 
 
 def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
     """Initialise the children; of a plain module, the BaseModules that are somewhere within."""
     for child in module.children():
-        init = getattr(child, "init_weights", None)
-        if init is None and not child._modules:
-            continue
+        if not (child._modules or INIT in vars(child) or hasattr(type(child), INIT)):
+            continue  # as most leaves, of which nn.Module's own way to say so is slow
+        child = child._modules.get("_orig_mod") or child  # what torch.compile has wrapped
+        init = getattr(child, INIT, None)
         if init is None and MODELS.get("is_model_wrapper")(child):
             child = cast("nn.Module", child.module)
-            init = getattr(child, "init_weights", None)
+            init = getattr(child, INIT, None)
         if not callable(init):
             _init_children(child, record, direct=False)
         elif getattr(child, "is_init", False) is True:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from hookengine import BaseModule
 from hookengine_init.files import read_weights, weights_in
-from hookengine_init.record import console
+from hookengine_init.record import console, version_of
 
 LEADING = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 """What DistributedDataParallel and torch.compile put before the names of all weights."""
@@ -150,14 +150,14 @@ def _load(
         result = module.load_state_dict(state, strict=False)
     absent = set(result.missing_keys)
     loaded = [n for n in own if n in state or not (n in absent or _is_counter(n))]
-    there = {own[name].data_ptr() for name in loaded if not is_lazy(own[name])}
+    live = dict(module.named_parameters(remove_duplicate=False))
+    there = {id(live[name]) for name in loaded if name in live}
     missing = [
         name
         for name in result.missing_keys
         if name not in misshapen
         and not _is_counter(name)
-        # A tied weight is loaded by its other name.
-        and not (name in own and not is_lazy(own[name]) and own[name].data_ptr() in there)
+        and id(live.get(name)) not in there  # a tied weight, which is loaded by its other name
     ]
     return Mismatch(missing, list(result.unexpected_keys), misshapen), loaded
 
@@ -205,23 +205,24 @@ def _snapshot(
     module: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Callable[[], None]:
     """What gives a module back what loading has changed, and to BaseModules what they know."""
-    values = {
-        name: (tensor, tensor._version, tensor.clone())
-        for name, tensor in own.items()
-        if name in state and not is_lazy(tensor)
-    }
+    values = [(t, version_of(t), t.clone()) for t in own.values() if not is_lazy(t)]
+    lazy = [(tensor, type(tensor)) for tensor in own.values() if is_lazy(tensor)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")}
-    known = [(m, set(m.loaded_tensors)) for m in module.modules() if isinstance(m, BaseModule)]
+    known = [(m, list(m.loaded_tensors)) for m in module.modules() if isinstance(m, BaseModule)]
 
     def undo() -> None:
         with torch.no_grad():
-            for tensor, version, value in values.values():
-                if tensor._version != version:
+            for tensor, version, value in values:
+                if version_of(tensor) != version:
                     tensor.copy_(value)
+        for tensor, kind in lazy:
+            if type(tensor) is not kind:  # the reverse of what its materialize() does
+                tensor.data = tensor.data.new_empty(0)
+                tensor.__class__ = kind
         if extra.keys() & state.keys():
             module.load_state_dict(extra, strict=False)
-        for part, names in known:
-            part.loaded_tensors = set(names)
+        for part, tensors in known:
+            part.loaded_tensors = type(part.loaded_tensors)(tensors)
 
     return undo
 
@@ -267,7 +268,10 @@ def _where_it_fits(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str
     if prefix := _common_prefix(weights, own):
         return f"It fits with prefix={prefix!r}."
     if part := _common_prefix(own, weights):
-        return f"It fits a part of it: load it into module.{part}."
+        return (
+            f"It fits a part of it: load it into module.get_submodule({part!r}), or in an init_cfg "
+            f"by override=dict(type='Pretrained', name={part!r}, checkpoint=...)."
+        )
     return "Nothing of it fits: is it of another model?"
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookengine import WEIGHT_INITIALIZERS
-from hookengine.model import BaseInit, ConstantInit, initialize
+from hookengine.model import BaseInit, ConstantInit, constant_init, initialize
 
 
 class FooNet(nn.Module):
@@ -203,6 +203,35 @@ def test_a_parametrized_weight_is_set_through_its_parametrization() -> None:
     initialize(net, dict(type="Normal", layer="ParametrizedLinear"))
     torch.manual_seed(0)
     torch.testing.assert_close(net[0].weight, torch.empty(2, 3).normal_())
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
+    constant_init(spectral, 1)
+    assert spectral.parametrizations.weight.original.unique().tolist() == [1]
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+        def right_inverse(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    register = nn.utils.parametrize.register_parametrization
+    linear = register(nn.Linear(2, 2), "bias", Twice())
+    constant_init(linear, 1, bias=4)
+    assert linear.bias.tolist() == [4, 4]
+    linear = register(nn.Linear(2, 2), "bias", nn.Tanh())  # which torch cannot invert
+    with pytest.warns(UserWarning, match="Linear computes its bias from other parameters"):
+        constant_init(linear, 1, bias=4)
+
+
+def test_a_weight_that_is_a_buffer_is_filled_in_silence() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.zeros(2))
+
+    frozen = Frozen()
+    constant_init(frozen, 7)
+    assert frozen.weight.tolist() == [7, 7]
 
 
 def test_a_weight_that_a_hook_computes_is_warned_of() -> None:

@@ -17,6 +17,7 @@ from hookengine.model import (
     ConstantInit,
     ModuleDict,
     ModuleList,
+    PretrainedInit,
     Sequential,
     init_weights,
     update_init_info,
@@ -164,7 +165,77 @@ def test_pretrained_comes_last(tmp_path: Path) -> None:
         net.init_weights()
         assert weight(net.inner.fc) == 9
         assert weight(net.first) == (1 if override is part else 4)
-        assert net.inner.loaded_tensors == {"fc.weight", "fc.bias"}
+        assert len(net.inner.loaded_tensors) == 2
+
+
+def test_what_loads_comes_last_also_under_a_name_of_ones_own(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Mine(PretrainedInit): ...
+
+    monkeypatch.setitem(WEIGHT_INITIALIZERS._registered, "Mine", Mine)
+    torch.save({"fc.weight": torch.full((2, 2), 9.0), "fc.bias": torch.ones(2)}, tmp_path / "b.pth")
+    for kind in ("Mine", Mine, "Pretrained"):
+        load = dict(type=kind, checkpoint=str(tmp_path / "b.pth"))
+        for cfg in (
+            constant(1, override=dict(load, name="inner")),
+            dict(type="Constant", val=1, override=[dict(load, name="inner"), dict(name="first")]),
+        ):
+            net = Net(cfg, inner=Block(constant(2)))
+            net.init_weights()
+            assert (weight(net.first), weight(net.inner.fc)) == (1, 9)
+
+
+def test_what_overrides_pretrained_weights_comes_after_them(tmp_path: Path) -> None:
+    source = Net(inner=Block())
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    override = dict(type="Constant", name="first", val=3)
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"), override=override)
+    net = Net(cfg, inner=Block(constant(2)))
+    net.init_weights()
+    assert weight(net.first) == 3
+    assert torch.equal(net.inner.fc.weight, source.inner.fc.weight)
+
+
+def test_an_initializer_of_ones_own_beside_what_loads_is_called_once(tmp_path: Path) -> None:
+    calls = []
+
+    class Own(BaseInit):
+        def __call__(self, module: nn.Module) -> None:
+            calls.append(self.layer)
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, 9)
+
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "fc.pth")
+    load = dict(type="Pretrained", name="first", checkpoint=str(tmp_path / "fc.pth"))
+    net = Net(dict(type=Own, layer="Linear", override=load), inner=Block(constant(2)))
+    net.init_weights()
+    assert calls == [["Linear"]]
+    assert weight(net.inner.fc) == 2
+
+
+def test_what_torch_compile_has_wrapped_is_initialised_once(capsys: Any) -> None:
+    fills = []
+
+    class Counting(ConstantInit):
+        def fill(self, weight: Tensor) -> None:
+            fills.append(weight)
+            super().fill(weight)
+
+    own = dict(type=Counting, val=2, layer="Linear")
+    net = Net(
+        constant(1),
+        compiled=torch.compile(Block(own), backend="eager"),
+        deep=nn.Sequential(torch.compile(Block(own), backend="eager")),
+        custom=torch.compile(Custom(), backend="eager"),
+    )
+    net.init_weights()
+    assert len(fills) == 2
+    assert weight(net.compiled.fc) == weight(net.deep[0].fc) == 2
+    assert f"initialised by init_weights() of {__name__}.Custom" in capsys.readouterr().out
+    net.is_init = False
+    net.init_weights()
+    assert len(fills) == 4
 
 
 def test_a_second_call_warns_and_does_nothing(capsys: Any) -> None:
@@ -282,6 +353,23 @@ def test_a_model_that_is_loaded_whole_is_not_touched_at_all(tmp_path: Path) -> N
     assert net.is_init
 
 
+def test_a_head_that_is_new_since_the_loading_is_initialised() -> None:
+    net = Net(constant(1))
+    net.load_state_dict(Net().state_dict())
+    net.first = nn.Linear(2, 5)
+    net.init_weights()
+    assert weight(net.first) == 1
+
+
+def test_a_part_to_be_initialised_anew_is_though_the_whole_was_loaded() -> None:
+    net = Net(constant(1), inner=Block(constant(2)))
+    net.load_state_dict(Net(inner=Block()).state_dict())
+    net.inner.is_init = False
+    net.init_weights()
+    assert weight(net.inner.fc) == 2
+    assert len(net.first.weight.unique()) == 4
+
+
 def test_loading_with_assign_counts_as_loading() -> None:
     net, state = Net(constant(1)), Net().state_dict()
     net.load_state_dict(state, assign=True)
@@ -320,6 +408,18 @@ def test_after_an_error_a_second_try_is_as_the_first() -> None:
     net.init_weights()
     assert (weight(net.first), weight(net.inner.first)) == (1, 2)
     assert weight(net.inner.deep.fc) == 3
+
+
+def test_an_error_leaves_shared_parts_as_they_were() -> None:
+    shared = Block(constant(2))
+    net = Net(constant(1), a=shared, b=Net(c=shared), bad=Block(dict(type="Normal", layer="GRU")))
+    shared.load_state_dict(Block().state_dict())
+    shared.is_init = True
+    with pytest.raises(ValueError, match="matches nothing"):
+        net.init_weights()
+    assert shared.is_init
+    assert len(shared.loaded_tensors) == 2
+    assert not net.b.is_init
 
 
 def test_a_configuration_that_is_none_names_the_part() -> None:

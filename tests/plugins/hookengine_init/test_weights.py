@@ -220,6 +220,10 @@ def test_lazy_modules_learn_their_shape_from_the_weights(source: Net) -> None:
     with pytest.raises(ValueError, match=r"1\.bias \[1\] here, \[9\] there"):
         load_weights(both, {**state, "1.bias": torch.ones(9)})
     assert isinstance(both[0].weight, nn.UninitializedParameter)
+    with pytest.raises(ValueError, match="nothing was loaded"):  # found out when all is loaded
+        load_weights(both, {**state, "1.bias": torch.ones(1), "2.bias": torch.ones(1)})
+    assert isinstance(both[0].weight, nn.UninitializedParameter)
+    assert both(torch.ones(1, 7)).shape == (1, 1)
 
 
 # -- what does not fit --------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def test_every_key_that_does_not_fit_is_in_one_message(tmp_path: Path, source: N
     assert "of another shape (1): head.weight [3, 4] here, [7, 4] there" in text
     assert "ignore_mismatched_sizes=True loads the other tensors" in text
     assert same(net, filled(1))
-    assert net.loaded_tensors == set()
+    assert not net.loaded_tensors
 
 
 def test_strict_refuses_what_one_side_lacks(source: Net) -> None:
@@ -282,9 +286,9 @@ def test_a_new_head_is_left_where_it_is_asked_for(tmp_path: Path, source: Net) -
     net.init_weights()
     assert same(net.backbone, source.backbone)
     assert torch.equal(net.head.weight, before)
-    assert not any(
-        "head" in name for name in net.loaded_tensors
-    )  # so that it may still be initialised
+    loaded = {id(tensor) for tensor in net.loaded_tensors}
+    assert id(net.backbone[0].weight) in loaded
+    assert id(net.head.weight) not in loaded  # so that it may still be initialised
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -315,8 +319,12 @@ def test_a_module_may_make_old_shapes_fit(source: Net) -> None:
     [
         (lambda net: net.backbone, "model.", "It fits with prefix='model.backbone'"),
         (lambda net: net, "model.", "It fits with prefix='model'"),
-        (lambda net: nn.ModuleDict({"det": net}), "", "It fits a part of it.*module.det"),
-        (lambda net: nn.DataParallel(net), "", "It fits a part of it.*module.module"),
+        (
+            lambda net: nn.ModuleDict({"det": net}),
+            "",
+            "It fits a part of it.*get_submodule..det.*name=.det",
+        ),
+        (lambda net: nn.DataParallel(net), "", "It fits a part of it.*get_submodule..module"),
     ],
 )
 def test_where_it_would_fit_is_said(target: Any, prefix: str, advice: str, source: Net) -> None:
@@ -363,6 +371,36 @@ def test_extra_state_is_loaded_or_left_with_the_rest() -> None:
     assert module.value == 1
     load_weights(module, state)
     assert module.value == 5
+
+
+def test_what_is_renamed_in_loading_is_given_back_too() -> None:
+    class Renaming(Net):
+        def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+            for name in [name for name in state if name.startswith("stem.")]:
+                state[name.replace("stem.", "head.")] = state.pop(name)
+            super()._load_from_state_dict(state, prefix, *args)
+
+    net = Renaming()
+    for tensor in net.state_dict().values():
+        tensor.fill_(1)
+    state = filled(2).state_dict()
+    renamed = {name.replace("head.", "stem."): value for name, value in state.items()}
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        load_weights(net, {**renamed, "other": torch.ones(1)})
+    assert same(net, filled(1))
+    assert not load_weights(net, renamed)
+    assert same(net, filled(2))
+
+
+def test_views_of_one_memory_are_not_taken_for_one_tensor() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("flat", torch.zeros(4))
+            self.register_buffer("first", self.flat[:2])
+
+    with pytest.raises(ValueError, match=r"missing in the checkpoint \(1\): flat"):
+        load_weights(Views(), {"first": torch.ones(2)})
 
 
 def test_an_error_in_mid_load_leaves_what_was() -> None:
