@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,8 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     train_with_defaults(rank, folder)
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
 
 def train_with_defaults(rank: int, folder: str) -> None:

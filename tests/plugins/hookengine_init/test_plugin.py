@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +307,8 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     runner.close()
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
 
 def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: Any) -> None:
