@@ -178,6 +178,8 @@ NO_WEIGHTS = (
     "argparse.Namespace",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",  # Python 3.13's name
+    "pathlib._local.WindowsPath",
 )
 """Objects beside the weights in checkpoints of others; each is read as an ``_Inert``."""
 

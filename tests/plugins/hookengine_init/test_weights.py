@@ -173,6 +173,24 @@ def mmengine_checkpoint(tmp_path: Path, monkeypatch: Any, source: Net) -> Path:
     return tmp_path / "mmengine.pth"
 
 
+def test_what_old_and_new_versions_call_numpys_and_paths_objects_loads(
+    tmp_path: Path, source: Net
+) -> None:
+    content = {"state_dict": source.state_dict(), "best": np.float32(0.5), "dir": Path("work_dir")}
+    path = tmp_path / "old.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    written = path.read_bytes()
+    for change in (
+        (b"", b""),
+        (b"numpy._core", b"numpy.core"),
+        (b"pathlib\n", b"pathlib._local\n"),
+    ):
+        path.write_bytes(written.replace(*change) if change[0] else written)
+        net = Net()
+        load_weights(net, path)
+        assert same(net, source)
+
+
 def test_a_checkpoint_of_mmengine_loads_without_mmengine(
     mmengine_checkpoint: Path, source: Net
 ) -> None:
@@ -454,6 +472,21 @@ def test_a_malicious_pickle_is_named_and_not_run(
     assert caught.value.__cause__ is None  # torch's own error advises weights_only=False
     assert same(net, filled(1))
     assert not victim.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_are_read_to_an_accelerator(suffix: str, tmp_path: Path, source: Net) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".pth":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    net = Net().to(device)
+    load_weights(net, path, map_location=device)
+    assert same(net.cpu(), source)
 
 
 @pytest.mark.parametrize(
