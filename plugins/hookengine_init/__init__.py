@@ -13,7 +13,7 @@ from torch import nn
 
 from hookengine import BaseModule, Plugin, dist, preserved_random_state
 from hookengine_init.files import read_weights
-from hookengine_init.init_cfg import as_list, initialize, loads_weights
+from hookengine_init.init_cfg import as_list, initialize, names_weights
 from hookengine_init.initializers import (
     BaseInit,
     Caffe2XavierInit,
@@ -115,7 +115,7 @@ class Init(Plugin, name="init"):
         for name, part in runner.bare_model.named_modules():
             if not isinstance(part, BaseModule) or part.is_init:
                 continue
-            asked = any(map(loads_weights, as_list(part.init_cfg or [], "init_cfg")))
+            asked = any(map(names_weights, as_list(part.init_cfg or [], "init_cfg")))
             if asked and not any(
                 isinstance(m, BaseModule) and m.loaded_tensors for m in part.modules()
             ):

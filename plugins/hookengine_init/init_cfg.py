@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import record_of
 
 Cfg = Mapping[str, Any]
-Stage = Literal["all", "fill", "load"]
 
 
 def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
@@ -41,64 +40,71 @@ def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"initialize takes a module, got {type(module).__name__}")
-    initialize_each(module, as_list(init_cfg, "init_cfg"))
+    follow(module, plan(module, as_list(init_cfg, "init_cfg")))
 
 
-def initialize_each(module: nn.Module, cfgs: list[Cfg], stage: Stage = "all") -> None:
-    """Initialise a module as each of the configurations says, in order.
+class Step(NamedTuple):
+    """One initializer, and what it is called with."""
 
-    Args:
-        module: The module.
-        cfgs: Its configurations.
-        stage: ``"fill"`` leaves out what loads weights, ``"load"`` does just that: a configuration
-            that is ``Pretrained``, with its overrides, and overrides that are.
-    """
+    cfg: Cfg
+    """The configuration that it comes from."""
+    target: nn.Module
+    initializer: Any
+    loads: bool
+    """Whether weights are loaded, or what was loaded is overridden."""
+
+
+def plan(module: nn.Module, cfgs: list[Cfg]) -> list[Step]:
+    """What the configurations of a module say, checked as far as it can be; nothing is changed."""
+    steps: list[Step] = []
     for cfg in cfgs:
         try:
-            _initialize_one(module, cfg, stage)
+            steps += _steps(module, cfg)
         except Exception as error:
-            record = record_of(module)
-            name = record.name_of(module) if record is not None else ""
-            error.add_note(
-                f"in the init_cfg of {type(module).__name__}{f' {name!r}' * bool(name)}: {cfg!r}"
-            )
+            _add_note(error, module, cfg)
+            raise
+    return steps
+
+
+def follow(module: nn.Module, steps: list[Step]) -> None:
+    """Do what a plan for a module says."""
+    for step in steps:
+        try:
+            _apply(step.initializer, step.target)
+        except Exception as error:
+            _add_note(error, module, step.cfg)
             raise
 
 
-def loads_weights(cfg: Cfg) -> bool:
+def _add_note(error: Exception, module: nn.Module, cfg: Cfg) -> None:
+    record = record_of(module)
+    name = record.name_of(module) if record is not None else ""
+    error.add_note(
+        f"in the init_cfg of {type(module).__name__}{f' {name!r}' * bool(name)}: {cfg!r}"
+    )
+
+
+def names_weights(cfg: Cfg) -> bool:
     """Whether a configuration, or an override of it, is ``Pretrained``."""
-    if _is_pretrained(cfg):
-        return True
     override = cfg.get("override")
-    return override is not None and any(map(_is_pretrained, as_list(override, "override")))
+    parts = (cfg, *as_list(override, "override")) if override is not None else (cfg,)
+    return any(part.get("type") in ("Pretrained", PretrainedInit) for part in parts)
 
 
-def _is_pretrained(cfg: Cfg) -> bool:
-    kind = cfg.get("type")
-    if isinstance(kind, str):
-        try:
-            kind = WEIGHT_INITIALIZERS.get(kind)
-        except KeyError:  # which is said where it is built
-            return False
-    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
-
-
-def _initialize_one(module: nn.Module, cfg: Cfg, stage: Stage) -> None:
+def _steps(module: nn.Module, cfg: Cfg) -> list[Step]:
     options = dict(cfg)
     override = options.pop("override", None)
-    whole = stage == "all" or _is_pretrained(cfg)
-    if stage == "fill" and _is_pretrained(cfg):
-        return
-    overrides = []
-    for part in [] if override is None else as_list(override, "override"):
-        if whole or _is_pretrained(part) == (stage == "load"):
-            overrides.append(_override(module, part, options))
-    if whole or stage == "fill":
-        initializer = _build(options)
-        if override is None or not _fills_layers(initializer) or initializer.layer:
-            _apply(initializer, module)
-    for target, initializer in overrides:
-        _apply(initializer, target)
+    initializer = _build(options)
+    loads = isinstance(initializer, PretrainedInit)
+    if override is None:
+        return [Step(cfg, module, initializer, loads)]
+    steps = []
+    if not _fills_layers(initializer) or initializer.layer:
+        steps.append(Step(cfg, module, initializer, loads))
+    for part in as_list(override, "override"):
+        target, own = _override(module, part, options)
+        steps.append(Step(cfg, target, own, loads or isinstance(own, PretrainedInit)))
+    return steps
 
 
 def _build(options: Cfg) -> Any:

@@ -47,12 +47,20 @@ class InitRecord:
 
     Args:
         root: The model.
+        modules: All of its modules by name.
         kept: The parameters and buffers to leave as they are: by ``id``, the reason.
         logger: Who is told what happens.
     """
 
-    def __init__(self, root: nn.Module, kept: dict[int, str], logger: Any = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        modules: dict[str, nn.Module],
+        kept: dict[int, str],
+        logger: Any = None,
+    ) -> None:
         self.root = root
+        self.modules = modules
         self.kept = kept
         self.logger = logger if logger is not None else console()
         self.notes: dict[str, list[str]] = {}
@@ -73,7 +81,7 @@ class InitRecord:
 
     def name_of(self, module: nn.Module) -> str:
         """The module's name within the model."""
-        return next((name for name, m in self.root.named_modules() if m is module), "")
+        return next((name for name, m in self.modules.items() if m is module), "")
 
     def wrote(self, tensor: Tensor, constant: float | None, info: str) -> None:
         """Note that ``tensor`` was initialised; a constant that it had already changes nothing."""
@@ -103,6 +111,7 @@ class InitRecord:
             yield
         finally:
             self._watching.pop()
+            self.modules = dict(self.root.named_modules())  # which it may have changed
         self.update(module, info)
 
     def update(self, module: nn.Module, info: str) -> None:
@@ -130,7 +139,7 @@ class InitRecord:
             f"{type(self.root).__name__}"
         )
         rows: dict[int, tuple[str, Tensor, str]] = {}
-        for path, module in self.root.named_modules():
+        for path, module in self.modules.items():
             for name, parameter in module._parameters.items():
                 key = id(parameter)
                 if parameter is not None and key not in rows:
@@ -247,28 +256,28 @@ def update_init_info(module: nn.Module, init_info: str) -> None:
 
 @contextmanager
 def recording(
-    root: nn.Module, modules: list[nn.Module], kept: dict[int, str], logger: Any = None
+    root: nn.Module, modules: dict[str, nn.Module], kept: dict[int, str], logger: Any = None
 ) -> Iterator[InitRecord]:
     """Keep a record while ``init_weights`` runs over ``root``, and what is kept as it is.
 
     Args:
         root: The model.
-        modules: All of its modules.
+        modules: All of its modules by name.
         kept: By ``id``, parameters and buffers that get their values back afterwards, and why.
         logger: See ``InitRecord``.
     """
-    record = InitRecord(root, kept, logger)
+    record = InitRecord(root, modules, kept, logger)
     values = {
         name: tensor.detach().clone()
         for name, tensor in (named_tensors(root) if kept else ())
         if id(tensor) in kept and not is_lazy(tensor)
     }
-    for module in modules:
+    for module in modules.values():
         module.__dict__[ATTRIBUTE] = record
     try:
         yield record
     finally:
-        for module in modules:
+        for module in modules.values():
             module.__dict__.pop(ATTRIBUTE, None)
         if values:
             tensors = dict(named_tensors(root))

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookengine import MODELS, BaseModule, dist
-from hookengine_init.init_cfg import Cfg, as_list, initialize_each, loads_weights
+from hookengine_init.init_cfg import Step, as_list, follow, plan
 from hookengine_init.record import InitRecord, named_tensors, record_of, recording
 
 INIT = "init_weights"
@@ -55,10 +55,10 @@ def init_model(
     Returns:
         Who initialised what.
     """
-    modules = list(model.modules())
-    parts = [module for module in modules if isinstance(module, BaseModule)]
-    kept = _kept(model, parts, keep)
+    modules = dict(model.named_modules())
+    parts = [module for module in modules.values() if isinstance(module, BaseModule)]
     loaded = [(part, list(part.loaded_tensors)) for part in parts if part.loaded_tensors]
+    kept = _kept(model, [tensor for _, tensors in loaded for tensor in tensors], keep)
     initialised = [part for part in parts if part.is_init]
     with recording(model, modules, kept, logger) as record, torch.no_grad():
         try:
@@ -79,12 +79,9 @@ def init_model(
     return record
 
 
-def _kept(root: nn.Module, parts: list[BaseModule], keep: Iterable[str]) -> dict[int, str]:
+def _kept(root: nn.Module, loaded: list[Tensor], keep: Iterable[str]) -> dict[int, str]:
     """By ``id``, the tensors that nothing may initialise, and why."""
-    kept: dict[int, str] = {}
-    for part in parts:
-        for tensor in part.loaded_tensors if part.loaded_tensors else ():
-            kept[id(tensor)] = "loaded before from a state dict: left as it is"
+    kept = {id(tensor): "loaded before from a state dict: left as it is" for tensor in loaded}
     modules = dict(root.named_modules(remove_duplicate=False)) if keep else {}
     for name in keep:
         if not name or name not in modules:
@@ -103,18 +100,17 @@ def _init_module(module: BaseModule, record: InitRecord) -> None:
     if module.is_init:
         _warn_of_second_call(module)
         return
-    cfgs: list[Cfg] = []
-    loading: list[Cfg] = []
+    steps: list[Step] = []
     if module.init_cfg:
         try:
             cfgs = as_list(module.init_cfg, "init_cfg")
-            loading = [cfg for cfg in cfgs if loads_weights(cfg)]
         except TypeError as error:
             error.add_note(f"in {type(module).__name__} {record.name_of(module)!r}")
             raise
-    initialize_each(module, cfgs, "fill" if loading else "all")
+        steps = plan(module, cfgs)
+    follow(module, [step for step in steps if not step.loads])
     _init_children(module, record, direct=True)
-    initialize_each(module, loading, "load")
+    follow(module, [step for step in steps if step.loads])
     object.__setattr__(module, "is_init", True)  # past nn.Module's, which costs as much as a fill
 
 
