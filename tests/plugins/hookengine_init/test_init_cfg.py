@@ -244,3 +244,11 @@ def test_a_weight_that_a_hook_computes_is_warned_of() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="initialize takes a module, got str"):
         initialize("net", dict(type="Normal", layer="Linear"))  # type: ignore[arg-type]
+
+
+def test_a_mistake_in_a_later_configuration_is_found_before_anything_is_changed() -> None:
+    net = FooNet()
+    before = net.feat.weight.clone()
+    with pytest.raises(KeyError, match="Did you mean 'Kaiming'"):
+        initialize(net, [dict(type="Constant", val=1, layer="Conv2d"), dict(type="Kaimin")])
+    assert torch.equal(net.feat.weight, before)
