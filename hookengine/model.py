@@ -7,19 +7,16 @@ distributions offer in the entry-point group ``hookengine.model`` can be importe
 from __future__ import annotations
 
 import copy
-import weakref
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from types import NoneType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from hookengine.dispatch import SILENT
 from hookengine.hookspecs import HookSpecs
+from hookengine.loaded import LoadedTensors, watch_loading
 from hookengine.optim import OptimWrapper
 from hookengine.registry import MODELS
 
@@ -102,31 +99,6 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *MODELS.names()})
 
 
-class LoadedTensors:
-    """A set of tensors, weakly held, which the copies and pickles of a module take along."""
-
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self._references = {id(tensor): weakref.ref(tensor) for tensor in tensors}
-
-    def add(self, tensor: Tensor) -> None:
-        """Add one."""
-        self._references[id(tensor)] = weakref.ref(tensor)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for reference in self._references.values():
-            if (tensor := reference()) is not None:
-                yield tensor
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self) if self._references else 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedTensors:
-        return LoadedTensors(copy.deepcopy(list(self), memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LoadedTensors, (list(self),)
-
-
 class BaseModule(nn.Module, metaclass=ABCMeta):
     """A module whose weights are initialised as its ``init_cfg`` says.
 
@@ -144,8 +116,7 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
         self.init_cfg = copy.deepcopy(init_cfg)
         self._is_init = False
         self.loaded_tensors = LoadedTensors()
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        watch_loading(self)
 
     @property
     def is_init(self) -> bool:
@@ -182,37 +153,6 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
     def __repr__(self) -> str:
         text = super().__repr__()
         return f"{text}\ninit_cfg={self.init_cfg}" if self.init_cfg else text
-
-
-def _own_tensors(module: BaseModule) -> Iterator[tuple[Tensor, int]]:
-    """Parameters and buffers outside of BaseModules within, and how often each was written."""
-    waiting: list[nn.Module] = [module]
-    while waiting:
-        part = waiting.pop()
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                uncounted = is_lazy(tensor) or tensor.is_inference()
-                yield tensor, 0 if uncounted else tensor._version
-        waiting.extend(
-            child
-            for child in part._modules.values()
-            if not isinstance(child, (BaseModule, NoneType))
-        )
-
-
-_LOADING: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, int]]] = WeakKeyDictionary()
-
-
-def _before_loading(module: BaseModule, *_: Any) -> None:
-    # The tensors themselves, so that none that takes their place has the same id.
-    _LOADING[module] = {id(tensor): (tensor, count) for tensor, count in _own_tensors(module)}
-
-
-def _after_loading(module: BaseModule, *_: Any) -> None:
-    before = _LOADING.pop(module, {})
-    for tensor, count in _own_tensors(module):
-        if before.get(id(tensor), (None, -1))[1] != count:
-            module.loaded_tensors.add(tensor)
 
 
 class Sequential(BaseModule, nn.Sequential):

@@ -13,6 +13,15 @@ from torch import nn
 
 from hookengine import BaseModule, Plugin, dist, preserved_random_state
 from hookengine_init.files import read_weights
+from hookengine_init.functions import (
+    caffe2_xavier_init,
+    constant_init,
+    kaiming_init,
+    normal_init,
+    trunc_normal_init,
+    uniform_init,
+    xavier_init,
+)
 from hookengine_init.init_cfg import as_list, initialize, names_weights
 from hookengine_init.initializers import (
     BaseInit,
@@ -24,13 +33,6 @@ from hookengine_init.initializers import (
     UniformInit,
     XavierInit,
     bias_init_with_prob,
-    caffe2_xavier_init,
-    constant_init,
-    kaiming_init,
-    normal_init,
-    trunc_normal_init,
-    uniform_init,
-    xavier_init,
 )
 from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import named_tensors, update_init_info
