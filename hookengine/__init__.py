@@ -12,7 +12,14 @@ from hookengine.optim import OptimWrapper, OptimWrapperDict
 from hookengine.plugins import DEFAULT_PLUGINS, Plugin, options_of
 from hookengine.progress import Progress
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
-from hookengine.registry import MODEL_WRAPPERS, MODELS, PLUGINS, WEIGHT_INITIALIZERS, Registry
+from hookengine.registry import (
+    MODEL_WRAPPERS,
+    MODELS,
+    PLUGINS,
+    WEIGHT_INITIALIZERS,
+    Registry,
+    did_you_mean,
+)
 from hookengine.runner import Runner
 from hookengine.sink import Record, Sink
 
@@ -45,6 +52,7 @@ __all__ = [
     "TrainCfg",
     "batch_size",
     "describe_environment",
+    "did_you_mean",
     "dist",
     "get_random_state",
     "hookimpl",

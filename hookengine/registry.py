@@ -17,13 +17,25 @@ from packaging.requirements import Requirement
 T = TypeVar("T")
 
 
+def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """`` Did you mean 'NAME'?`` of the known name that is most like ``name``, or nothing.
+
+    Args:
+        name: What was written; upper and lower case are alike.
+        known: What might have been meant.
+        cutoff: How alike they must be, as difflib counts it, 1 for the same.
+    """
+    folded = {known_name.casefold(): known_name for known_name in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=cutoff)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """Say that ``name`` is unknown, with the nearest match and all the known names."""
     names = sorted(known)
-    folded = {known_name.casefold(): known_name for known_name in names}
-    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
-    hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}"
+    return (
+        f"unknown {what} {name!r}.{did_you_mean(name, names)} Known: {', '.join(names) or 'none'}"
+    )
 
 
 def distribution_of(entry_point: EntryPoint) -> str:

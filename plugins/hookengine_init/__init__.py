@@ -90,13 +90,18 @@ class Init(Plugin, name="init"):
         if not isinstance(model, BaseModule):
             self._tell_of_parts(runner, model)
             return
-        if model.is_init or runner.train_cfg is None:
+        if runner.train_cfg is None:
             return
+        if not model.is_init:
+            self._initialize(runner, model)
+        # Also of weights that are there already, which each rank may have made for itself.
+        dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
+
+    def _initialize(self, runner: Any, model: BaseModule) -> None:
         with preserved_random_state() if self.seed is not None else nullcontext():
             if self.seed is not None:
                 _seed_all(self.seed)
             record = init_model(model, self.keep, runner.logger, user_code=True)
-        dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookengine import did_you_mean
+
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 """Where checkpoints keep the weights: hookengine and MMEngine, torchvision and timm, others."""
 
@@ -227,10 +229,7 @@ def _torchvision_url(name: str) -> str:
         ) from error
     model, _, version = name.partition(".")
     if model not in (known := models.list_models()):
-        near = difflib.get_close_matches(model, known, n=3)
-        raise ValueError(
-            f"torchvision has no model {model!r}; near it: {', '.join(near) or 'none'}"
-        )
+        raise ValueError(f"torchvision has no model {model!r}.{did_you_mean(model, known)}")
     weights = {w.name.casefold(): w for w in models.get_model_weights(model)}
     chosen = weights.get(version.casefold()) if version else next(iter(weights.values()), None)
     if chosen is None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hookengine import WEIGHT_INITIALIZERS
+from hookengine import WEIGHT_INITIALIZERS, did_you_mean
 from hookengine_init.initializers import BaseInit
-from hookengine_init.layers import check_layers, nearest
+from hookengine_init.layers import check_layers
 from hookengine_init.pretrained import PretrainedInit
 from hookengine_init.record import record_of
 
@@ -145,8 +145,7 @@ def _check_options(options: Cfg) -> None:
             break
     given = [name for name in options if name != "type"]
     if known and (wrong := next((name for name in given if name not in known), None)):
-        near = nearest(wrong, known, cutoff=0.5)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = did_you_mean(wrong, known)
         raise TypeError(f"{kind!r} has no option {wrong!r}.{hint} It takes {', '.join(known)}")
     if missing := [name for name, required in known.items() if required and name not in given]:
         raise TypeError(f"{kind!r} needs the option {', '.join(missing)}")

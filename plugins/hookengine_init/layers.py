@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from hookengine import did_you_mean
 from hookengine_init.record import Write
 
 
@@ -29,27 +28,17 @@ def check_layers(layers: list[str], module: nn.Module) -> None:
     found = {c.__name__ for cls in classes for c in (cls, *cls.__bases__)}
     missing = [name for name in layers if name not in found]
     if len(missing) == len(layers):
-        near = nearest(missing[0], found, cutoff=0.6)
-        hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
             f"layer={layers if len(layers) > 1 else layers[0]!r} matches nothing in "
-            f"{type(module).__name__}, which has {_present(module)}.{hint}"
+            f"{type(module).__name__}, which has {_present(module)}."
+            f"{did_you_mean(missing[0], found)}"
         )
     for name in missing:  # a list may name more than there is, but not what torch has never had
-        near = None if hasattr(nn, name) else nearest(name, found, cutoff=0.8)
-        if near is not None:
+        hint = "" if hasattr(nn, name) else did_you_mean(name, found, cutoff=0.8)
+        if hint:
             warnings.warn(
-                f"layer {name!r} matches nothing in {type(module).__name__}: did you mean "
-                f"{near!r}?",
-                stacklevel=2,
+                f"layer {name!r} matches nothing in {type(module).__name__}.{hint}", stacklevel=2
             )
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
-    """The known name that is most like ``name``, in whatever case, or None."""
-    folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
-    return folded[near[0]] if near else None
 
 
 def _present(module: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hookengine import MODELS, BaseModule, dist
+from hookengine import MODELS, BaseModule, did_you_mean, dist
 from hookengine_init.init_cfg import Step, as_list, follow, plan
 from hookengine_init.record import InitRecord, named_tensors, record_of, recording
 
@@ -57,7 +57,7 @@ def init_model(
     """
     modules = dict(model.named_modules())
     parts = [module for module in modules.values() if isinstance(module, BaseModule)]
-    loaded = [(part, list(part.loaded_tensors)) for part in parts if part.loaded_tensors]
+    loaded = [(part, copy.copy(part.loaded_tensors)) for part in parts if part.loaded_tensors]
     kept = _kept(model, [tensor for _, tensors in loaded for tensor in tensors], keep)
     initialised = [part for part in parts if part.is_init]
     with recording(model, modules, kept, logger) as record, torch.no_grad():
@@ -74,7 +74,7 @@ def init_model(
             for part in initialised:
                 part.is_init = True
             for part, tensors in loaded:
-                part.loaded_tensors = type(part.loaded_tensors)(tensors)
+                part.loaded_tensors = tensors
             raise
     return record
 
@@ -85,10 +85,9 @@ def _kept(root: nn.Module, loaded: list[Tensor], keep: Iterable[str]) -> dict[in
     modules = dict(root.named_modules(remove_duplicate=False)) if keep else {}
     for name in keep:
         if not name or name not in modules:
-            near = difflib.get_close_matches(name, modules, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"keep={name!r}: {type(root).__name__} has no such submodule{hint} It has "
+                f"keep={name!r}: {type(root).__name__} has no such submodule."
+                f"{did_you_mean(name, modules)} It has "
                 f"{', '.join(n for n, _ in root.named_children())}"
             )
         for _, tensor in named_tensors(modules[name]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -208,7 +209,8 @@ def _snapshot(
     values = [(t, version_of(t), t.clone()) for t in own.values() if not is_lazy(t)]
     lazy = [(tensor, type(tensor)) for tensor in own.values() if is_lazy(tensor)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")}
-    known = [(m, list(m.loaded_tensors)) for m in module.modules() if isinstance(m, BaseModule)]
+    parts = [part for part in module.modules() if isinstance(part, BaseModule)]
+    known = [(part, copy.copy(part.loaded_tensors)) for part in parts]
 
     def undo() -> None:
         with torch.no_grad():
@@ -222,7 +224,7 @@ def _snapshot(
         if extra.keys() & state.keys():
             module.load_state_dict(extra, strict=False)
         for part, tensors in known:
-            part.loaded_tensors = type(part.loaded_tensors)(tensors)
+            part.loaded_tensors = tensors
 
     return undo
 

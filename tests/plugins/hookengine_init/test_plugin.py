@@ -292,19 +292,22 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     torch.manual_seed(rank)
-    model = Net()
-    runner = Runner(
-        model,
-        folder,
-        train_dataloader=[(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))],
-        train_cfg=dict(max_epochs=1),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-    )
-    for tensor in model.state_dict().values():
-        both = [torch.empty_like(tensor) for _ in range(2)]
-        torch_dist.all_gather(both, tensor)
-        assert torch.equal(both[0], both[1])
-    runner.close()
+    for by_hand in (False, True):
+        model = Net()
+        if by_hand and rank == 1:  # one rank alone: the others must not wait for it
+            model.init_weights()
+        runner = Runner(
+            model,
+            folder,
+            train_dataloader=[(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))],
+            train_cfg=dict(max_epochs=1),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        )
+        for tensor in model.state_dict().values():
+            both = [torch.empty_like(tensor) for _ in range(2)]
+            torch_dist.all_gather(both, tensor)
+            assert torch.equal(both[0], both[1])
+        runner.close()
     Sequential(nn.Linear(1, 1), init_cfg=dict(type="Normal", layer="Linear")).init_weights()
     torch_dist.barrier()
     torch_dist.destroy_process_group()
@@ -318,5 +321,5 @@ def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: Any) -> None:
         port = probe.getsockname()[1]
     mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)
     printed = capfd.readouterr().out
-    assert printed.count("weights of Net") == 1
+    assert printed.count("weights of Net") == 2  # by rank 0, once for each model
     assert printed.count("weights of Sequential") == 1  # by a direct call, outside of a Runner

@@ -653,7 +653,7 @@ def test_torchvisions_names_are_its_urls(monkeypatch: Any, tmp_path: Path) -> No
         ValueError, match="no weights 'v9' of resnet50: imagenet1k_v1, imagenet1k_v2"
     ):
         load_weights(nn.Linear(2, 2), "torchvision://resnet50.v9")
-    with pytest.raises(ValueError, match="no model 'resnet5O'; near it: resnet5"):
+    with pytest.raises(ValueError, match=r"no model 'resnet5O'\. Did you mean 'resnet50'"):
         load_weights(nn.Linear(2, 2), "torchvision://resnet5O")
     with pytest.raises(
         ValueError, match=r"cannot read s3://bucket/net\.pth: a checkpoint is a path"
