@@ -4,7 +4,7 @@ from hookengine import dist
 from hookengine.config import EvalCfg, TrainCfg
 from hookengine.data import batch_size, length_of
 from hookengine.environment import describe_environment
-from hookengine.evaluator import BaseMetric, Evaluator
+from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
 from hookengine.hookspecs import EVENTS, hookimpl
 from hookengine.manager import PluginManager
 from hookengine.model import BaseModel, BaseModule, ModuleDict, ModuleList, Sequential
@@ -55,8 +55,10 @@ __all__ = [
     "did_you_mean",
     "dist",
     "get_random_state",
+    "greater_is_better",
     "hookimpl",
     "length_of",
+    "metric_value",
     "options_of",
     "preserved_random_state",
     "set_random_state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Seque
         )
 
 
-def build_optimizer(cfg: Any, model: nn.Module, where: str) -> Optimizer:
+def build_optimizer(cfg: Any, model: nn.Module, where: str, paramwise: Any = None) -> Optimizer:
     """An optimizer over the parameters of ``model``.
 
     Args:
@@ -66,8 +67,16 @@ def build_optimizer(cfg: Any, model: nn.Module, where: str) -> Optimizer:
             name of ``torch.optim``.
         model: The model whose parameters an optimizer from a dict gets.
         where: What the user wrote, for messages.
+        paramwise: How the parameters are put into groups: the options of the function
+            ``param_groups``, which a plugin offers.
     """
     if isinstance(cfg, Optimizer):
+        if paramwise is not None:
+            raise ValueError(
+                f"paramwise= beside {where}, which is built already: give dict(type="
+                f"{type(cfg).__name__!r}, ...) instead, or build it from "
+                "hookengine.model.param_groups(model, ...)"
+            )
         return cfg
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(
@@ -85,19 +94,38 @@ def build_optimizer(cfg: Any, model: nn.Module, where: str) -> Optimizer:
         if target not in known:
             raise KeyError(unknown("optimizer", target, known))
         target = known[target]
+    beside = "" if paramwise is None else f" with paramwise={paramwise!r}"
     try:
-        optimizer: Optimizer = target(model.parameters(), **arguments)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"while building {where}={dict(cfg)!r}")
+        parameters = model.parameters()
+        if paramwise is not None:
+            parameters = _param_groups(model, target, arguments, paramwise)
+        optimizer: Optimizer = target(parameters, **arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        error.add_note(f"while building {where}={dict(cfg)!r}{beside}")
         raise
     return optimizer
+
+
+def _param_groups(
+    model: nn.Module, optimizer: Callable[..., Optimizer], arguments: Mapping[str, Any], cfg: Any
+) -> Any:
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f"paramwise takes a dict, got {cfg!r}")
+    parameters = inspect.signature(optimizer).parameters
+    base = {
+        name: arguments.get(name, getattr(parameters.get(name), "default", inspect.Parameter.empty))
+        for name in ("lr", "weight_decay")
+    }
+    known = {name: value for name, value in base.items() if value is not inspect.Parameter.empty}
+    return MODELS.get("param_groups")(model, **known, **cfg)
 
 
 def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
     """What ``Runner(optim_wrapper=...)`` accepts.
 
     A wrapper; an optimizer; ``dict(optimizer=optimizer or dict(type=..., ...))``; or a dict of
-    these by name, for several optimizers.
+    these by name, for several optimizers: one from a dict gets the parameters of the model's part
+    of that name.
     """
     if isinstance(cfg, (OptimWrapper, OptimWrapperDict)):
         return cfg
@@ -120,20 +148,38 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
         if isinstance(value, Mapping) and "optimizer" not in value:
             value = {"optimizer": value}
         where = f"optim_wrapper[{name!r}]"
-        wrappers[name] = _one(value, model, where) if isinstance(value, Mapping) else value
+        wrappers[name] = _one(value, model, where, name) if isinstance(value, Mapping) else value
     return OptimWrapperDict(
         **{n: w if isinstance(w, OptimWrapper) else OptimWrapper(w) for n, w in wrappers.items()}
     )
 
 
-def _one(cfg: Mapping[str, Any], model: nn.Module, where: str) -> OptimWrapper:
+def _one(
+    cfg: Mapping[str, Any], model: nn.Module, where: str, part: str | None = None
+) -> OptimWrapper:
     options = dict(cfg)
     kind = options.pop("type", "OptimWrapper")
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
     if name != "OptimWrapper":
         raise ValueError(migration.explain(where, {"type": name, **options}))
-    optimizer = build_optimizer(options.pop("optimizer"), model, f"{where}['optimizer']")
+    optimizer = options.pop("optimizer")
+    if part is not None and not isinstance(optimizer, Optimizer):
+        model = _part(model, part, where)
+    paramwise = options.pop("paramwise", None)
+    optimizer = build_optimizer(optimizer, model, f"{where}['optimizer']", paramwise)
     return OptimWrapper(optimizer, **options)
+
+
+def _part(model: nn.Module, name: str, where: str) -> nn.Module:
+    """The part of the model whose parameters the optimizer of that name gets."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = dict(model.named_children())
+        raise KeyError(
+            f"{where}: {unknown('part of the model', name, parts)}. An optimizer from a dict gets "
+            "the parameters of the part of its name; pass an optimizer that you built for others"
+        ) from None
 
 
 def check_optimizers(wrapper: OptimWrapper | OptimWrapperDict, model: nn.Module) -> None:

@@ -115,6 +115,8 @@ def explain(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             name = item["input"] if where == "type" else where
             parts.append(migration.answer(str(name)) or unknown("option", where, known))
+        elif item["type"] == "missing":
+            parts.append(f"it needs {where}=...")
         elif where:
             parts.append(f"{where}={item['input']!r}: {item['msg']}")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,35 @@ from typing import Any
 from torch import Tensor
 
 from hookengine import dist
+from hookengine.registry import unknown
+
+_GREATER = re.compile(
+    r"acc|top_?\d|auc|auroc|precision|recall|f1|dice|iou|(?<![a-z])(ap|map|ar)(?![a-z])|r2|psnr|ssim",
+    re.IGNORECASE,
+)
+_LESS = re.compile(r"loss|error|perplexity|ppl|mse|mae|fid|nll|wer\b", re.IGNORECASE)
+
+
+def greater_is_better(metric: str) -> bool | None:
+    """Whether more of a metric is better, as far as its name tells; None where it does not."""
+    name = metric.rpartition("/")[2]
+    less, greater = _LESS.search(name), _GREATER.search(name)
+    return None if bool(less) == bool(greater) else greater is not None
+
+
+def metric_value(metrics: Mapping[str, Any], name: str) -> float:
+    """One of the metrics, as a Python number.
+
+    Raises:
+        KeyError: there is none of that name; the message has the nearest and all of them.
+        TypeError: it is no number.
+    """
+    if name not in metrics:
+        raise KeyError(unknown("metric", name, metrics))
+    try:
+        return float(metrics[name])
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"the metric {name!r} is no number: {metrics[name]!r}") from None
 
 
 class BaseMetric(ABC):

@@ -7,8 +7,8 @@ not a plain *event*; the kinds are explained below. ::
                                                 initialize_model
                                                 convert_model       [transform model]
                                                 wrap_model          [transform model]
-                                                setup_optimizer     once per optimizer
                                                 setup_dataloader    [transform dataloader]
+                                                setup_optimizer     once per optimizer
                                                 resume
     runner.train()                              before_run
       start                                     before_train
@@ -198,10 +198,6 @@ class Build(Protocol):
         and ``loss_step`` for ``val_cfg=dict(loss=True)``.
         """
 
-    @event
-    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Add what belongs to one optimizer (schedulers, scalers); once per optimizer."""
-
     @transform("dataloader")
     def setup_dataloader(
         self, runner: Runner, dataloader: Iterable[Any], phase: Phase
@@ -211,6 +207,13 @@ class Build(Protocol):
         A dataloader with a method ``seek(epoch, batch)`` is told where each pass starts and
         yields from there; of any other the kernel fetches and drops what was consumed before a
         resume.
+        """
+
+    @event
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
+        """Add what belongs to one optimizer (schedulers, scalers); once per optimizer.
+
+        The lengths of the run are known by then, as far as they can be: ``runner.progress``.
         """
 
     @event

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 import pluggy
@@ -228,6 +230,20 @@ class PluginManager(pluggy.PluginManager):
                 table[event.name] = names if event.kind.reverse else names[::-1]
         return table
 
+    def replacements(self) -> dict[str, list[str]]:
+        """Per transform that several plugins answer with a replacement, these in order.
+
+        A method that only ever returns None (an observer) is none of them.
+        """
+        table = {}
+        for event in EVENTS.values():
+            if event.kind.name == "transform":
+                impls = getattr(self.hook, event.name).get_hookimpls()[::-1]
+                names = [impl.plugin_name for impl in impls if _returns(impl.function)]
+                if len(names) > 1:
+                    table[event.name] = names
+        return table
+
     # -- in mid-run -----------------------------------------------------------------------------
 
     def configure(self) -> None:
@@ -383,6 +399,22 @@ class PluginManager(pluggy.PluginManager):
         impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
         progress = getattr(self._hooks.runner, "progress", None)
         blame(error, impls, self.source, progress)
+
+
+def _returns(function: Callable[..., Any]) -> bool:
+    """Whether a function returns anything but None, as far as its code tells."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return True
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("NOP", "CACHE")]
+    returned = [
+        before if step.opname == "RETURN_VALUE" else step
+        for before, step in pairwise(steps)
+        if step.opname in ("RETURN_VALUE", "RETURN_CONST")
+    ]
+    return not all(
+        s.opname in ("LOAD_CONST", "RETURN_CONST") and s.argval is None for s in returned
+    )
 
 
 _NO_OPTIONS: pluggy.HookimplOpts = {

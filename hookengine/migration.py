@@ -15,8 +15,9 @@ from hookengine.registry import PLUGINS, unknown
 REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "param_scheduler": (
         "schedule",
-        "plugins=[dict(type='schedule', ...)]",
-        "step a torch.optim.lr_scheduler in after_optim_step",
+        "plugins=[dict(type='schedule', scheduler=dict(type='MultiStepLR', milestones=[8, 11]))], "
+        "with the schedulers of torch.optim.lr_scheduler",
+        "",
     ),
     "default_hooks": (
         None,
@@ -60,23 +61,35 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     ),
     "experiment_name": (None, "Runner(name=...)", ""),
     "auto_scale_lr": (None, "a learning rate of your own: nothing rescales it silently", ""),
-    "AmpOptimWrapper": ("amp", "plugins=['amp']", "return torch.autocast(...) in forward_context"),
-    "ApexOptimWrapper": ("amp", "plugins=['amp']", "return torch.autocast(...) in forward_context"),
+    "AmpOptimWrapper": (
+        "amp",
+        "plugins=['amp'], or dict(type='amp', dtype='float16') for a loss scale",
+        "",
+    ),
+    "ApexOptimWrapper": ("amp", "plugins=['amp']", ""),
     "accumulative_counts": (
         "accumulate",
         "plugins=[dict(type='accumulate', steps=...)]",
-        "answer should_step, and divide the loss in scale_loss",
+        "",
     ),
     "clip_grad": (
         "clip",
-        "plugins=[dict(type='clip', ...)]",
-        "torch.nn.utils.clip_grad_norm_(optim_wrapper.parameters(), ...) in before_optim_step",
+        "plugins=[dict(type='clip', max_norm=1.0)], or clip_value=...",
+        "",
     ),
-    "paramwise_cfg": (None, "parameter groups: optim_wrapper=SGD([dict(params=..., lr=...)])", ""),
+    "paramwise_cfg": (
+        None,
+        "optim_wrapper=dict(optimizer=dict(type='AdamW', ...), paramwise=dict(custom_keys=..., "
+        "norm_decay_mult=0))",
+        "",
+    ),
     "constructor": (None, "an optimizer that you build: optim_wrapper=SGD(groups)", ""),
-    "loss_scale": ("amp", "plugins=[dict(type='amp', ...)]", "scale_loss"),
-    "dtype": ("amp", "plugins=[dict(type='amp', ...)]", "torch.autocast in forward_context"),
-    "fp16": ("amp", "plugins=['amp'], which holds in validation too", "forward_context"),
+    "loss_scale": ("amp", "plugins=[dict(type='amp', dtype='float16', init_scale=...)]", ""),
+    "dtype": ("amp", "plugins=[dict(type='amp', dtype='float16')]", ""),
+    "fp16": ("amp", "plugins=['amp'], which holds in validation too", ""),
+    "EarlyStoppingHook": ("early_stop", "dict(type='early_stop', metric=..., patience=...)", ""),
+    "monitor": (None, "the option metric", ""),
+    "compile": ("compile", "plugins=['compile'] or dict(type='compile', mode=...)", ""),
     "dynamic_intervals": (None, "a plugin that calls runner.val() where you want it", ""),
     "InfiniteSampler": (
         None,

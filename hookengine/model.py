@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         xavier_init,
     )
     from hookengine_model_utilities import detect_anomalous_params, is_model_wrapper, merge_dict
+    from hookengine_paramwise import param_groups
     from hookengine_preprocess import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "load_weights",
     "merge_dict",
     "normal_init",
+    "param_groups",
     "stack_batch",
     "trunc_normal_init",
     "uniform_init",

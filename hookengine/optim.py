@@ -58,6 +58,7 @@ class OptimWrapper:
     Attributes:
         hooks: The events; those of the Runner that took the wrapper.
         will_step: Whether the present iteration ends with a step; known before the forward pass.
+        window_length: Iterations per step, as planned by the plugin that answers ``should_step``.
         window_open: Whether gradients are held that no step has used yet.
         steps: Steps really taken.
     """
@@ -71,6 +72,7 @@ class OptimWrapper:
         self.name = name
         self.hooks: HookSpecs = SILENT
         self.will_step = True
+        self.window_length = 1
         self.window_open = False
         self.steps = 0
         self._asked = False
@@ -96,6 +98,7 @@ class OptimWrapper:
             hooks = self.hooks
             self.will_step = hooks.should_step(hooks.runner, self)
         self.backward(loss)
+        self._asked = False
         if self.will_step:
             self.step()
 
@@ -112,10 +115,10 @@ class OptimWrapper:
         if not hooks.backward(hooks.runner, self, loss):
             loss.backward()  # type: ignore[no-untyped-call]
         self.window_open = True
-        self._asked = False
 
     def step(self) -> None:
         """Step with the gradients that are there and zero them; also closes a short window."""
+        self._asked = False
         hooks = self.hooks
         hooks.before_optim_step(hooks.runner, self)
         stepped = hooks.optim_step(hooks.runner, self)
@@ -138,9 +141,16 @@ class OptimWrapper:
         """The optimizer's parameter groups."""
         return self.optimizer.param_groups
 
-    def by_name(self) -> dict[str, OptimWrapper]:
-        """Itself by its name, as ``OptimWrapperDict`` gives several."""
-        return {self.name: self}
+    def by_name(self, name: str | None = None) -> dict[str, OptimWrapper]:
+        """Itself by its name, as ``OptimWrapperDict`` gives several.
+
+        Args:
+            name: Only the one of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return _by_name({self.name: self}, name)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of the optimizer."""
@@ -161,6 +171,14 @@ class OptimWrapper:
 
     def __repr__(self) -> str:
         return f"OptimWrapper(name={self.name!r}, steps={self.steps}, optimizer={self.optimizer!r})"
+
+
+def _by_name(wrappers: Mapping[str, OptimWrapper], name: str | None) -> dict[str, OptimWrapper]:
+    if name is None:
+        return dict(wrappers)
+    if name not in wrappers:
+        raise KeyError(unknown("optimizer", name, wrappers))
+    return {name: wrappers[name]}
 
 
 def _bad_loss(loss: Any) -> Exception:
@@ -190,9 +208,7 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
         self.optim_wrappers = optim_wrappers
 
     def __getitem__(self, name: str) -> OptimWrapper:
-        if name not in self.optim_wrappers:
-            raise KeyError(unknown("optimizer", name, self.optim_wrappers))
-        return self.optim_wrappers[name]
+        return _by_name(self.optim_wrappers, name)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.optim_wrappers)
@@ -200,9 +216,9 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
     def __len__(self) -> int:
         return len(self.optim_wrappers)
 
-    def by_name(self) -> dict[str, OptimWrapper]:
-        """All of them by name."""
-        return dict(self.optim_wrappers)
+    def by_name(self, name: str | None = None) -> dict[str, OptimWrapper]:
+        """All of them by name; or only the one of this name, a KeyError where there is none."""
+        return _by_name(self.optim_wrappers, name)
 
     @property
     def window_open(self) -> bool:

@@ -195,12 +195,15 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
         ValueError: the constraints form a cycle, which the message prints.
     """
     _check_known(plugins)
+    meant = _meanings(plugins)
     earlier: dict[str, list[str]] = {name: [] for name in plugins}
     for name, plugin in plugins.items():
-        earlier[name] += [other for other in _names(plugin, "after") if other in plugins]
+        for other in _names(plugin, "after"):
+            earlier[name] += [one for one in meant.get(other, ()) if one != name]
         for other in _names(plugin, "before"):
-            if other in plugins:
-                earlier[other].append(name)
+            for one in meant.get(other, ()):
+                if one != name:
+                    earlier[one].append(name)
     try:
         graphlib.TopologicalSorter(earlier).prepare()
     except graphlib.CycleError as error:
@@ -220,6 +223,18 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     for name in plugins:
         place(name)
     return list(order)
+
+
+def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
+    """What a name in ``after`` or ``before`` stands for.
+
+    The plugin of that name, and those of the class of that name that were given another one.
+    """
+    meant: dict[str, list[str]] = {}
+    for name, plugin in plugins.items():
+        for called in {name, name_of(type(plugin))}:
+            meant.setdefault(called, []).append(name)
+    return meant
 
 
 def _check_known(plugins: Mapping[str, object]) -> None:

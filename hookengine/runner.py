@@ -59,8 +59,9 @@ class Runner(Life):
             ``TrainCfg``.
         val_cfg: ``dict(loss=True)`` also reports the losses; see ``EvalCfg``.
         test_cfg: Likewise.
-        optim_wrapper: An optimizer; ``dict(optimizer=dict(type="SGD", lr=0.1))``; or a dict of
-            these by name.
+        optim_wrapper: An optimizer; ``dict(optimizer=dict(type="SGD", lr=0.1))``, with
+            ``paramwise=dict(...)`` for parameter groups; or a dict of these by the names of the
+            model's parts that they train.
         val_evaluator: A metric, or a list of them; see ``Evaluator``.
         test_evaluator: Likewise.
         loss: For a plain module: ``loss(output, target)``. A batch is then (inputs, target).
@@ -141,10 +142,10 @@ class Runner(Life):
         with self._building():
             self.plugins.configure()
             self._build_model(model)
-            self._build_optimizers(optim_wrapper)
             self.train_loop = self._build_train_loop(train_dataloader)
             self.val_loop = self._build_eval_loop("val", val_dataloader, val_evaluator)
             self.test_loop = self._build_eval_loop("test", test_dataloader, test_evaluator)
+            self._build_optimizers(optim_wrapper)
             self.hooks.resume(self)
 
     # -- construction ---------------------------------------------------------------------------
@@ -181,6 +182,7 @@ class Runner(Life):
         for wrapper in wrappers.values():
             point_at_model(wrapper, self.bare_model, self._names)
             wrapper.hooks = self.hooks
+            wrapper.window_length = 1
         self.progress.count_steps_of(wrappers)
         for wrapper in wrappers.values():
             self.hooks.setup_optimizer(self, wrapper)

@@ -10,12 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import timedelta
+from math import isfinite
 from time import perf_counter
 from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Plugin, Record, batch_size, describe_environment, dist, hookimpl, options_of
+from hookengine import (
+    EVENTS,
+    Plugin,
+    Record,
+    batch_size,
+    describe_environment,
+    dist,
+    hookimpl,
+    options_of,
+)
 from hookengine_logging.files import MetricsFile
 from hookengine_logging.meters import Meters, Stopwatch, memory
 from hookengine_logging.output import Output, make_logger
@@ -29,11 +39,18 @@ class Logging(Plugin, name="logging"):
     What ``train_step`` returns, and what ``runner.log`` is given, is kept as it is (tensors on
     their device) and averaged once per ``interval`` iterations and at the end of an epoch: the
     iterations between never synchronise the device. Only rank 0 writes.
+
+    Where the values are read, and before a state is saved, a loss that is NaN or infinite ends
+    the run with an error that names the iteration and the terms of the loss.
     """
 
     interval: int = Field(50, gt=0, description="iterations between two records of training")
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="what is shown on the console and in run.log"
+    )
+
+    nonfinite: Literal["stop", "warn"] = Field(
+        "stop", description="what a NaN or infinite loss leads to: an error, or one warning"
     )
 
     def configure(self, runner: Any) -> None:
@@ -44,6 +61,8 @@ class Logging(Plugin, name="logging"):
         self._metrics: MetricsFile | None = None
         self._by_epoch = True
         self._media_told: set[str] = set()
+        self._outputs: Mapping[str, Any] = {}
+        self._nonfinite_told = False
         self._output = Output(self._main)
         self._previous_logger = runner.logger
         runner.logger = make_logger(self._output, self.level)
@@ -62,6 +81,9 @@ class Logging(Plugin, name="logging"):
             f"run {runner.name}: files in {folder}, device {runner.device}, plugins "
             f"{', '.join(runner.plugins)}{blocked}"
         )
+        for event, names in runner.plugins.replacements().items():
+            value = EVENTS[event].kind.argument
+            runner.logger.info(f"{value}: replaced by {', then '.join(names)} ({event})")
 
     def unconfigure(self, runner: Any) -> None:
         """Close the files and give the logger back."""
@@ -103,6 +125,7 @@ class Logging(Plugin, name="logging"):
         clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
             self._meters.add(outputs)
+            self._outputs = outputs
         progress = runner.progress
         count = progress.batch if self._by_epoch else progress.iter
         if count % self.interval == 0 or (progress.is_last and self._by_epoch):
@@ -129,12 +152,19 @@ class Logging(Plugin, name="logging"):
             notes = "; ".join(getattr(error, "__notes__", ()))
             details = f" ({notes})" if notes else ""
             runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
-        self._write_training(runner)
+        if self._stopwatch.iterations:
+            self._write_interval(runner)
 
     def _write_training(self, runner: Any) -> None:
-        clock, progress = self._stopwatch, runner.progress
-        if clock.iterations == 0:
+        if self._stopwatch.iterations == 0:
             return
+        problem = self._nonfinite_loss(runner.progress)
+        self._write_interval(runner)
+        if problem is not None:
+            self._report_nonfinite(runner, problem)
+
+    def _write_interval(self, runner: Any) -> None:
+        clock, progress = self._stopwatch, runner.progress
         values, media = self._meters.reduce("train")
         scalars = _learning_rates(runner.optim_wrapper)
         scalars["time"] = clock.seconds / clock.iterations
@@ -147,6 +177,43 @@ class Logging(Plugin, name="logging"):
         clock.start_interval()
         own = {name: value for name, value in scalars.items() if name not in values}
         self._write(runner, "train", {**values, **own}, media)
+
+    def _nonfinite_loss(self, progress: Any) -> str | None:
+        """Since when, and which terms of the loss are not finite; None where all are."""
+        names = [name for name in self._outputs if "loss" in name]
+        found = self._meters.first_nonfinite(names)
+        if found is None or self._nonfinite_told:
+            return None
+        place, count = found
+        ago = count - 1 - place
+        epoch = progress.current_epoch - (ago >= progress.batch > 0)
+        values = self._meters.at(place, names)
+        bad = [f"{name} {value}" for name, value in values.items() if not isfinite(value)]
+        good = [f"{name} {value:.4g}" for name, value in values.items() if isfinite(value)]
+        beside = f" ({', '.join(good)})" if good else ""
+        return (
+            f"the loss is not finite in iteration {progress.iter - ago}, epoch {epoch}: "
+            f"{', '.join(bad)}{beside}"
+        )
+
+    def _report_nonfinite(self, runner: Any, problem: str) -> None:
+        self._nonfinite_told = True
+        if self.nonfinite == "warn":
+            runner.logger.warning(problem)
+            return
+        raise FloatingPointError(
+            f"{problem}. The steps since then have spoilt the weights. Look at that batch, lower "
+            "the learning rate or clip the gradients; dict(type='logging', nonfinite='warn') goes "
+            "on all the same"
+        )
+
+    @hookimpl(tryfirst=True)
+    def before_save_checkpoint(self, runner: Any) -> None:
+        """Look at the losses that were not read yet, before their weights are saved."""
+        if self._stopwatch.iterations:
+            problem = self._nonfinite_loss(runner.progress)
+            if problem is not None:
+                self._report_nonfinite(runner, problem)
 
     def before_val(self, runner: Any) -> None:
         """What was trained before a validation stands before it in the history."""

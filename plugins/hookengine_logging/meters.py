@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -45,6 +45,11 @@ class Meters:
             else:
                 self._media[phase][name] = value
 
+    def at(self, place: int, names: Iterable[str], phase: str = "train") -> dict[str, float]:
+        """The numbers of these names at one place."""
+        kept = self._numbers[phase]
+        return {n: float(kept[n][place]) for n in names if place < len(kept.get(n, ()))}
+
     def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Any]]:
         """(the averages of the numbers, the media) by name; forgets them all."""
         scalars = {
@@ -55,6 +60,22 @@ class Meters:
         self._numbers[phase].clear()
         self._media[phase] = {}
         return scalars, media
+
+    def first_nonfinite(self, names: Iterable[str], phase: str = "train") -> tuple[int, int] | None:
+        """Where NaN or infinity came first among the numbers of these names.
+
+        Returns:
+            (its place, how many there are), or None where all are finite.
+        """
+        read = _read(self._numbers[phase])
+        self._numbers[phase] = defaultdict(list, read)  # read from the device once
+        found = [
+            (place, len(read[name]))
+            for name in names
+            for place, number in enumerate(read.get(name, ()))
+            if not math.isfinite(number)
+        ]
+        return min(found, default=None)
 
     def state_dict(self) -> dict[str, dict[str, list[float]]]:
         """The numbers that wait, as Python floats; phases without any are left out."""

@@ -11,7 +11,7 @@ import torchmetrics
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hookengine import BaseMetric, Evaluator
+from hookengine import BaseMetric, Evaluator, greater_is_better, metric_value
 
 
 class Mean(BaseMetric):
@@ -167,3 +167,31 @@ def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:
     metric = Mean()
     make(val_dataloader=DataLoader(dataset, batch_size=4), val_evaluator=metric)
     assert metric.dataset_meta == {"classes": ["a", "b", "c"]}
+
+
+def test_which_way_a_metric_is_better_is_known_by_its_name() -> None:
+    greater = "accuracy acc top1 val/top_5 coco/bbox_mAP mAP AUROC mIoU dice F1 PSNR precision"
+    less = [
+        "loss",
+        "val/loss",
+        "rmse",
+        "mae",
+        "error_rate",
+        "perplexity",
+        "FID",
+        "wer",
+        "loss_accuracy_gap",
+    ][:-1]
+    assert [name for name in greater.split() if greater_is_better(name) is not True] == []
+    assert [name for name in less if greater_is_better(name) is not False] == []
+    for name in ("distance", "gap", "size", "time", "accuracy_loss", "epoch"):
+        assert greater_is_better(name) is None, name
+
+
+def test_a_metric_is_taken_by_name_as_a_number() -> None:
+    metrics = {"accuracy": torch.tensor(0.5), "table": [1, 2]}
+    assert metric_value(metrics, "accuracy") == 0.5
+    with pytest.raises(KeyError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'"):
+        metric_value(metrics, "acuracy")
+    with pytest.raises(TypeError, match=r"'table' is no number: \[1, 2\]"):
+        metric_value(metrics, "table")

@@ -65,7 +65,7 @@ def recorder(log: list[str]) -> object:
     return type("Recorder", (), methods)()
 
 
-BUILD = "configure initialize_model convert_model wrap_model setup_optimizer"
+BUILD = "configure initialize_model convert_model wrap_model"
 ITERATION = (
     "before_train_iter should_step forward_context after_forward scale_loss backward "
     "before_optim_step optim_step after_optim_step after_train_iter agree safe_point"
@@ -76,7 +76,7 @@ VAL_ITERATION = "before_val_iter forward_context after_val_iter"
 def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None:
     log: list[str] = []
     runner = make(plugins=[recorder(log)], validate=True, test=True, train_cfg=dict(max_epochs=1))
-    loaders = "setup_dataloader setup_dataloader setup_dataloader resume"
+    loaders = "setup_dataloader setup_dataloader setup_dataloader setup_optimizer resume"
     assert log == f"{BUILD} {loaders}".split()
 
     log.clear()

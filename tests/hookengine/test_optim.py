@@ -264,6 +264,11 @@ def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: 
         both.optim_context(layer)
     with pytest.raises(KeyError, match="unknown optimizer 'b'"):
         both["b"]
+    assert both.by_name("a") == both.by_name() == {"a": both["a"]}
+    with pytest.raises(KeyError, match="unknown optimizer 'b'"):
+        both.by_name("b")
+    with pytest.raises(KeyError, match="unknown optimizer 'b'"):
+        both["a"].by_name("b")
     with pytest.raises(TypeError, match="expected an OptimWrapper for 'a'"):
         OptimWrapperDict(a=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one"):

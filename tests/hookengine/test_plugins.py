@@ -169,5 +169,17 @@ def test_the_class_keyword_and_the_class_variables_are_no_options() -> None:
         before = "logging"  # type: ignore[assignment]
 
     assert options_of(Ordered()) == {}
-    plugins = {"ordered": Ordered(), "logging": Noise(), "noise": Noise()}
+    plugins = {"ordered": Ordered(), "logging": object(), "noise": Noise()}
     assert resolve_order(plugins) == ["noise", "ordered", "logging"]
+
+
+def test_a_place_relative_to_a_plugin_holds_for_each_of_its_class() -> None:
+    class Late(Plugin, name="late"):
+        after: ClassVar[tuple[str, ...]] = ("noise",)
+
+    class Early(Plugin, name="early"):
+        before: ClassVar[tuple[str, ...]] = ("noise",)
+
+    second = Noise(plugin_name="second")
+    plugins = {"late": Late(), "noise": Noise(), "second": second, "early": Early()}
+    assert resolve_order(plugins) == ["early", "noise", "second", "late"]

@@ -418,7 +418,7 @@ def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
     for options, answer in [
         (dict(type="AmpOptimWrapper"), "'AmpOptimWrapper' is MMEngine's. Here: plugins=['amp']"),
         (dict(accumulative_counts=4), "dict(type='accumulate', steps=...)"),
-        (dict(clip_grad=dict(max_norm=1)), "dict(type='clip', ...)"),
+        (dict(clip_grad=dict(max_norm=1)), "dict(type='clip', max_norm=1.0)"),
     ]:
         with pytest.raises((TypeError, ValueError), match=re.escape(answer)):
             make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), **options))

@@ -150,7 +150,11 @@ def test_the_run_is_introduced(make: Any, capsys: Any, monkeypatch: Any) -> None
     assert run["name"] == "mine"
     assert torch.__version__.startswith(run["environment"]["packages"]["torch"])
     plugins = {plugin["name"]: plugin for plugin in run["plugins"]}
-    assert plugins["logging"]["options"] == {"interval": 2, "level": "INFO"}
+    assert plugins["logging"]["options"] == {
+        "interval": 2,
+        "level": "INFO",
+        "nonfinite": "stop",
+    }
     assert plugins["logging"]["source"].startswith("hookengine ")
     assert run["hooks"]["after_train_iter"] == ["losses", "logging"]
     assert (run["model"], run["parameters"]) == ("Toy", 15)
@@ -391,3 +395,96 @@ def test_several_optimizers_have_a_rate_each(make: Any) -> None:
     runner.train()
     assert (lines(runner)[0]["x/lr"], lines(runner)[0]["y/lr"]) == (0.1, 0.2)
     assert "loss" not in lines(runner)[0]
+
+
+def spoilt(toy: Any, at: dict[int, dict[str, float]]) -> Any:
+    """A toy with two terms of a loss, which some iterations replace."""
+
+    class Spoilt(toy):  # type: ignore[misc]
+        seen = 0
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            self.seen += 1
+            outputs = super().train_step(data, optim_wrapper)
+            terms = {"loss": outputs["loss"], "loss_box": torch.tensor(0.25), "size": torch.inf}
+            changed = at.get(self.seen, {}).items()
+            return {**terms, **{name: torch.tensor(value) for name, value in changed}}
+
+    return Spoilt()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_interval(
+    make: Any, toy: Any, value: float
+) -> None:
+    model = spoilt(toy, {7: {"loss": value}, 8: {"loss": value, "loss_box": value}})
+    runner = logging(make, model=model, interval=5, train_cfg=dict(max_epochs=4))
+    with pytest.raises(FloatingPointError) as error:
+        runner.train()
+    assert runner.progress.iter == 10
+    assert str(error.value).startswith(
+        f"the loss is not finite in iteration 7, epoch 2: loss {value} (loss_box 0.25). "
+    )
+    assert "nonfinite='warn'" in str(error.value)
+    assert "plugin 'logging'" in error.value.__notes__[0]
+    assert [record["iter"] for record in lines(runner)] == [5, 10], "the interval is written"
+    assert "the loss is not finite in iteration 7" in (runner.run_dir / "run.log").read_text()
+
+
+def test_the_epoch_of_a_loss_is_told_where_an_interval_spans_two(make: Any, toy: Any) -> None:
+    model = spoilt(toy, {4: {"loss_box": float("nan")}})
+    runner = logging(make, model=model, interval=7, train_cfg=dict(max_iters=20))
+    with pytest.raises(FloatingPointError, match=r"iteration 4, epoch 1: loss_box nan \(loss "):
+        runner.train()
+    assert runner.progress.iter == 7
+
+
+def test_a_state_with_spoilt_weights_is_not_handed_out(make: Any, toy: Any) -> None:
+    states = []
+
+    class Saves(Plugin):
+        def safe_point(self, runner: Any) -> None:
+            states.append((runner.progress.iter, runner.state_dict()))
+
+    model = spoilt(toy, {3: {"loss": float("nan")}})
+    runner = logging(make, model=model, interval=50, plugins=[Saves()])
+    with pytest.raises(FloatingPointError, match="iteration 3, epoch 1"):
+        runner.train()
+    assert [iteration for iteration, _ in states] == [1, 2]
+
+
+def test_who_chooses_to_goes_on_after_one_warning(make: Any, toy: Any) -> None:
+    model = spoilt(toy, {3: {"loss": float("nan")}, 8: {"loss": float("nan")}})
+    options = dict(type="logging", interval=2, nonfinite="warn")
+    runner = make(model=model, defaults=LOGGING, plugins=[options])
+    runner.train()
+    assert runner.progress.iter == 10
+    text = (runner.run_dir / "run.log").read_text()
+    assert text.count("the loss is not finite in iteration 3") == 1
+    assert "iteration 8" not in text
+    runner.state_dict()
+
+
+def test_who_replaces_the_same_value_is_named_in_order(make: Any) -> None:
+    class Auxiliary(Plugin):
+        def after_forward(self, losses: Any) -> Any:
+            return {**losses, "loss_aux": losses["loss"] * 0}
+
+    class Halved(Plugin):
+        def after_forward(self, losses: Any) -> Any:
+            if not losses:
+                return None
+            return {name: value / 2 for name, value in losses.items()}
+
+    class Looks(Plugin):
+        def after_forward(self, losses: Any) -> Any:
+            if losses:
+                return
+            return None
+
+    runner = logging(make, plugins=[Halved(), Looks(), Auxiliary()])
+    assert runner.plugins.replacements() == {"after_forward": ["halved", "auxiliary"]}
+    runner.train()
+    text = (runner.run_dir / "run.log").read_text()
+    assert "losses: replaced by halved, then auxiliary (after_forward)" in text
+    assert "loss_aux" in lines(runner)[0]

@@ -1,0 +1,93 @@
+"""Gradient clipping, by norm or by value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+
+from hookengine import OptimWrapper, Plugin, hookimpl
+
+__all__ = ["Clip"]
+
+
+class Clip(Plugin, name="clip"):
+    """Clip the gradients of each optimizer, just before its step (arXiv:1211.5063).
+
+    It comes after everything else that edits gradients: the loss scale is divided out by then,
+    accumulated gradients are averaged. The norm before clipping, of steps that are really taken,
+    is logged as ``grad_norm`` (``NAME/grad_norm`` where there are several optimizers) without
+    synchronising the device.
+    """
+
+    after = ("amp", "accumulate")
+
+    max_norm: float | None = Field(
+        None, gt=0, description="of all gradients of an optimizer together; inf only measures"
+    )
+    norm_type: float = Field(2.0, gt=0, description="the p of the norm; inf for the largest value")
+    clip_value: float | None = Field(None, gt=0, description="of each element, instead")
+    error_if_nonfinite: bool = Field(
+        False, description="an error instead of a step with NaN or infinite gradients; synchronises"
+    )
+    optimizer: str | None = Field(None, description="only this one of several optimizers")
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not go together."""
+        if (self.max_norm is None) == (self.clip_value is None):
+            raise TypeError(
+                "clip takes max_norm (clip by norm) or clip_value (clip by value), one of the two; "
+                f"got max_norm={self.max_norm}, clip_value={self.clip_value}"
+            )
+        if self.error_if_nonfinite and self.max_norm is None:
+            raise TypeError("clip: error_if_nonfinite needs a norm: give max_norm, inf if need be")
+
+    def configure(self) -> None:
+        """Know no optimizer yet."""
+        self._labels: dict[str, str] = {}
+        self._norms: dict[str, Tensor] = {}
+
+    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """Note whether this optimizer's gradients are clipped, and the name of their norm."""
+        if optim_wrapper.name in runner.optim_wrapper.by_name(self.optimizer):
+            several = len(runner.optim_wrapper.by_name()) > 1
+            label = f"{optim_wrapper.name}/grad_norm" if several else "grad_norm"
+            self._labels[optim_wrapper.name] = label
+
+    @hookimpl(trylast=True)  # what others add to the gradients is clipped too
+    def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
+        """Clip."""
+        name = optim_wrapper.name
+        if name not in self._labels:
+            return
+        if self.max_norm is None:
+            assert self.clip_value is not None
+            clip_grad_value_(optim_wrapper.parameters(), self.clip_value)
+        elif self.max_norm == math.inf:
+            grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]
+            self._norms[name] = get_total_norm(grads, self.norm_type)
+        else:
+            parameters = [*optim_wrapper.parameters()]
+            self._norms[name] = clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+
+    def after_optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """Log the norm."""
+        norm = self._norms.get(optim_wrapper.name)
+        if norm is not None:
+            runner.log({self._labels[optim_wrapper.name]: norm})
+
+    @hookimpl(trylast=True)  # a plugin that skips such a step by itself has answered before
+    def optim_step(self, optim_wrapper: OptimWrapper) -> None:
+        """Refuse to step with gradients that are not finite, where that was asked for."""
+        if self.error_if_nonfinite and optim_wrapper.name in self._labels:
+            norm = self._norms[optim_wrapper.name]
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"the norm of the gradients of {optim_wrapper.name!r} is {norm.item()}: a loss "
+                    "or a gradient is not finite. The step was not taken, so the weights are those "
+                    "of the last good one (error_if_nonfinite=False goes on)"
+                )

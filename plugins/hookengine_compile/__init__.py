@@ -1,0 +1,109 @@
+"""``torch.compile`` for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from hookengine import BaseModel, Plugin
+
+__all__ = ["Compile"]
+
+
+class Compile(Plugin, name="compile"):
+    """Compile the model's forward pass with ``torch.compile``, in place.
+
+    The names of parameters, checkpoints and copies are those of the model as it is. Where the
+    compiler does not work on this machine (no C++ compiler, no Triton), the run goes on without
+    it, after one warning.
+    """
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        Field("default", description="see torch.compile")
+    )
+    backend: str | Any = Field("inductor", description="see torch.compiler.list_backends()")
+    fullgraph: bool = Field(False, description="an error instead of a break in the graph")
+    dynamic: bool | None = Field(None, description="whether shapes may change; None finds out")
+    options: dict[str, Any] | None = Field(None, description="of the backend, instead of a mode")
+    modules: Sequence[str] = Field(
+        (), description="parts of the model to compile instead of the whole, by name"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what torch.compile would refuse."""
+        if self.options and self.mode != "default":
+            raise TypeError("compile takes a mode or options of the backend, one of the two")
+        if isinstance(self.backend, str):
+            known = torch.compiler.list_backends(exclude_tags=())
+            if self.backend not in known:
+                raise TypeError(
+                    f"compile: unknown backend {self.backend!r}; known: {', '.join(sorted(known))}"
+                )
+
+    def configure(self) -> None:
+        """Not tried yet."""
+        self._works: bool | None = None
+
+    def wrap_model(self, runner: Any, model: nn.Module) -> None:
+        """Compile the model, or its parts, where they are."""
+        parts = [_part(model, name) for name in self.modules] or [model]
+        if self._works is None:
+            self._works = self._try(runner)
+        if not self._works:
+            return
+        own_step = isinstance(model, BaseModel) and type(model).train_step != BaseModel.train_step
+        if own_step and not self.modules:
+            runner.logger.warning(
+                f"compile: {type(model).__name__} has a train_step of its own. Only what it calls "
+                "as self(...) is compiled; for parts that it calls by themselves give "
+                "modules=('generator', ...)"
+            )
+        for part in parts:
+            part.compile(**self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "backend": self.backend,
+            "fullgraph": self.fullgraph,
+            "dynamic": self.dynamic,
+        }
+        if self.options:
+            return {**arguments, "options": self.options}
+        return {**arguments, "mode": self.mode} if self.mode != "default" else arguments
+
+    def _try(self, runner: Any) -> bool:
+        """Compile something small, forward and backward: whether there is a compiler that works."""
+        try:
+            function = torch.compile(_something_small, **self._arguments())
+            sample = torch.ones(2, device=runner.device, requires_grad=True)
+            function(sample).backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            reason = " ".join(str(error).strip().splitlines()[:2])  # torch's first says which
+            runner.logger.warning(
+                f"compile: the model is not compiled, since torch.compile with backend "
+                f"{self.backend!r} does not work here ({type(error).__name__}: {reason}). Install "
+                "a C++ compiler (on GPUs also Triton), or leave compile out; the run goes on "
+                "without it"
+            )
+            return False
+        return True
+
+
+def _something_small(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).sum()
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    """The part of that name, also within what was put around the model."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        try:
+            return inner.get_submodule(name)
+        except AttributeError:
+            model, inner = inner, getattr(inner, "module", None)
+    known = ", ".join(child for child, _ in model.named_children())
+    raise KeyError(f"compile: the model has no part {name!r}; it has {known}")

@@ -1,0 +1,146 @@
+"""A scheduler from what the user wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.optim.lr_scheduler as torch_schedulers
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
+
+from hookengine import did_you_mean, greater_is_better
+
+# What these schedulers cannot do without, and what follows from the length of the run.
+TOTALS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
+
+
+def build_scheduler(
+    cfg: Any,
+    optimizer: Optimizer,
+    milestones: Sequence[int],
+    total: int | None,
+    metric: str | None,
+) -> LRScheduler:
+    """Build a scheduler, or several in sequence.
+
+    Args:
+        cfg: A name, ``dict(type=NAME or class, ...)``, a scheduler, a function of the optimizer,
+            or a list of these.
+        optimizer: What it is for.
+        milestones: For a list, when each but the first begins.
+        total: How often it will move on, if known.
+        metric: What ReduceLROnPlateau looks at.
+
+    Raises:
+        KeyError: an unknown name. TypeError, ValueError: what does not fit; the message says why.
+    """
+    if not isinstance(cfg, (list, tuple)):
+        if milestones:
+            raise TypeError(
+                "schedule: milestones are for a list of schedulers; those of MultiStepLR belong in "
+                "its dict, scheduler=dict(type='MultiStepLR', milestones=[...])"
+            )
+        return _build_one(cfg, optimizer, total, metric)
+    ends = [*milestones]
+    if len(ends) != len(cfg) - 1 or ends != sorted(set(ends)) or (ends and ends[0] < 1):
+        raise ValueError(
+            f"schedule: {len(cfg)} schedulers in sequence need {len(cfg) - 1} milestones that "
+            f"grow, got {ends}"
+        )
+    lengths = [b - a for a, b in zip([0, *ends], [*ends, None], strict=True) if b is not None]
+    last = None if total is None else total - (ends[-1] if ends else 0)
+    if last is not None and last < 1:
+        raise ValueError(
+            f"schedule: the last milestone, {ends[-1]}, lies at or beyond the end of the run, "
+            f"{total}"
+        )
+    built = [
+        _build_one(one, optimizer, length, None)
+        for one, length in zip(cfg, [*lengths, last], strict=True)
+    ]
+    return SequentialLR(optimizer, built, ends)
+
+
+def _build_one(
+    cfg: Any, optimizer: Optimizer, total: int | None, metric: str | None
+) -> LRScheduler:
+    if isinstance(cfg, LRScheduler):
+        if cfg.optimizer is not optimizer:
+            raise ValueError(
+                f"schedule: the {type(cfg).__name__} belongs to another optimizer; pass a dict"
+            )
+        return cfg
+    if isinstance(cfg, str):
+        cfg = {"type": cfg}
+    if isinstance(cfg, Mapping):
+        return _from_dict(cfg, optimizer, total, metric)
+    if not callable(cfg):
+        raise TypeError(
+            "schedule: scheduler takes a name of torch.optim.lr_scheduler, dict(type=..., ...), a "
+            f"scheduler, a function of the optimizer, or a list of these; got {cfg!r}"
+        )
+    scheduler = cfg(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"schedule: {cfg!r} must return a scheduler of torch, got {scheduler!r}")
+    return scheduler
+
+
+def _from_dict(
+    cfg: Mapping[str, Any], optimizer: Optimizer, total: int | None, metric: str | None
+) -> LRScheduler:
+    arguments = dict(cfg)
+    if "type" not in arguments:
+        raise KeyError(f"schedule: a scheduler needs a 'type', a name or a class; got {cfg!r}")
+    kind = arguments.pop("type")
+    factory = _named(kind) if isinstance(kind, str) else kind
+    name = getattr(factory, "__name__", "")
+    if "by_epoch" in arguments and "by_epoch" not in inspect.signature(factory).parameters:
+        raise TypeError(
+            "schedule: by_epoch is an option of the plugin, beside scheduler=, not of the scheduler"
+        )
+    length = TOTALS.get(name)
+    if length is not None and length not in arguments and "steps_per_epoch" not in arguments:
+        if total is None:
+            raise ValueError(
+                f"schedule: {name} needs {length}, since the length of the run is not known (the "
+                "dataloader does not tell)"
+            )
+        arguments[length] = total
+    if isinstance(factory, type) and issubclass(factory, ReduceLROnPlateau):
+        _choose_mode(arguments, metric)
+    try:
+        scheduler = factory(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"while building the scheduler {name} with {arguments!r}")
+        raise
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"schedule: {kind!r} is no scheduler of torch, got {scheduler!r}")
+    return scheduler
+
+
+def _named(name: str) -> Any:
+    known = {
+        key: cls
+        for key, cls in vars(torch_schedulers).items()
+        if isinstance(cls, type) and issubclass(cls, LRScheduler) and not key.startswith("_")
+    }
+    del known["LRScheduler"]
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise KeyError(f"unknown scheduler {name!r}.{hint} Known: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _choose_mode(arguments: dict[str, Any], metric: str | None) -> None:
+    """Fill in whether ReduceLROnPlateau waits for more or for less of the metric."""
+    if "mode" in arguments or metric is None:
+        return
+    greater = greater_is_better(metric)
+    if greater is None:
+        raise ValueError(
+            f"schedule: is more or less of {metric!r} better? Say mode='max' or mode='min' in the "
+            "dict of ReduceLROnPlateau"
+        )
+    arguments["mode"] = "max" if greater else "min"

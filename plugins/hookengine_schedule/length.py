@@ -1,0 +1,31 @@
+"""How long a run will be, in optimizer steps and in epochs."""
+
+from __future__ import annotations
+
+import math
+
+from hookengine import Progress
+
+
+def total_steps(progress: Progress, window_length: int) -> int | None:
+    """Optimizer steps of the whole run, or None where its length is not known.
+
+    A window of accumulated gradients ends with the epoch, so each epoch rounds up.
+    """
+    if progress.max_iters is None:
+        return None
+    if progress.epoch_length is None:
+        return math.ceil(progress.max_iters / window_length)
+    epochs, rest = divmod(progress.max_iters, progress.epoch_length)
+    return epochs * math.ceil(progress.epoch_length / window_length) + math.ceil(
+        rest / window_length
+    )
+
+
+def total_epochs(progress: Progress) -> int | None:
+    """Epochs of the whole run, the last one counted where it is begun; None where not known."""
+    if progress.max_epochs is not None:
+        return progress.max_epochs
+    if progress.max_iters is None or progress.epoch_length is None:
+        return None
+    return math.ceil(progress.max_iters / progress.epoch_length)

@@ -1,0 +1,462 @@
+"""Accumulated gradients are those of the one big batch."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hookengine_accumulate import Accumulate
+from hookengine_amp import Amp
+from hookengine_clip import Clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hookengine import BaseModel, Plugin, Runner
+
+IGNORED = -100
+
+
+class Tagger(BaseModel):
+    """Tags each token of a sentence; the loss is a mean over the valid tokens."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "loss", **_: Any) -> Any:
+        scores = self.net(inputs)
+        return {"loss": F.cross_entropy(scores.flatten(0, 1), labels.flatten())}
+
+
+def sentences(sizes: list[int], valid: list[int] | None = None, seed: int = 0) -> list[Any]:
+    """Batches of that many sentences of four tokens, the first ``valid`` of all of them valid."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for index, size in enumerate(sizes):
+        inputs = torch.randn(size, 4, 5, generator=generator, dtype=torch.float64)
+        labels = torch.randint(3, (size, 4), generator=generator)
+        if valid is not None:
+            labels.view(-1)[valid[index] :] = IGNORED
+        mask = labels != IGNORED
+        batches.append(
+            dict(
+                inputs=inputs, labels=labels, mask=mask, lengths=mask.sum(1), count=int(mask.sum())
+            )
+        )
+    return batches
+
+
+class Gradients(Plugin):
+    """Keeps the gradients of each step."""
+
+    def before_train(self) -> None:
+        self.steps: list[list[Tensor]] = []
+
+    def before_optim_step(self, optim_wrapper: Any) -> None:
+        self.steps.append([p.grad.clone() for p in optim_wrapper.parameters()])
+
+
+def accumulated(
+    batches: Any, accumulate: Accumulate, plugins: Any = (), **options: Any
+) -> list[list[Tensor]]:
+    """The gradients of each step, at weights that do not move."""
+    gradients = Gradients()
+    model = options.pop("model", None) or Tagger()
+    options.setdefault("train_cfg", dict(max_epochs=1))
+    with Runner(
+        model,
+        "unused",
+        train_dataloader=batches,
+        optim_wrapper=torch.optim.SGD(model.parameters(), lr=0.0),
+        plugins=[accumulate, *plugins, gradients],
+        defaults=("preprocess",),
+        **options,
+    ) as runner:
+        runner.train()
+    return gradients.steps
+
+
+def big_batch(batches: list[Any]) -> list[Tensor]:
+    """The gradients of all batches as one."""
+    model = Tagger()
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}
+    model(**whole)["loss"].backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(actual, expected, strict=True):
+        scale = theirs.abs().max().clamp(min=1e-300)
+        assert ((mine - theirs).abs().max() / scale).item() < 1e-10
+
+
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=9)
+
+
+@given(sizes=SIZES, steps=st.integers(1, 5), known=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_samples(sizes: list[int], steps: int, known: bool) -> None:
+    batches = sentences(sizes)
+    loader = batches if known else Unsized(batches)
+    taken = accumulated(loader, Accumulate(steps=steps))
+    windows = [batches[start : start + steps] for start in range(0, len(batches), steps)]
+    assert len(taken) == len(windows) == math.ceil(len(sizes) / steps)
+    for mine, window in zip(taken, windows, strict=True):
+        assert_same(mine, big_batch(window))
+
+
+COUNTS: dict[str, Callable[[], Accumulate]] = {
+    "mask": lambda: Accumulate(steps=3, weight="token", tokens="mask"),
+    "lengths": lambda: Accumulate(steps=3, weight="token", tokens="lengths"),
+    "number": lambda: Accumulate(steps=3, weight="token", tokens="count"),
+    "labels": lambda: Accumulate(steps=3, weight="token", tokens="labels", ignore_index=IGNORED),
+    "function": lambda: Accumulate(
+        steps=3, weight="token", tokens=lambda batch: (batch["labels"] != IGNORED).sum()
+    ),
+}
+
+
+@given(counts=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 16)), min_size=1, max_size=7))
+@settings(max_examples=40, deadline=None)
+def test_tokens(counts: list[tuple[int, int]]) -> None:
+    batches = sentences([size for size, _ in counts], [min(n, 4 * size) for size, n in counts])
+    for accumulate in COUNTS.values():
+        taken = accumulated(batches, accumulate())
+        for start, mine in zip(range(0, len(batches), 3), taken, strict=True):
+            assert_same(mine, big_batch(batches[start : start + 3]))
+
+
+def test_a_window_without_any_valid_token_gives_no_gradient() -> None:
+    taken = accumulated(sentences([2, 2], [0, 0]), COUNTS["mask"]())
+    assert all(bool((gradient == 0).all()) for gradient in taken[0])
+
+
+def test_batches_count_alike_where_that_is_asked_for() -> None:
+    batches = sentences([4, 1, 2])
+    taken = accumulated(batches, Accumulate(steps=2, weight="batch"))
+    first, second, third = (big_batch([batch]) for batch in batches)
+    assert_same(taken[0], [(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert_same(taken[1], third)
+
+
+def test_with_clipping_it_is_the_clipped_gradient_of_the_big_batch() -> None:
+    batches = sentences([3, 1, 2])
+    (mine,) = accumulated(batches, Accumulate(steps=3), [AfterClip(), Clip(max_norm=0.01)])
+    assert_same(mine, big_batch(batches))
+    expected = big_batch(batches)
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in expected]))
+    assert_same(AfterClip.seen, [gradient * 0.01 / (norm + 1e-6) for gradient in expected])
+
+
+class AfterClip(Plugin):
+    """Sees what the optimizer gets."""
+
+    seen = []  # noqa: RUF012
+
+    def optim_step(self, optim_wrapper: Any) -> None:
+        type(self).seen = [p.grad.clone() for p in optim_wrapper.parameters()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_with_amp_it_is_the_gradient_of_the_big_batch(dtype: str) -> None:
+    # A linear layer alone: autocast rounds its input and weight the same way in any batch.
+    batches = sentences([3, 1, 2, 2, 1])
+    taken = accumulated(batches, Accumulate(steps=3), [Amp(dtype=dtype, init_scale=2.0**8)])
+    for mine, window in zip(taken, (batches[:3], batches[3:]), strict=True):
+        for a, b in zip(mine, big_batch(window), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
+
+
+class Exact(Amp, name="amp"):
+    """The loss scale of amp in float64: what remains of mixed precision that can be exact."""
+
+    def forward_context(self) -> None:
+        return None
+
+
+def test_with_a_loss_scale_it_is_exact() -> None:
+    batches = sentences([3, 1, 2, 2, 1])
+    taken = accumulated(batches, Accumulate(steps=3), [Exact(dtype="float16", init_scale=2.0**8)])
+    for mine, window in zip(taken, (batches[:3], batches[3:]), strict=True):
+        assert_same(mine, big_batch(window))
+
+
+class Unsized:
+    """Batches without a length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def test_nothing_is_looked_ahead_in_the_dataloader() -> None:
+    fetched, steps = [], []
+
+    class Counting(Unsized):
+        def __iter__(self) -> Any:
+            for index, batch in enumerate(self.batches):
+                fetched.append(index)
+                yield batch
+
+    class Steps(Plugin):
+        def after_train_iter(self, runner: Any) -> None:
+            steps.append((len(fetched), runner.progress.iter, runner.progress.step))
+
+    accumulated(Counting(sentences([2, 1, 2, 1, 2])), Accumulate(steps=2), [Steps()])
+    assert steps == [(1, 1, 0), (2, 2, 1), (3, 3, 1), (4, 4, 2), (5, 5, 2)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_windows_end_with_the_epoch_and_with_the_run(known: bool) -> None:
+    batches = sentences([1, 2, 3, 1, 2])
+    loader = batches if known else Unsized(batches)
+    taken = accumulated(loader, Accumulate(steps=3), train_cfg=dict(max_iters=9))
+    windows = [batches[:3], batches[3:], batches[:3], batches[3:4]]
+    for mine, window in zip(taken, windows, strict=True):
+        assert_same(mine, big_batch(window))
+
+
+def test_a_stop_and_a_save_wait_for_the_end_of_the_window() -> None:
+    points, stopped = [], []
+
+    class Stops(Plugin):
+        def after_train_iter(self, runner: Any) -> None:
+            if runner.progress.iter == 4:
+                runner.stop("enough")
+
+        def safe_point(self, runner: Any) -> None:
+            points.append(runner.progress.iter)
+
+        def after_train(self, runner: Any) -> None:
+            stopped.append((runner.progress.iter, runner.progress.stopped))
+
+    taken = accumulated(sentences([1] * 9), Accumulate(steps=3), [Stops()])
+    assert stopped == [(6, "enough")]
+    assert points == [3, 6]
+    assert len(taken) == 2
+
+
+def test_a_window_that_an_error_left_open_is_forgotten(make: Any) -> None:
+    class Breaks(Plugin):
+        def after_train_iter(self, runner: Any) -> None:
+            if runner.progress.iter == 4 and not self.broken:
+                self.broken = True
+                raise LookupError("once")
+
+        broken = False
+
+    batches, gradients = sentences([1, 2, 3, 1, 2, 1]), Gradients()
+    model = Tagger()
+    runner = make(
+        model=model,
+        train_dataloader=batches,
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=torch.optim.SGD(model.parameters(), lr=0.0),
+        plugins=[Breaks(), Accumulate(steps=3), gradients],
+        defaults=("preprocess",),
+    )
+    with pytest.raises(LookupError):
+        runner.train()
+    runner.train()  # batch 4 was trained on, and its gradient is lost with the error
+    assert_same(gradients.steps[0], big_batch(batches[4:]))
+
+
+def test_several_losses_of_one_iteration_are_one_micro_batch() -> None:
+    class TwoLosses(Tagger):
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            with optim_wrapper.optim_context(self):
+                one, two = (self(**data)["loss"] for _ in range(2))
+            optim_wrapper.backward(one)
+            optim_wrapper.update_params(2 * two)
+            return {}
+
+    batches = sentences([2, 1, 3])
+    taken = accumulated(batches, Accumulate(steps=2), model=TwoLosses())
+    for mine, window in zip(taken, (batches[:2], batches[2:]), strict=True):
+        assert_same(mine, [3 * gradient for gradient in big_batch(window)])
+
+
+def test_a_step_by_hand_closes_the_window_early() -> None:
+    class Impatient(Tagger):
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            optim_wrapper.backward(self(**data)["loss"])
+            if len(data["inputs"]) == 3:
+                optim_wrapper.step()
+            return {}
+
+    batches = sentences([2, 1, 3, 3, 1, 3])
+    taken = accumulated(batches, Accumulate(steps=5), model=Impatient())
+    for mine, window in zip(taken, (batches[:3], batches[3:4], batches[4:]), strict=True):
+        assert_same(mine, big_batch(window))
+
+
+def test_each_optimizer_has_windows_of_its_own(make: Any) -> None:
+    class Pair(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Tagger(), Tagger()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            for name in ("a", "b"):
+                optim_wrapper[name].update_params(getattr(self, name)(**data)["loss"])
+            return {}
+
+    runner = make(
+        model=Pair(),
+        train_dataloader=sentences([1, 2, 3, 1, 2]),
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper={name: dict(optimizer=dict(type="SGD", lr=0.1)) for name in ("a", "b")},
+        plugins=[
+            dict(type="accumulate", steps=2, optimizer="a"),
+            dict(type="accumulate", plugin_name="for b", steps=3, optimizer="b"),
+        ],
+        defaults=("preprocess",),
+    )
+    assert {n: w.window_length for n, w in runner.optim_wrapper.items()} == {"a": 2, "b": 3}
+    runner.train()
+    assert {n: w.steps for n, w in runner.optim_wrapper.items()} == {"a": 3, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=0), "steps=0: Input should be greater than or equal to 1"),
+        (dict(), "it needs steps="),
+        (dict(steps=2, weight="tokens"), "'sample', 'batch' or 'token'"),
+        (dict(steps=2, weight="token"), "goes together with tokens="),
+        (dict(steps=2, tokens="mask"), "goes together with tokens="),
+        (
+            dict(steps=2, weight="token", tokens=len, ignore_index=0),
+            "ignore_index needs tokens=KEY",
+        ),
+    ],
+)
+def test_bad_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Accumulate(**options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ("masc", KeyError, r"the batch has no 'masc'. Did you mean 'mask'\? It has inputs, labels"),
+        (lambda batch: "many", TypeError, "gave 'many': a number or a tensor is needed"),
+        ("labels", ValueError, "negative count.*give ignore_index=-100"),
+        (lambda batch: -1, ValueError, "negative count"),
+        (lambda batch: float("nan"), ValueError, "negative count"),
+    ],
+)
+def test_a_count_that_cannot_be_is_named(tokens: Any, error: Any, message: str) -> None:
+    accumulate = Accumulate(steps=2, weight="token", tokens=tokens)
+    with pytest.raises(error, match=message):
+        accumulated(sentences([2], [5]), accumulate)
+
+
+def test_a_tuple_takes_an_index(make: Any) -> None:
+    runner = make(plugins=[Accumulate(steps=2, weight="token", tokens=1)])
+    runner.train()
+    assert runner.progress.step == 6
+    with pytest.raises(
+        KeyError, match="tokens='mask' cannot be looked up in the batch, a list of 2"
+    ):
+        make(plugins=[Accumulate(steps=2, weight="token", tokens="mask")]).train()
+
+
+def test_two_for_one_optimizer_are_refused_and_a_second_runner_starts_anew(make: Any) -> None:
+    model = Tagger()
+    wrapper = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: Any = dict(model=model, optim_wrapper=wrapper, train_dataloader=sentences([1]))
+    with pytest.raises(ValueError, match="accumulated over 2 steps by another plugin"):
+        make(plugins=[Accumulate(steps=2), Accumulate(steps=3, plugin_name="b")], **options)
+    assert make(**options).optim_wrapper.window_length == 1
+    with pytest.raises(KeyError, match="unknown optimizer 'critic'"):
+        make(plugins=[Accumulate(steps=2, optimizer="critic")], **options)
+
+
+# -- over ranks -----------------------------------------------------------------------------------
+
+
+class Synchronise(Plugin):
+    """What a plugin for DDP does: gradients are exchanged where the window ends."""
+
+    def __post_init__(self) -> None:
+        self.reductions = 0
+
+    def wrap_model(self, model: nn.Module) -> None:
+        self.ddp = model.net = DistributedDataParallel(model.net)
+
+        def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
+            self.reductions += 1
+            tensor = bucket.buffer().div_(torch_dist.get_world_size())
+            return (
+                torch_dist.all_reduce(tensor, async_op=True)
+                .get_future()
+                .then(lambda future: future.value()[0])
+            )
+
+        self.ddp.register_comm_hook(None, count)
+
+    def forward_context(self, optim_wrapper: Any) -> None:
+        self.ddp.require_backward_grad_sync = optim_wrapper.will_step
+
+
+def on_rank(rank: int, port: int) -> None:
+    """Run by each rank; an assertion that fails there fails the test."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    everyone = [
+        sentences([3, 1, 2, 4, 1], [7, 4, 1, 16, 2], seed=1),
+        sentences([1, 1, 5, 2, 2], [3, 0, 9, 6, 8], seed=2),
+    ]
+    for accumulate in (Accumulate(steps=3), COUNTS["mask"](), COUNTS["number"]()):
+        synchronise = Synchronise()
+        taken = accumulated(everyone[rank], accumulate, [synchronise, Clip(max_norm=1e9)])
+        assert synchronise.reductions == len(taken) == 2, "one exchange per window"
+        for mine, window in zip(taken, (slice(0, 3), slice(3, 5)), strict=True):
+            batches = [batch for part in everyone for batch in part[window]]
+            if accumulate.weight == "sample":  # then each batch's mean must be over its samples
+                batches = [_all_valid(batch) for batch in batches]
+                continue
+            assert_same(mine, big_batch(batches))
+    whole = [[_all_valid(batch) for batch in part] for part in everyone]
+    for weight in ("sample", "batch"):
+        taken = accumulated(whole[rank], Accumulate(steps=3, weight=weight), [Synchronise()])
+        for mine, window in zip(taken, (slice(0, 3), slice(3, 5)), strict=True):
+            batches = [batch for part in whole for batch in part[window]]
+            if weight == "sample":
+                assert_same(mine, big_batch(batches))
+            else:
+                parts = [big_batch([batch]) for batch in batches]
+                mean = [torch.stack(each).mean(0) for each in zip(*parts, strict=True)]
+                assert_same(mine, mean)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _all_valid(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": batch["inputs"], "labels": batch["labels"].clamp(min=0)}
+
+
+def test_over_unequal_ranks_it_is_the_gradient_of_all_their_batches() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(on_rank, args=(port,), nprocs=2)

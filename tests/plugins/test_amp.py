@@ -1,0 +1,243 @@
+"""Mixed precision equals torch's recipe, to the last bit; and what it refuses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hookengine_amp import SKIPS_BEFORE_A_WARNING, Amp
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hookengine import Plugin
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "fused": lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
+}
+
+
+class Overflow(Plugin):
+    """Makes the gradients of some iterations infinite, while they are still scaled."""
+
+    at: tuple[int, ...] = (17, 18)
+
+    def before_train(self, runner: Any) -> None:
+        self.runner = runner
+
+    def backward(self, runner: Any, loss: Any) -> bool:
+        loss.backward()
+        if runner.progress.iter in self.at:
+            weight = runner.bare_model.net.weight
+            weight.grad = weight.grad * float("inf")
+        return True
+
+
+def by_hand(toy: Any, data: Any, optimizer: Any, dtype: torch.dtype, steps: int) -> Any:
+    """The recipe of torch's documentation; see torch.amp's examples."""
+    torch.manual_seed(0)
+    net = toy().net
+    optimizer = OPTIMIZERS[optimizer](net.parameters())
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**10, growth_interval=7, enabled=dtype is torch.float16
+    )
+    done = 0
+    scales = []
+    while done < steps:
+        for inputs, labels in DataLoader(data(), batch_size=4):
+            with torch.autocast("cpu", dtype):
+                loss = F.cross_entropy(net(inputs), labels)
+            scaler.scale(loss).backward()
+            if done in (17, 18) and dtype is torch.float16:
+                net.weight.grad = net.weight.grad * float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            done += 1
+    return net, optimizer, scales
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_fifty_steps_are_those_of_the_recipe(
+    make: Any, toy: Any, data: Any, optimizer: str, dtype: str
+) -> None:
+    torch.manual_seed(0)
+    model = toy()
+    logged, steps = [], []
+    plugins: list[Any] = [Amp(dtype=dtype, init_scale=2.0**10, growth_interval=7)]
+    if dtype == "float16":
+        plugins.append(Overflow())
+    runner = make(
+        model=model,
+        optim_wrapper=OPTIMIZERS[optimizer](model.parameters()),
+        plugins=plugins,
+        train_cfg=dict(max_iters=50),
+    )
+    runner.on("log")(lambda values: logged.append(values["loss_scale"].item()))
+    runner.on("after_optim_step")(lambda optim_wrapper: steps.append(optim_wrapper.steps))
+    runner.train()
+    net, by_torch, scales = by_hand(toy, data, optimizer, getattr(torch, dtype), 50)
+    assert torch.equal(runner.bare_model.net.weight, net.weight)
+    assert torch.equal(runner.bare_model.net.bias, net.bias)
+    mine = runner.optim_wrapper.optimizer.state_dict()["state"]
+    for index, state in by_torch.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(mine[index][key], value), key
+    taken = 48 if dtype == "float16" else 50
+    assert runner.progress.step == taken
+    assert steps == list(range(1, taken + 1))
+    assert logged == (scales if dtype == "float16" else [])
+    if dtype == "float16":
+        changes = [after / before for before, after in pairwise(scales)]
+        assert {*changes} == {0.5, 1.0, 2.0}, "it shrank and it grew"
+
+
+def test_every_phase_runs_under_autocast(make: Any, toy: Any) -> None:
+    seen = []
+
+    class Watching(toy):  # type: ignore[misc]
+        def forward(self, *batch: Any, mode: str) -> Any:
+            seen.append((mode, torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
+            return super().forward(*batch, mode=mode)
+
+    runner = make(model=Watching(), plugins=["amp"], validate=True, test=True)
+    runner.train()
+    runner.test()
+    assert {*seen} == {("loss", True, torch.bfloat16), ("predict", True, torch.bfloat16)}
+    assert not torch.is_autocast_enabled("cpu")
+    assert runner.bare_model.net.weight.dtype == torch.float32
+
+
+def test_whoever_reads_gradients_gets_them_unscaled_and_scales_the_loss_before(make: Any) -> None:
+    plain, scaled = make(), make(plugins=[Amp(dtype="float16", init_scale=2.0**12)])
+    norms: dict[Any, list[float]] = {plain: [], scaled: []}
+
+    def note(runner: Any, optim_wrapper: Any) -> None:
+        norms[runner] += [p.grad.float().norm().item() for p in optim_wrapper.parameters()]
+
+    for runner in (plain, scaled):
+        runner.on("before_optim_step")(note)
+        runner.on("scale_loss")(lambda loss: loss * 3)
+        runner.train()
+    assert norms[plain] == pytest.approx(norms[scaled], rel=0.05)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_step_that_another_plugin_takes_or_refuses_does_no_harm(make: Any, answer: bool) -> None:
+    class Decides(Plugin):
+        def optim_step(self, runner: Any, optim_wrapper: Any) -> bool | None:
+            if runner.progress.iter != 3:
+                return None
+            if answer:
+                optim_wrapper.optimizer.step()
+            return answer
+
+    decides = Decides()
+    runner = make(plugins=[decides, Amp(dtype="float16")])
+    runner.train()
+    assert runner.progress.step == 9 + answer
+    plain = make(plugins=[Decides()])
+    plain.train()
+    weights = runner.bare_model.net.weight, plain.bare_model.net.weight
+    torch.testing.assert_close(*weights, rtol=0.02, atol=1e-3)
+
+
+def test_a_run_that_is_cut_goes_on_with_its_scale(make: Any) -> None:
+    options: dict[str, Any] = dict(dtype="float16", init_scale=2.0**10, growth_interval=3)
+    straight = make(plugins=[Amp(**options), Overflow(at=(1, 7))])
+    straight.train()
+    first = make(plugins=[Amp(**options), Overflow(at=(1, 7))], train_cfg=dict(max_epochs=1))
+    first.train()
+    second = make(plugins=[Amp(**options), Overflow(at=(1, 7))])
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+    assert second.state_dict()["plugins"] == straight.state_dict()["plugins"]
+    assert second.progress.step == 8
+    other = make(plugins=[Amp(**{**options, "growth_interval": 50})])
+    other.load_state_dict(first.state_dict())
+    state = other.state_dict()["plugins"]["amp"]["optimizer"]
+    assert (state["growth_interval"], state["scale"]) == (50, 2.0**10), "options are this run's"
+
+
+def test_steps_that_are_all_skipped_are_told_once(make: Any, caplog: Any) -> None:
+    runner = make(
+        plugins=[Amp(dtype="float16"), Overflow(at=tuple(range(100)))],
+        train_cfg=dict(max_iters=SKIPS_BEFORE_A_WARNING + 5),
+    )
+    before = runner.bare_model.net.weight.clone()
+    runner.train()
+    assert torch.equal(runner.bare_model.net.weight, before)
+    assert runner.progress.step == 0
+    assert [r.message for r in caplog.records if "20 steps in a row were skipped" in r.message]
+
+
+def test_the_optimizer_is_left_as_it_was(make: Any, toy: Any) -> None:
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = len(optimizer._optimizer_step_post_hooks)
+    make(model=model, optim_wrapper=optimizer, plugins=[Amp(dtype="float16")]).close()
+    assert len(optimizer._optimizer_step_post_hooks) == hooks
+
+
+def test_what_cannot_be_is_refused_before_training(make: Any, toy: Any) -> None:
+    for dtype in ("float16", "bfloat16"):
+        with pytest.raises(ValueError, match=rf"amp: the device meta cannot do {dtype}: torch has"):
+            make(plugins=[Amp(dtype=dtype)], device="meta")
+    with pytest.raises(ValueError, match=r"are float16 themselves.*drop \.half\(\)"):
+        make(model=toy().half(), plugins=[Amp(dtype="float16")])
+    with pytest.raises(TypeError, match="growth_factor=1"):
+        Amp(growth_factor=1)
+    with pytest.raises(TypeError, match="dtype='fp8'"):
+        Amp(dtype="fp8")
+    with pytest.raises(KeyError, match=r"unknown optimizer 'critic'"):
+        make(plugins=[Amp(optimizer="critic")])
+
+
+def test_a_model_in_bfloat16_needs_no_scale(make: Any, toy: Any) -> None:
+    class Cast(toy):  # type: ignore[misc]
+        def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
+            return super().forward(inputs.bfloat16(), labels, mode=mode)
+
+    runner = make(model=Cast().bfloat16(), plugins=["amp"])
+    runner.train()
+    assert runner.progress.step == 10
+    assert runner.state_dict()["plugins"] == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_on_a_gpu_it_is_the_recipe_too(make: Any, toy: Any, data: Any, optimizer: str) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    torch.manual_seed(0)
+    model = toy().to(device)
+    runner = make(
+        model=model,
+        optim_wrapper=OPTIMIZERS[optimizer](model.parameters()),
+        plugins=[Amp(dtype="float16", init_scale=2.0**10, growth_interval=7), Overflow()],
+        train_cfg=dict(max_iters=50),
+    )
+    runner.train()
+    torch.manual_seed(0)
+    net: nn.Module = toy().net.to(device)
+    by_torch = OPTIMIZERS[optimizer](net.parameters())
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=7)
+    for done in range(50):
+        inputs, labels = [*DataLoader(data(), batch_size=4)][done % 5]
+        with torch.autocast(device.type, torch.float16):
+            loss = F.cross_entropy(net(inputs.to(device)), labels.to(device))
+        scaler.scale(loss).backward()
+        if done in (17, 18):
+            net.weight.grad = net.weight.grad * float("inf")
+        scaler.step(by_torch)
+        scaler.update()
+        by_torch.zero_grad()
+    assert torch.equal(runner.bare_model.net.weight, net.weight)
+    assert runner.progress.step == 48

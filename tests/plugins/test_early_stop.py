@@ -1,0 +1,101 @@
+"""A run ends when its metric gets no better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hookengine_early_stop import EarlyStop
+
+from hookengine import Plugin
+
+
+class Scripted(Plugin):
+    """Tells the validations what they have found."""
+
+    name: str = "accuracy"
+    values: tuple[float, ...] = ()
+
+    def evaluated_models(self) -> None: ...
+
+    def after_val_epoch(self, runner: Any, metrics: Any) -> None:
+        metrics[self.name] = self.values[runner.progress.epoch - 1]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "options", "epochs"),
+    [
+        ("accuracy", [1, 2, 2, 2, 3], dict(patience=2), 4),
+        ("accuracy", [1, 2, 2, 3, 3], dict(patience=2), 5),
+        ("val_loss", [3, 2, 2.1, 1.9, 2], dict(patience=1), 3),
+        ("val_loss", [3, 2, 1.95, 1.9, 1], dict(patience=2, min_delta=0.2), 4),
+        ("distance", [3, 2, 2, 2, 1], dict(patience=1, rule="less"), 3),
+        ("distance", [3, 2, 2, 2, 1], dict(patience=1, rule="greater"), 2),
+        ("accuracy", [1, 2, 3, 4, 5], dict(threshold=3), 3),
+        ("loss", [5, 4, 3, 2, 1], dict(threshold=2), 4),
+        ("accuracy", [1, NAN, 3, 4, 5], dict(), 2),
+        ("accuracy", [1, NAN, 3, NAN, NAN], dict(check_finite=False, patience=2), 5),
+        ("accuracy", [1, 2, 3, 4, 5], dict(patience=1), 5),
+    ],
+)
+def test_when_it_stops(make: Any, name: str, values: Any, options: Any, epochs: int) -> None:
+    scripted = Scripted(name=name, values=values)
+    stop = EarlyStop(metric=name, **options)
+    runner = make(plugins=[stop, scripted], train_cfg=dict(max_epochs=5), validate=True)
+    runner.train()
+    assert runner.progress.epoch == epochs
+    stopped = runner.progress.stopped
+    early = epochs < 5 or (values[-1] != values[-1]) or (options.get("patience") == 2)
+    assert (stopped is not None and name in stopped) == (early and stopped is not None)
+    assert (stopped is not None) == (epochs < 5) or epochs == 5
+
+
+def test_the_reason_is_told(make: Any, caplog: Any) -> None:
+    stop = EarlyStop(metric="loss", patience=2)
+    runner = make(
+        plugins=[Scripted(name="loss", values=[2, 1, 3, 4]), stop],
+        train_cfg=dict(max_epochs=4),
+        validate=True,
+    )
+    with caplog.at_level("INFO"):
+        runner.train()
+    assert runner.progress.stopped == "early_stop: loss has got no better than 1 for 2 validations"
+    assert "training stops" in caplog.text
+
+
+def test_it_goes_on_where_the_run_was_cut(make: Any) -> None:
+    def runner(epochs: int) -> Any:
+        plugins = [Scripted(values=[2, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=3)]
+        return make(plugins=plugins, train_cfg=dict(max_epochs=epochs), validate=True)
+
+    first, second = runner(3), runner(5)
+    first.train()
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert second.progress.epoch == 4
+
+
+def test_validations_by_hand_do_not_count(make: Any) -> None:
+    runner = make(plugins=[EarlyStop(metric="accuracy", patience=1)], validate=True)
+    for _ in range(3):
+        runner.val()
+    assert runner.state_dict()["plugins"]["early_stop"]["waited"] == 0
+
+
+def test_what_cannot_be_is_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match="more or less of 'distance' better"):
+        EarlyStop(metric="distance")
+    with pytest.raises(TypeError, match="it needs metric="):
+        EarlyStop()
+    with pytest.raises(TypeError, match="patience=0"):
+        EarlyStop(metric="loss", patience=0)
+    with pytest.raises(TypeError, match="'monitor' is MMEngine's"):
+        EarlyStop(monitor="loss")
+    with pytest.raises(ValueError, match="this Runner does not validate"):
+        make(plugins=[EarlyStop(metric="accuracy")])
+    runner = make(plugins=[EarlyStop(metric="loss")], validate=True)
+    with pytest.raises(KeyError, match=r"unknown metric 'loss'.*Known: accuracy"):
+        runner.train()

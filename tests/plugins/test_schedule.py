@@ -1,0 +1,412 @@
+"""Schedules are torch's, on real optimizer steps; and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hookengine_schedule import Schedule
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+from hookengine import Plugin
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LambdaLR": dict(lr_lambda=lambda count: 0.8**count),
+    "MultiplicativeLR": dict(lr_lambda=lambda count: 0.9),
+    "StepLR": dict(step_size=2, gamma=0.5),
+    "MultiStepLR": dict(milestones=[2, 3], gamma=0.5),
+    "ConstantLR": dict(factor=0.5, total_iters=2),
+    "LinearLR": dict(start_factor=0.2, total_iters=3),
+    "ExponentialLR": dict(gamma=0.9),
+    "PolynomialLR": dict(total_iters=4, power=2),
+    "CosineAnnealingLR": dict(T_max=4),
+    "CosineAnnealingWarmRestarts": dict(T_0=3),
+    "CyclicLR": dict(base_lr=0.01, max_lr=0.1, step_size_up=2, cycle_momentum=False),
+    "OneCycleLR": dict(max_lr=0.3, total_steps=20, cycle_momentum=False),
+}
+COMPOUND = {"SequentialLR", "ChainedScheduler", "ReduceLROnPlateau", "LRScheduler"}
+
+
+class Rates(Plugin):
+    """Keeps the learning rate that each iteration trained with."""
+
+    def before_train(self) -> None:
+        self.seen: list[float] = []
+
+    def before_optim_step(self, optim_wrapper: Any) -> None:
+        self.seen += optim_wrapper.get_lr()
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+
+
+def by_hand(optimizer: Any, scheduler: Any, epochs: int, by_epoch: bool) -> list[float]:
+    """Five iterations an epoch."""
+    rates = []
+    for _ in range(epochs):
+        for _ in range(5):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if not by_epoch:
+                scheduler.step()
+        if by_epoch:
+            scheduler.step()
+    return rates
+
+
+def run(make: Any, *plugins: Any, epochs: int = 4, **options: Any) -> list[float]:
+    rates = Rates()
+    runner = make(plugins=[*plugins, rates], train_cfg=dict(max_epochs=epochs), **options)
+    runner.train()
+    return rates.seen
+
+
+def test_every_scheduler_of_torch_is_tried() -> None:
+    known = {
+        name
+        for name, cls in vars(lr_scheduler).items()
+        if isinstance(cls, type) and issubclass(cls, lr_scheduler.LRScheduler) and name[0] != "_"
+    }
+    assert {*CONFIGS} | COMPOUND == known
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_scheduler_by_dict(make: Any, name: str, by_epoch: bool) -> None:
+    optimizer = sgd()
+    scheduler = getattr(lr_scheduler, name)(optimizer, **CONFIGS[name])
+    expected = by_hand(optimizer, scheduler, 4, by_epoch)
+    mine = run(make, Schedule(scheduler=dict(type=name, **CONFIGS[name]), by_epoch=by_epoch))
+    assert mine == expected
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "ExponentialLR",
+        lr_scheduler.ExponentialLR,
+        dict(type="ExponentialLR"),
+        lambda optimizer: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer
+        ),
+    ],
+)
+def test_other_ways_to_name_it(make: Any, scheduler: Any) -> None:
+    if not callable(scheduler) or isinstance(scheduler, type):
+        if not isinstance(scheduler, dict):
+            scheduler = dict(type=scheduler)
+        scheduler = dict(scheduler, gamma=0.9)
+    optimizer = sgd()
+    expected = by_hand(optimizer, lr_scheduler.ExponentialLR(optimizer, 0.9), 4, True)
+    assert run(make, Schedule(scheduler=scheduler)) == expected
+
+
+def test_an_instance_finds_its_optimizer(make: Any, toy: Any) -> None:
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    mine = run(make, Schedule(scheduler=scheduler), model=model, optim_wrapper=optimizer)
+    assert mine == [0.1] * 5 + [0.05] * 5 + [0.025] * 5 + [0.0125] * 5
+
+
+def test_by_default_it_follows_train_cfg(make: Any) -> None:
+    rates = Rates()
+    schedule = Schedule(scheduler=dict(type="StepLR", step_size=1, gamma=0.5))
+    runner = make(plugins=[schedule, rates], train_cfg=dict(max_iters=3))
+    runner.train()
+    assert rates.seen == [0.1, 0.05, 0.025]
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_what_follows_from_the_runs_length_is_filled_in(make: Any, by_epoch: bool) -> None:
+    total = 4 if by_epoch else 20
+    for name, given, filled in (
+        ("CosineAnnealingLR", {}, {"T_max": total}),
+        ("OneCycleLR", dict(max_lr=0.3, cycle_momentum=False), {"total_steps": total}),
+    ):
+        optimizer = sgd()
+        scheduler = getattr(lr_scheduler, name)(optimizer, **given, **filled)
+        expected = by_hand(optimizer, scheduler, 4, by_epoch)
+        assert (
+            run(make, Schedule(scheduler=dict(type=name, **given), by_epoch=by_epoch)) == expected
+        )
+
+
+def test_windows_of_accumulated_gradients_make_fewer_steps(make: Any) -> None:
+    schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False)
+    mine = run(make, schedule, dict(type="accumulate", steps=2))
+    optimizer = sgd()
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 12)  # three windows an epoch
+    expected = []
+    for _ in range(12):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert mine == expected
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_several_in_sequence(make: Any, by_epoch: bool) -> None:
+    configs = [dict(type="LinearLR", start_factor=0.1, total_iters=2), "CosineAnnealingLR"]
+    optimizer = sgd()
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2),
+        lr_scheduler.CosineAnnealingLR(optimizer, (4 if by_epoch else 20) - 2),
+    ]
+    expected = by_hand(optimizer, lr_scheduler.SequentialLR(optimizer, parts, [2]), 4, by_epoch)
+    assert run(make, Schedule(scheduler=configs, milestones=[2], by_epoch=by_epoch)) == expected
+
+
+@pytest.mark.parametrize("warmup", [6, 0.3])
+def test_warm_up_then_a_schedule_by_step(make: Any, warmup: Any) -> None:
+    schedule = Schedule(
+        scheduler="CosineAnnealingLR", by_epoch=False, warmup=warmup, warmup_factor=0.1
+    )
+    optimizer = sgd()
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=6),
+        lr_scheduler.CosineAnnealingLR(optimizer, 14),
+    ]
+    expected = by_hand(optimizer, lr_scheduler.SequentialLR(optimizer, parts, [6]), 4, False)
+    assert run(make, schedule) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MultiStepLR", "LambdaLR"])
+def test_warm_up_over_a_schedule_by_epoch(make: Any, name: str) -> None:
+    config = dict(type=name, **CONFIGS[name])
+    optimizer = sgd()
+    plain = by_hand(optimizer, getattr(lr_scheduler, name)(optimizer, **CONFIGS[name]), 4, True)
+    factors = [min(1.0, 0.1 + 0.9 * step / 8) for step in range(20)]
+    mine = run(make, Schedule(scheduler=config, by_epoch=True, warmup=8, warmup_factor=0.1))
+    assert mine == pytest.approx([a * b for a, b in zip(plain, factors, strict=True)], rel=1e-12)
+
+
+class Skips(Plugin):
+    """Refuses some steps."""
+
+    at: tuple[int, ...] = ()
+
+    def optim_step(self, runner: Any) -> bool | None:
+        return False if runner.progress.iter in self.at else None
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_it_moves_on_with_real_steps_only(make: Any, by_epoch: bool) -> None:
+    config = dict(type="StepLR", step_size=1, gamma=0.5)
+    skips = Skips(at=(0, 1, 2, 3, 4, 7))  # the whole first epoch, and one of the second
+    mine = run(make, Schedule(scheduler=config, by_epoch=by_epoch), skips, epochs=3)
+    if by_epoch:
+        assert mine == [0.1] * 10 + [0.05] * 5
+    else:
+        halvings = [0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+        assert mine == [0.1 * 0.5**count for count in halvings]
+
+
+class Losing(Plugin):
+    """Replaces the metric by one that is told."""
+
+    def after_val_epoch(self, runner: Any, metrics: Any) -> None:
+        metrics["accuracy"] = [0.5, 0.4, 0.6, 0.6, 0.6][runner.progress.epoch - 1]
+
+
+def test_reduce_on_plateau(make: Any) -> None:
+    class First(Losing):
+        before = ("schedule",)
+
+    config = dict(type="ReduceLROnPlateau", patience=0, factor=0.5)
+    schedule = Schedule(scheduler=config, metric="accuracy")
+    mine = run(make, First(), schedule, epochs=5, validate=True)
+    assert mine[::5] == [0.1, 0.1, 0.05, 0.05, 0.025]
+
+
+def test_reduce_on_plateau_looks_only_at_validations_of_training(make: Any) -> None:
+    config = dict(type="ReduceLROnPlateau", patience=0, factor=0.5)
+    schedule = Schedule(scheduler=config, metric="accuracy")
+    runner = make(plugins=[schedule], validate=True)
+    for _ in range(4):
+        runner.val()
+    assert runner.optim_wrapper.get_lr() == [0.1]
+
+
+def test_reduce_on_plateau_needs_a_metric_that_is_there(make: Any) -> None:
+    config = dict(type="ReduceLROnPlateau")
+    with pytest.raises(TypeError, match="needs metric="):
+        make(plugins=[Schedule(scheduler=config)], validate=True)
+    with pytest.raises(ValueError, match="this Runner does not validate"):
+        make(plugins=[Schedule(scheduler=config, metric="accuracy")])
+    with pytest.raises(ValueError, match="more or less of 'distance' better"):
+        make(plugins=[Schedule(scheduler=config, metric="distance")], validate=True)
+    runner = make(plugins=[Schedule(scheduler=config, metric="val/accuracy")], validate=True)
+    with pytest.raises(KeyError, match=r"unknown metric 'val/accuracy'\. Did you mean 'accuracy'"):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(scheduler=dict(type="CosineAnnealingLR")),
+        dict(scheduler="CosineAnnealingLR", by_epoch=False, warmup=4),
+        dict(scheduler=dict(type="MultiStepLR", milestones=[1, 2]), warmup=7),
+        dict(scheduler=["ConstantLR", "CosineAnnealingLR"], milestones=[1]),
+        dict(scheduler=dict(type="OneCycleLR", max_lr=0.3), by_epoch=False),
+        dict(scheduler=dict(type="ReduceLROnPlateau", patience=0), metric="accuracy", warmup=7),
+    ],
+)
+def test_a_run_that_is_cut_goes_on_with_its_schedule(
+    make: Any, options: dict[str, Any], tmp_path: Any
+) -> None:
+    if isinstance(options["scheduler"], list):
+        options = dict(
+            options, scheduler=[dict(type="ExponentialLR", gamma=0.5), "CosineAnnealingLR"]
+        )
+
+    def runner(stop: bool = False) -> tuple[Any, Rates]:
+        rates = Rates()
+        made = make(
+            plugins=[Schedule(**options), rates], train_cfg=dict(max_epochs=4), validate=True
+        )
+        if stop:
+            made.on("after_train_iter")(
+                lambda runner: runner.stop("cut") if runner.progress.iter == 8 else None
+            )
+        return made, rates
+
+    straight, expected = runner()
+    straight.train()
+    first, before = runner(stop=True)
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second, after = runner()
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    assert before.seen + after.seen == expected.seen
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+
+
+def test_a_learning_rate_that_is_a_tensor(make: Any, toy: Any) -> None:
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False, warmup=5)
+    mine = run(make, schedule, model=model, optim_wrapper=optimizer)
+    assert mine == pytest.approx(run(make, Schedule(**schedule_options(schedule))), rel=1e-5)
+
+
+def schedule_options(schedule: Schedule) -> dict[str, Any]:
+    return {name: getattr(schedule, name) for name in ("scheduler", "by_epoch", "warmup")}
+
+
+def test_each_group_keeps_its_share(make: Any) -> None:
+    wrapper = dict(
+        optimizer=dict(type="SGD", lr=0.1), paramwise=dict(custom_keys={"bias": dict(lr_mult=2)})
+    )
+    mine = run(make, Schedule(scheduler="CosineAnnealingLR"), optim_wrapper=wrapper)
+    assert mine[1::2] == pytest.approx([2 * rate for rate in mine[::2]])
+
+
+def test_a_run_that_goes_on_beyond_its_schedule_is_warned_of(make: Any, caplog: Any) -> None:
+    runner = make(plugins=[Schedule(scheduler="CosineAnnealingLR")])
+    runner.train()
+    assert not caplog.records
+    runner.train(max_epochs=5)
+    assert "CosineAnnealingLR was made for 2 epochs, and this run goes on to 5" in caplog.text
+
+
+def test_a_runner_that_does_not_train_needs_no_schedule(make: Any) -> None:
+    schedule = Schedule(scheduler="CosineAnnealingLR")
+    none: Any = dict(train_dataloader=None, train_cfg=None, optim_wrapper=None)
+    make(plugins=[schedule], validate=True, **none).val()
+
+
+def unsized() -> Any:
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter([(torch.ones(1, 4), torch.zeros(1, dtype=torch.long))])
+
+    return Batches()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(scheduler="CosineAnealingLR"), KeyError, "Did you mean 'CosineAnnealingLR'"),
+        (dict(scheduler=dict(T_max=3)), KeyError, "needs a 'type'"),
+        (dict(scheduler=3), TypeError, "a scheduler, a function of the optimizer"),
+        (dict(scheduler=lambda optimizer: 3), TypeError, "must return a scheduler of torch"),
+        (dict(scheduler=dict(type="StepLR", step=1)), TypeError, "'step'"),
+        (
+            dict(scheduler=dict(type="StepLR", step_size=1, by_epoch=True)),
+            TypeError,
+            "of the plugin",
+        ),
+        (dict(scheduler="ExponentialLR", milestones=[1]), TypeError, "for a list of schedulers"),
+        (dict(scheduler=["ConstantLR", "LinearLR"]), ValueError, "need 1 milestones that grow"),
+        (
+            dict(scheduler=["ConstantLR", "CosineAnnealingLR"], milestones=[2]),
+            ValueError,
+            "at or beyond the end",
+        ),
+        (dict(scheduler="ConstantLR", optimizer="critic"), KeyError, "unknown optimizer 'critic'"),
+        (
+            dict(scheduler=lr_scheduler.ConstantLR(sgd())),
+            ValueError,
+            "belongs to an optimizer that this Runner has not",
+        ),
+        (
+            dict(scheduler=[lr_scheduler.ConstantLR(sgd()), "LinearLR"], milestones=[1]),
+            ValueError,
+            "belongs to another optimizer",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(
+    make: Any, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(plugins=[Schedule(**options)])
+
+
+def test_what_needs_the_runs_length_says_so(make: Any) -> None:
+    for options, message in (
+        (dict(scheduler="CosineAnnealingLR", by_epoch=False), "CosineAnnealingLR needs T_max"),
+        (dict(scheduler="ConstantLR", warmup=0.1), "warmup=0.1 is a share of the run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(plugins=[Schedule(**options)], train_dataloader=unsized())
+
+
+@pytest.mark.parametrize("warmup", [-1, 1.5])
+def test_a_warm_up_that_is_neither_steps_nor_a_share(warmup: Any) -> None:
+    with pytest.raises(TypeError, match="warmup"):
+        Schedule(scheduler="ConstantLR", warmup=warmup)
+
+
+def test_several_optimizers_have_a_schedule_each(make: Any) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
+            for name in ("a", "b"):
+                loss = nn.functional.cross_entropy(getattr(self, name)(data[0]), data[1])
+                optim_wrapper[name].update_params(loss)
+            return {}
+
+    runner = make(
+        model=Pair(),
+        train_dataloader=DataLoader([(torch.ones(4), 1)] * 4, batch_size=4),
+        optim_wrapper={n: dict(optimizer=dict(type="SGD", lr=1.0)) for n in ("a", "b")},
+        plugins=[
+            Schedule(scheduler=dict(type="ExponentialLR", gamma=0.5), optimizer="a"),
+            Schedule(
+                scheduler=dict(type="ExponentialLR", gamma=0.1), optimizer="b", plugin_name="for b"
+            ),
+        ],
+    )
+    runner.train()
+    rates = {name: wrapper.get_lr() for name, wrapper in runner.optim_wrapper.items()}
+    assert rates == {"a": [0.25], "b": pytest.approx([0.01])}
