@@ -1,7 +1,7 @@
 """What single features cost beside the same thing written by hand, as ratios within one run.
 
     python benchmarks/features.py            # all
-    python benchmarks/features.py init       # one
+    python benchmarks/features.py init       # one: init, amp, accumulate, clip, schedule
 
 Each round runs every contender once, in turn; the ratio of a round compares neighbours in time, and
 the median over the rounds is reported, with the quartiles. MMEngine takes part where it is
@@ -17,9 +17,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from step_features import CASES, compare_steps
 from torch import nn
 
 from hookengine.model import BaseModule
@@ -139,7 +141,9 @@ def init_weights(rounds: int) -> None:
         compare(name, contenders, rounds * factor)
 
 
-FEATURES = {"init": init_weights}
+FEATURES: dict[str, Callable[[int], None]] = {"init": init_weights}
+for _feature in CASES:
+    FEATURES[_feature] = partial(compare_steps, _feature)
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def param_groups(
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay`` (where these were given), and
-        ``group_name``, which says which multipliers they have.
+        ``group_name``, which says which multipliers they have; the one without any first.
 
     Raises:
         ValueError: a key matches nothing, a multiplier has nothing to multiply, or a parameter
@@ -99,7 +99,8 @@ def param_groups(
         raise ValueError(
             f"paramwise: every parameter of {type(module).__name__} is frozen (requires_grad=False)"
         )
-    return [*groups.values()]
+    # What has no multiplier comes first: its learning rate is what one asks an optimizer for.
+    return [groups[key] for key in sorted(groups, key=lambda pair: (pair[0] != 1, pair[1] != 1))]
 
 
 class _Rules:

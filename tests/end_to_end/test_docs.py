@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return re.findall(pattern, page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["weight-initialization.md"])
+@pytest.mark.parametrize("name", ["weight-initialization.md", "optimization.md"])
 def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
     import json
 
@@ -47,3 +48,28 @@ def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> Non
     outputs = printed.split("=== next ===\n")
     for (code, expected), actual in zip(blocks, outputs, strict=False):
         assert actual == expected, code
+
+
+def test_the_table_of_pairs_is_whole_and_names_tests_that_are_there() -> None:
+    """The pairs of the page are those that are tested, and each test that it names exists."""
+    source = (DOCS.parent / "tests" / "end_to_end" / "test_optimization.py").read_text()
+    features = re.findall(r'"(\w+)"', re.search(r"FEATURES = \((.*?)\)", source, re.DOTALL)[1])  # type: ignore[index]
+    rows = re.findall(
+        r"^\| `(\w+)`, `(\w+)` \| .+ \| (.+) \|$", page("optimization.md"), re.MULTILINE
+    )
+    assert [(a, b) for a, b, _ in rows] == [*combinations(features, 2)]
+    tests = {
+        name
+        for path in (DOCS.parent / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    for a, b, named in rows:
+        first, *more = re.findall(r"`(.+?)`", named)
+        assert first == f"test_pair[{a}-{b}]"
+        assert {*more} <= tests
+    for name in re.findall(r"`(test_\w+)`", page("optimization.md")):
+        assert name in tests
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()

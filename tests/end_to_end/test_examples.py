@@ -115,3 +115,18 @@ def test_the_readme_lists_every_plugin(name: str) -> None:
 def test_what_the_readme_links_to_is_there() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_gan_trains_both_its_parts_and_draws(tmp_path: Path) -> None:
+    runner = load("gan").main(tmp_path, epochs=3)
+    assert {name: one.steps for name, one in runner.optim_wrapper.items()} == {
+        "generator": 3 * 57,
+        "discriminator": 3 * 57,
+    }
+    last = json.loads((runner.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss_real", "loss_fake", "loss_generator", "discriminator/grad_norm"):
+        assert 0 < last[name] < 10, name
+    assert "loss" not in last
+    for epoch in (1, 2, 3):
+        with Image.open(runner.run_dir / f"samples_{epoch:03}.png") as image:
+            assert image.size == (8 * 66 + 2, 8 * 66 + 2)
