@@ -5,12 +5,19 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pluggy
 
 from hookengine.progress import Progress
 
 Implementations = Iterable[tuple[str, pluggy.HookImpl]]
+
+
+def answering(runner: Any, event: str) -> str:
+    """Who answers an event, for a message about an answer that will not do."""
+    names = runner.plugins.calls().get(event, []) if runner is not None else []
+    return f"{event} of {' or '.join(map(repr, names)) or 'a plugin'}"
 
 
 def blame(

@@ -116,8 +116,13 @@ def _param_groups(
         name: arguments.get(name, getattr(parameters.get(name), "default", inspect.Parameter.empty))
         for name in ("lr", "weight_decay")
     }
-    known = {name: value for name, value in base.items() if value is not inspect.Parameter.empty}
-    return MODELS.get("param_groups")(model, **known, **cfg)
+    given = {name: value for name, value in base.items() if value is not inspect.Parameter.empty}
+    param_groups = MODELS.get("param_groups")
+    known = [*inspect.signature(param_groups).parameters][1:]
+    for option in cfg:
+        if option not in known or option in base:
+            raise TypeError(f"paramwise: {unknown('option', option, {*known} - {*base})}")
+    return param_groups(model, **given, **cfg)
 
 
 def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
@@ -138,6 +143,8 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
         )
     if "optimizer" in cfg:
         return _one(cfg, model, "optim_wrapper")
+    if isinstance(kind := cfg.get("type"), str) and (text := migration.answer(kind)):
+        raise ValueError(f"optim_wrapper: {text}")
     if not cfg or "type" in cfg or not all(isinstance(v, _SOURCES) for v in cfg.values()):
         raise ValueError(
             "optim_wrapper=dict(...) needs an 'optimizer', as in "

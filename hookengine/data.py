@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,8 @@ def batch_size(batch: Any) -> int:
 
     A tensor holds its first dimension's; a dict what its first value holds, a list there being a
     list of samples; a tuple or list of tensors what the first of them holds; a list of dicts (or
-    other objects) is a list of samples. A batch that tells nothing counts as one sample.
+    other objects) is a list of samples, and so is a list of tensors beside targets of that number
+    (as detection has it). A batch that tells nothing counts as one sample.
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
@@ -22,11 +23,24 @@ def batch_size(batch: Any) -> int:
         first = batch[0]
         if isinstance(first, Tensor):
             return first.shape[0] if first.dim() else len(batch)
-        return batch_size(first) if isinstance(first, (list, tuple)) else len(batch)
+        if isinstance(first, (list, tuple)):
+            return len(first) if _are_samples(first, batch[1:]) else batch_size(first)
+        return len(batch)
     if isinstance(batch, Mapping):
         first = next(iter(batch.values()), None)
         return len(first) if isinstance(first, (list, tuple)) else batch_size(first)
     return 1
+
+
+def _are_samples(items: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether a list of tensors is one of samples, by what stands beside it."""
+    if not others or not isinstance(items[0] if items else None, Tensor):
+        return False
+    target = others[0]
+    if isinstance(target, Tensor):
+        size = target.shape[0] if target.dim() else 0
+        return size == len(items) and size != batch_size(items[0])
+    return isinstance(target, (list, tuple)) and len(target) == len(items)
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:

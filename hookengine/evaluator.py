@@ -15,17 +15,19 @@ from hookengine import dist
 from hookengine.registry import unknown
 
 _GREATER = re.compile(
-    r"acc|top_?\d|auc|auroc|precision|recall|f1|dice|iou|(?<![a-z])(ap|map|ar)(?![a-z])|r2|psnr|ssim",
-    re.IGNORECASE,
+    "[am]?acc|accuracy|top|auc|auroc|auprc|precision|recall|f1?|fscore|m?dice|m?iou|m?ap|ar|r2|"
+    "psnr|ssim|bleu|rouge"
 )
-_LESS = re.compile(r"loss|error|perplexity|ppl|mse|mae|fid|nll|wer\b", re.IGNORECASE)
+_LESS = re.compile("loss|error|err|perplexity|ppl|r?mse|mae|mape|nll|b?ce|fid|kid|wer|cer|lpips")
 
 
 def greater_is_better(metric: str) -> bool | None:
-    """Whether more of a metric is better, as far as its name tells; None where it does not."""
+    """Whether more of a metric is better, as far as the words of its name tell; else None."""
     name = metric.rpartition("/")[2]
-    less, greater = _LESS.search(name), _GREATER.search(name)
-    return None if bool(less) == bool(greater) else greater is not None
+    words = {w.lower() for w in re.split(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z][a-z])", name)}
+    words |= {word.rstrip("0123456789@") for word in words} | {name.lower()}
+    greater, less = any(map(_GREATER.fullmatch, words)), any(map(_LESS.fullmatch, words))
+    return None if greater == less else greater
 
 
 def metric_value(metrics: Mapping[str, Any], name: str) -> float:
@@ -36,7 +38,8 @@ def metric_value(metrics: Mapping[str, Any], name: str) -> float:
         TypeError: it is no number.
     """
     if name not in metrics:
-        raise KeyError(unknown("metric", name, metrics))
+        hint = "; losses of validation come with val_cfg=dict(loss=True)" if "loss" in name else ""
+        raise KeyError(unknown("metric", name, metrics) + hint)
     try:
         return float(metrics[name])
     except (TypeError, ValueError, RuntimeError):

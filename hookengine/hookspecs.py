@@ -20,7 +20,8 @@ not a plain *event*; the kinds are explained below. ::
               losses = model(batch)             after_forward       [transform losses]
             optim_wrapper.update_params(loss)   scale_loss          [transform loss]
                                                 backward            [decision]
-              if will_step:                     before_optim_step
+              if will_step:                     finish_gradients
+                                                before_optim_step
                                                 optim_step          [decision]
                 if taken:                       after_optim_step
           progress.iter += 1                    after_train_iter
@@ -370,8 +371,15 @@ class Step(Protocol):
         """Run the backward pass and return True; the kernel's default is ``loss.backward()``."""
 
     @event
+    def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
+        """Make the gradients those of the loss itself, for everybody who comes after.
+
+        Divide a loss scale out, exchange them with other ranks, average what was accumulated.
+        """
+
+    @event
     def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Edit the gradients, just before the step."""
+        """Read or edit the gradients, just before the step."""
 
     @decision
     def optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool | None:

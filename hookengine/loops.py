@@ -56,7 +56,12 @@ class TrainLoop:
         """Train, or go on training, until the limit or an agreed stop."""
         runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
         progress.stopped = None
-        runner.optim_wrapper.zero_grad()  # what an interrupted iteration may have left
+        if runner.optim_wrapper.window_open:
+            runner.logger.warning(
+                "training was interrupted between two optimizer steps: the gradients since the "
+                "last one are dropped"
+            )
+        runner.optim_wrapper.zero_grad()  # also what an interrupted backward pass may have left
         with runner.plugins.opened("before_train"):
             hooks.before_train(runner)
             if progress.val_due:
@@ -277,7 +282,7 @@ class EvalLoop:
         size = 0
         for batch_idx, data_batch in enumerate(self.dataloader):
             data_batch = getattr(hooks, f"before_{phase}_iter")(runner, batch_idx, data_batch)
-            with combine(hooks.forward_context(runner, model, None, phase)):
+            with combine(hooks.forward_context(runner, model, None, phase), runner):
                 outputs = step(data_batch)
                 loss = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
             count = batch_size(data_batch)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import pluggy
 
+from hookengine import migration
 from hookengine.blame import blame
 from hookengine.dispatch import Hooks, Observer, observed, resolve
 from hookengine.hookspecs import EVENTS, PROJECT, HookSpecs
@@ -173,6 +174,8 @@ class PluginManager(pluggy.PluginManager):
                 f"dict(type={entry.__name__}, ...)"
             )
         kind = entry["type"] if isinstance(entry, Mapping) else type(entry)
+        if isinstance(kind, str) and kind not in PLUGINS and (text := migration.answer(kind)):
+            raise KeyError(f"there is no plugin {kind!r}: {text}")
         point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
         if point is not None:
             self._sources[name] = distribution_of(point)
@@ -385,7 +388,8 @@ class PluginManager(pluggy.PluginManager):
         if problems:
             raise ValueError(
                 f"the plugins differ from those of the checkpoint: {'; '.join(sorted(problems))}. "
-                "Switch the same ones on, or allow the difference by name"
+                "Switch the same ones on, or allow the difference by name, as in "
+                "runner.load_state_dict(state, allow=['NAME'])"
             )
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:

@@ -72,6 +72,12 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
         "plugins=[dict(type='accumulate', steps=...)]",
         "",
     ),
+    "OptimWrapperDict": (
+        None,
+        "optim_wrapper=dict(generator=dict(optimizer=...), discriminator=dict(optimizer=...)), by "
+        "the names of the model's parts",
+        "",
+    ),
     "clip_grad": (
         "clip",
         "plugins=[dict(type='clip', max_norm=1.0)], or clip_value=...",
@@ -87,6 +93,12 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "loss_scale": ("amp", "plugins=[dict(type='amp', dtype='float16', init_scale=...)]", ""),
     "dtype": ("amp", "plugins=[dict(type='amp', dtype='float16')]", ""),
     "fp16": ("amp", "plugins=['amp'], which holds in validation too", ""),
+    "optimizer": (None, "optim_wrapper=dict(optimizer=...), or the optimizer itself", ""),
+    "EMAHook": ("ema", "plugins=['ema']", "a copy of your own, updated in after_optim_step"),
+    "CheckpointHook": ("checkpoint", "plugins=[dict(type='checkpoint', ...)]", ""),
+    "LoggerHook": ("logging", "plugins=[dict(type='logging', interval=...)]", ""),
+    "ParamSchedulerHook": ("schedule", "plugins=[dict(type='schedule', scheduler=...)]", ""),
+    "priority": (None, "after = ('other',) or before = ('other',) on the class", ""),
     "EarlyStoppingHook": ("early_stop", "dict(type='early_stop', metric=..., patience=...)", ""),
     "monitor": (None, "the option metric", ""),
     "compile": ("compile", "plugins=['compile'] or dict(type='compile', mode=...)", ""),
@@ -181,6 +193,6 @@ def explain(where: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> 
         name = value if key == "type" and isinstance(value, str) else key
         if (text := answer(name)) is not None:
             answers.append(text)
-        elif key != "optimizer":
+        elif key != "optimizer" or where == "Runner":
             answers.append(unknown("argument", key, known))
     return f"{where}: {'; '.join(answers)}"

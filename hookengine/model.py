@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from hookengine.blame import answering
 from hookengine.dispatch import SILENT
 from hookengine.hookspecs import HookSpecs
 from hookengine.loaded import LoadedTensors, watch_loading
@@ -271,8 +272,8 @@ class BaseModel(BaseModule):
         given, losses = losses, hooks.after_forward(hooks.runner, losses)
         if losses is not given and not isinstance(losses, dict):
             raise TypeError(
-                "a plugin's after_forward must return a dict of losses by name, got "
-                f"{type(losses).__name__}"
+                f"{answering(hooks.runner, 'after_forward')} must return a dict of losses by name, "
+                f"or None; got {type(losses).__name__}"
             )
         if isinstance(losses, dict) and len(losses) == 1:  # by far the most common, so in short
             loss = losses.get("loss")

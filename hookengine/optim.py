@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hookengine import migration
+from hookengine.blame import answering
 from hookengine.dispatch import SILENT
 from hookengine.hookspecs import HookSpecs
 from hookengine.registry import unknown
@@ -17,10 +18,22 @@ from hookengine.registry import unknown
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
-def combine(contexts: tuple[AbstractContextManager[Any], ...]) -> AbstractContextManager[Any]:
-    """One context manager that enters ``contexts`` in order; at no cost where there are none."""
+def combine(
+    contexts: tuple[AbstractContextManager[Any], ...], runner: Any = None
+) -> AbstractContextManager[Any]:
+    """One context manager that enters ``contexts`` in order; at no cost where there are none.
+
+    Raises:
+        TypeError: one of them is none; the message names the plugins of ``runner`` that answer.
+    """
     if not contexts:
         return _NO_CONTEXT
+    for context in contexts:
+        if not hasattr(context, "__enter__"):
+            raise TypeError(
+                f"{answering(runner, 'forward_context')} must return a context manager, such as "
+                f"torch.autocast(...), or None; got {context!r}"
+            )
     if len(contexts) == 1:
         return contexts[0]
     return _Combined(contexts)
@@ -58,6 +71,8 @@ class OptimWrapper:
     Attributes:
         hooks: The events; those of the Runner that took the wrapper.
         will_step: Whether the present iteration ends with a step; known before the forward pass.
+            Who exchanges gradients between ranks only where it does, exchanges them in
+            ``finish_gradients`` where a window is closed in another way.
         window_length: Iterations per step, as planned by the plugin that answers ``should_step``.
         window_open: Whether gradients are held that no step has used yet.
         steps: Steps really taken.
@@ -83,7 +98,7 @@ class OptimWrapper:
         self.will_step = hooks.should_step(hooks.runner, self)
         self._asked = True
         contexts = hooks.forward_context(hooks.runner, model, self, "train")
-        return combine(contexts) if contexts else _NO_CONTEXT
+        return combine(contexts, hooks.runner) if contexts else _NO_CONTEXT
 
     def update_params(self, loss: Tensor) -> None:
         """Backpropagate ``loss`` and, where this iteration steps, step and zero the gradients.
@@ -111,7 +126,10 @@ class OptimWrapper:
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
         hooks = self.hooks
-        loss = hooks.scale_loss(hooks.runner, self, loss)
+        given, loss = loss, hooks.scale_loss(hooks.runner, self, loss)
+        if loss is not given and not isinstance(loss, Tensor):
+            who = answering(hooks.runner, "scale_loss")
+            raise TypeError(f"{who} must return a tensor or None, got {loss!r}")
         if not hooks.backward(hooks.runner, self, loss):
             loss.backward()  # type: ignore[no-untyped-call]
         self.window_open = True
@@ -120,6 +138,7 @@ class OptimWrapper:
         """Step with the gradients that are there and zero them; also closes a short window."""
         self._asked = False
         hooks = self.hooks
+        hooks.finish_gradients(hooks.runner, self)
         hooks.before_optim_step(hooks.runner, self)
         stepped = hooks.optim_step(hooks.runner, self)
         if stepped is None:

@@ -162,6 +162,8 @@ def check_methods(name: str, plugin: object) -> None:
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")
+    if isinstance(getattr(plugin, "priority", None), str):
+        warnings.warn(f"plugin {name!r}: {migration.answer('priority')}", stacklevel=2)
     if not answered:
         raise TypeError(
             f"plugin {name!r} ({plugin!r}) answers no event: a plugin is an object with methods "
@@ -228,11 +230,13 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
 def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
     """What a name in ``after`` or ``before`` stands for.
 
-    The plugin of that name, and those of the class of that name that were given another one.
+    The plugin of that name, and those of the class of that name, or derived from it, that were
+    given another one.
     """
     meant: dict[str, list[str]] = {}
     for name, plugin in plugins.items():
-        for called in {name, name_of(type(plugin))}:
+        bases = [c for c in type(plugin).__mro__ if issubclass(c, Plugin) and c is not Plugin]
+        for called in {name, name_of(type(plugin)), *map(name_of, bases)}:
             meant.setdefault(called, []).append(name)
     return meant
 

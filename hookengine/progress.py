@@ -88,4 +88,5 @@ class Progress:
                 self._optim_wrappers[name].steps = steps
 
     def __repr__(self) -> str:
-        return f"Progress(epoch={self.epoch}, iter={self.iter}, batch={self.batch})"
+        counters = f"epoch={self.epoch}, iter={self.iter}, batch={self.batch}, step={self.step}"
+        return f"Progress({counters})"

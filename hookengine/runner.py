@@ -336,7 +336,16 @@ class Runner(Life):
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks share: weights, optimizers, counters, plugins; plain containers."""
+        """What all ranks share: weights, optimizers, counters, plugins; plain containers.
+
+        Gradients are no part of it: within a window of accumulated gradients it cannot be resumed
+        exactly, which is warned of. ``safe_point`` is the event to take it in.
+        """
+        if self._has_optimizer and self.optim_wrapper.window_open:
+            self.logger.warning(
+                "state_dict() was called between two optimizer steps: the gradients since the last "
+                "one are not in it, so a run cannot be resumed exactly. Call it in safe_point"
+            )
         checkpoint: dict[str, Any] = {
             "state_dict": self.bare_model.state_dict(),
             "progress": self.progress.state_dict(),

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import OptimWrapper, Plugin, Progress, batch_size, did_you_mean, dist, hookimpl
+from hookengine import OptimWrapper, Plugin, dist, hookimpl
+from hookengine_accumulate.count import count_samples, count_tokens
+from hookengine_accumulate.window import Weight, Window, micro_batches_left
 
 __all__ = ["Accumulate"]
-
-Weight = float | Tensor
 
 
 class Accumulate(Plugin, name="accumulate"):
@@ -22,9 +22,10 @@ class Accumulate(Plugin, name="accumulate"):
     A loss is a mean over what a batch holds: over its samples, or its valid tokens. Micro-batches
     are weighted by that number, so those of unequal size give the gradient of the one big batch.
     The last, shorter window of an epoch or a run is closed, and weighted by what it really holds.
+    A micro-batch without any valid token counts for nothing, whatever its loss.
 
     Over several ranks, whose gradients are averaged as DDP does it, the weights of all ranks
-    count; that takes one all-reduce of a single number per window.
+    count; beside the gradients that takes an all-reduce of a single number per window.
     """
 
     after = ("amp",)
@@ -55,10 +56,12 @@ class Accumulate(Plugin, name="accumulate"):
 
     def configure(self) -> None:
         """Know no optimizer yet."""
-        self._windows: dict[str, _Window] = {}
+        self._windows: dict[str, Window] = {}
+        self._closing = False
         self._reference: float | None = None
         self._weight: Weight = 1.0
 
+    @hookimpl(tryfirst=True)  # schedules ask for it
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Announce the window's length."""
         if optim_wrapper.name not in runner.optim_wrapper.by_name(self.optimizer):
@@ -70,15 +73,26 @@ class Accumulate(Plugin, name="accumulate"):
             )
         optim_wrapper.window_length = self.steps
         if self.steps > 1:
-            self._windows[optim_wrapper.name] = _Window(self.steps)
+            self._windows[optim_wrapper.name] = Window(self.steps)
+
+    def unconfigure(self, runner: Any) -> None:
+        """Each iteration is a step again."""
+        for name in self._windows:
+            runner.optim_wrapper.by_name(name)[name].window_length = 1
 
     @hookimpl(trylast=True)  # the batch is what it will be
     def before_train_iter(self, runner: Any, data_batch: Any) -> None:
         """Count what the loss of this batch will be a mean over."""
         if self.weight == "sample":
-            self._weight = float(batch_size(data_batch))
+            self._weight = count_samples(data_batch)
         elif self.weight == "token":
-            self._weight = self._count_tokens(data_batch)
+            self._weight = count_tokens(data_batch, self.tokens, self.ignore_index)
+
+    def after_forward(self, losses: Any) -> dict[str, Any] | None:
+        """The loss of a micro-batch without a valid token, a mean over nothing, is 0, not NaN."""
+        if isinstance(self._weight, Tensor) or self._weight or not isinstance(losses, dict):
+            return None
+        return {n: v.nan_to_num() if isinstance(v, Tensor) else v for n, v in losses.items()}
 
     def should_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool:
         """Step with the last micro-batch of a window, an epoch, or the run."""
@@ -87,7 +101,7 @@ class Accumulate(Plugin, name="accumulate"):
             return True
         window.asked = True
         held = window.held if optim_wrapper.window_open else 0
-        return held + 1 >= self.steps or runner.progress.is_last
+        return held + 1 >= self.steps or runner.progress.is_last or self._closing
 
     @hookimpl(trylast=True)  # the loss is complete; amp, which comes before, is still later
     def scale_loss(self, runner: Any, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
@@ -96,38 +110,62 @@ class Accumulate(Plugin, name="accumulate"):
         if window is None:
             return None
         if not optim_wrapper.window_open:
-            window.open(self._expected(runner, window))
+            window.open(self._expected(runner))
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
             window.add(self._weight, runner.progress.iter)
         factor = window.factor
-        if isinstance(factor, Tensor):
-            return loss * factor.to(loss.dtype)
-        return None if factor == 1.0 else loss * factor
+        if isinstance(factor, float) and factor == 1.0:
+            return None
+        return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
-    @hookimpl(tryfirst=True)  # others get the gradient of the whole window
-    def before_optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def backward(self, optim_wrapper: OptimWrapper) -> bool | None:
+        """Nothing to learn from a micro-batch without weight; ranks have gradients to exchange."""
+        alone = dist.get_world_size() == 1
+        if alone and optim_wrapper.name in self._windows and isinstance(self._weight, float):
+            return True if self._weight == 0 else None
+        return None
+
+    def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Correct the gradients where the window holds something else than was expected."""
         window = self._windows.get(optim_wrapper.name)
         if window is None or window.held == 0:
             return
         correction = window.correction(runner.device, per_rank=self.weight != "batch")
         window.held = 0
+        if isinstance(correction, float) and correction == 1.0:
+            return
         grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]
-        if isinstance(correction, Tensor) and grads:
-            torch._foreach_mul_(grads, correction.to(grads[0].device, grads[0].dtype))
-        elif correction != 1.0:
+        if isinstance(correction, Tensor):
+            for grad in grads:
+                grad.mul_(correction.to(grad.device))
+        elif grads:
             torch._foreach_mul_(grads, correction)
 
-    @hookimpl(tryfirst=True)  # others see the weights and counters of the finished epoch
-    def after_train_epoch(self, runner: Any) -> None:
-        """Close the last window where nobody could know that its last batch was the last."""
-        if not runner.progress.is_last:
-            for name in self._windows:
-                optim_wrapper = runner.optim_wrapper.by_name(name)[name]
-                if optim_wrapper.window_open:
-                    optim_wrapper.step()
+    # First, so that others see the weights and counters of a whole window.
 
-    def _expected(self, runner: Any, window: _Window) -> Weight:
+    @hookimpl(tryfirst=True)
+    def after_train_iter(self, runner: Any) -> None:
+        """Close the windows of optimizers that the last iteration did not use."""
+        if runner.progress.is_last:
+            self._close(runner)
+
+    @hookimpl(tryfirst=True)
+    def after_train_epoch(self, runner: Any) -> None:
+        """Close the last windows where nobody could know that the last batch was the last."""
+        self._close(runner)
+
+    def _close(self, runner: Any) -> None:
+        for name in self._windows:
+            optim_wrapper = runner.optim_wrapper.by_name(name)[name]
+            if optim_wrapper.window_open:
+                self._closing = True  # another plugin may still refuse
+                try:
+                    if runner.hooks.should_step(runner, optim_wrapper):
+                        optim_wrapper.step()
+                finally:
+                    self._closing = False
+
+    def _expected(self, runner: Any) -> Weight:
         """The total weight that a window, whose first micro-batch this is, will probably have.
 
         Several ranks must expect the same, so there it is told by the first batch of the run, once
@@ -137,25 +175,13 @@ class Accumulate(Plugin, name="accumulate"):
             first = self._weight
             if isinstance(first, Tensor):
                 first = torch.where(first > 0, first, torch.ones_like(first))
-            return _left(runner.progress, self.steps) * (first or 1.0)
+            left = micro_batches_left(runner.progress, self.steps)
+            return left * (first if isinstance(first, Tensor) else first or 1.0)
         if self._reference is None:
             first = torch.as_tensor(self._weight, dtype=torch.float32, device=runner.device)
             total = dist.sum_over_ranks(first.clone()).item()  # once in a run
             self._reference = total / dist.get_world_size() or 1.0
         return self.steps * self._reference
-
-    def _count_tokens(self, batch: Any) -> Weight:
-        tokens = self.tokens
-        if callable(tokens):
-            count = tokens(batch)
-        else:
-            try:
-                count = batch[tokens]
-            except (KeyError, IndexError, TypeError):
-                raise KeyError(_lacks(batch, tokens)) from None
-            if self.ignore_index is not None:
-                count = count != self.ignore_index
-        return _as_weight(count, tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """What several ranks expect a micro-batch to weigh."""
@@ -164,103 +190,3 @@ class Accumulate(Plugin, name="accumulate"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self._reference = state["reference"]
-
-
-class _Window:
-    """The micro-batches since the last step of one optimizer.
-
-    The loss of each is multiplied by its weight over the *expected* total of the window, which is
-    right at once where the guess is, and is corrected at the end where it was not.
-
-    Attributes:
-        held: Micro-batches in it.
-        factor: By which the loss of the present one is multiplied.
-        asked: Whether ``should_step`` was asked since the last backward pass: what follows is
-            another micro-batch. Several losses without a question between are one.
-        iteration: The iteration of the last one.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.held = 0
-        self.factor: Weight = 1.0
-        self.asked = False
-        self.iteration = -1
-        self._expected: Weight = 1.0
-        self._total: Weight = 0.0
-
-    def open(self, expected: Weight) -> None:
-        """Begin, with the total weight that is expected."""
-        self.held = 0
-        self._total = 0.0
-        self._expected = expected
-
-    def add(self, weight: Weight, iteration: int) -> None:
-        """Take a micro-batch in."""
-        self.held += 1
-        self.asked = False
-        self.iteration = iteration
-        self._total = self._total + weight
-        self.factor = weight / self._expected
-
-    def correction(self, device: torch.device, per_rank: bool) -> Weight:
-        """By which the gradients are multiplied at the end.
-
-        Args:
-            device: Where ranks exchange tensors.
-            per_rank: The totals of the ranks differ.
-        """
-        total, ranks = self._total, dist.get_world_size()
-        if ranks > 1 and per_rank:
-            # In float64 where the device has it: a count of tokens may pass float32's integers.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            total = torch.as_tensor(total, dtype=dtype, device=device).clone()
-            total = dist.sum_over_ranks(total) / ranks
-            total = total.item() if device.type == "cpu" else total
-        if isinstance(total, Tensor):  # stays on the device
-            return torch.where(total > 0, self._expected / total, torch.zeros_like(total))
-        return self._expected / total if total else 0.0
-
-
-def _left(progress: Progress, steps: int) -> int:
-    """Micro-batches of the window that begins, as far as the lengths are known."""
-    left = steps
-    if progress.epoch_length is not None:
-        left = min(left, progress.epoch_length - progress.batch)
-    if progress.max_iters is not None:
-        left = min(left, progress.max_iters - progress.iter)
-    return max(left, 1)
-
-
-def _as_weight(count: Any, tokens: Any) -> Weight:
-    """A count as a number; one on a device stays there, since reading it would synchronise."""
-    if not isinstance(count, Tensor):
-        try:
-            count = float(count)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"accumulate: tokens={tokens!r} gave {count!r}: a number or a tensor is needed"
-            ) from None
-    elif count.device.type != "cpu":
-        return count.sum().double() if count.device.type != "mps" else count.sum().float()
-    else:
-        negative = count.dtype != torch.bool and bool((count < 0).any())
-        count = -1.0 if negative else count.sum().item()
-    if not count >= 0:
-        raise ValueError(
-            f"accumulate: tokens={tokens!r} gave a negative count (or NaN). A tensor is summed: "
-            "for labels in which some are to be ignored, give ignore_index=-100 (say) as well"
-        )
-    return float(count)
-
-
-def _lacks(batch: Any, key: Any) -> str:
-    if isinstance(batch, Mapping):
-        names = [name for name in batch if isinstance(name, str)]
-        near = did_you_mean(str(key), names)
-        return f"accumulate: the batch has no {key!r}.{near} It has {', '.join(names) or 'nothing'}"
-    size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-    return (
-        f"accumulate: tokens={key!r} cannot be looked up in the batch, a "
-        f"{type(batch).__name__}{size}: give a key, an index, or a function of the batch"
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,6 +16,10 @@ from hookengine import OptimWrapper, Plugin, hookimpl
 __all__ = ["Amp"]
 
 SKIPS_BEFORE_A_WARNING = 20
+
+
+def _name(dtype: Any) -> Any:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 class Amp(Plugin, name="amp"):
@@ -27,14 +31,18 @@ class Amp(Plugin, name="amp"):
     and nobody is told ``after_optim_step``. The present scale is logged as ``loss_scale``.
     """
 
-    dtype: Literal["bfloat16", "float16"] = Field(
+    dtype: Annotated[Literal["bfloat16", "float16"], BeforeValidator(_name)] = Field(
         "bfloat16", description="float16 adds a loss scale, and is what older GPUs are fast at"
     )
-    init_scale: float = Field(2.0**16, gt=0, description="loss scale at the start")
-    growth_factor: float = Field(2.0, gt=1, description="by which the scale grows")
+    init_scale: float = Field(
+        2.0**16, gt=0, le=2.0**126, description="of float16: loss scale at the start"
+    )
+    growth_factor: float = Field(2.0, gt=1, le=2.0**16, description="by which the scale grows")
     backoff_factor: float = Field(0.5, gt=0, lt=1, description="times the scale after a skip")
     growth_interval: int = Field(2000, gt=0, description="steps without a skip until it grows")
-    optimizer: str | None = Field(None, description="only this one of several optimizers")
+    optimizer: str | None = Field(
+        None, description="in training only this one of several optimizers"
+    )
 
     def configure(self, runner: Any) -> None:
         """Refuse a device that cannot do it."""
@@ -65,9 +73,8 @@ class Amp(Plugin, name="amp"):
             growth_interval=self.growth_interval,
         )
         label = f"{optim_wrapper.name}/loss_scale" if len(several) > 1 else "loss_scale"
-        self._scaled[optim_wrapper.name] = _Scaled(
-            scaler, optim_wrapper.optimizer, label, torch.ones((), device=runner.device)
-        )
+        one = torch.ones((), device=runner.device)
+        self._scaled[optim_wrapper.name] = _Scaled(scaler, optim_wrapper, label, one)
 
     def unconfigure(self) -> None:
         """Take the hooks from the optimizers."""
@@ -86,36 +93,39 @@ class Amp(Plugin, name="amp"):
         scaled = self._scaled.get(optim_wrapper.name)
         if scaled is None:
             return None
-        if scaled.unscaled and not optim_wrapper.window_open:
-            scaled.update()  # another plugin took or refused the step
+        scaled.settle()
         return scaled.scaler.scale(loss)
 
-    @hookimpl(tryfirst=True)  # whoever reads or edits gradients gets the real ones
-    def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Divide the gradients by the loss scale."""
+    def finish_gradients(self, optim_wrapper: OptimWrapper) -> None:
+        """Divide the gradients by the loss scale, if their loss was multiplied by it."""
         scaled = self._scaled.get(optim_wrapper.name)
-        if scaled is not None:
+        if scaled is None or not optim_wrapper.window_open:
+            return
+        if any(parameter.grad is not None for parameter in optim_wrapper.parameters()):
             scaled.scaler.unscale_(optim_wrapper.optimizer)
             scaled.unscaled = True
 
+    @hookimpl(trylast=True)  # another plugin may take or refuse the step
     def optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool | None:
         """Step, unless a gradient is infinite or NaN."""
         scaled = self._scaled.get(optim_wrapper.name)
-        if scaled is None:
+        if scaled is None or not scaled.unscaled:
             return None
         taken = scaled.step()
         runner.log({scaled.label: scaled.value()})
         if scaled.skips == SKIPS_BEFORE_A_WARNING:
             runner.logger.warning(
-                f"amp: {scaled.skips} steps in a row were skipped, and the loss scale is down to "
-                f"{scaled.scaler.get_scale():g}: the gradients are not finite whatever the scale. "
-                "Look for a division by zero or a log of zero, lower the learning rate, or use "
-                "dtype='bfloat16'"
+                f"amp: {scaled.skips} steps in a row were skipped, since gradients are infinite or "
+                f"NaN; the loss scale is down to {scaled.scaler.get_scale():g}. If that is still "
+                "large, begin with a smaller init_scale; if not, look for a division by zero or a "
+                "log of zero, lower the learning rate, or use dtype='bfloat16'"
             )
         return taken
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scales."""
+        for scaled in self._scaled.values():
+            scaled.settle()
         return {name: scaled.scaler.state_dict() for name, scaled in self._scaled.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,7 +139,7 @@ class _Scaled:
 
     Args:
         scaler: Scales the loss and takes the step.
-        optimizer: The optimizer.
+        optim_wrapper: The optimizer's.
         label: What the scale is called in the log.
         one: A one on the device.
 
@@ -139,26 +149,31 @@ class _Scaled:
     """
 
     def __init__(
-        self, scaler: torch.amp.GradScaler, optimizer: Optimizer, label: str, one: Tensor
+        self, scaler: torch.amp.GradScaler, optim_wrapper: OptimWrapper, label: str, one: Tensor
     ) -> None:
         self.scaler = scaler
-        self.optimizer = optimizer
+        self.optim_wrapper = optim_wrapper
         self.label = label
         self.unscaled = False
         self.skips = 0
         self._one = one
+        self._value = one.clone()
         self._taken = False
-        self.hook = optimizer.register_step_post_hook(self._note_step)
+        self.hook = optim_wrapper.optimizer.register_step_post_hook(self._note_step)
 
     def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """The optimizer's ``step`` was called: a fused one decides by itself whether to step."""
+        """The optimizer's ``step`` was called: a fused one decides by itself whether to step.
+
+        It does so on the device; to learn it takes the one synchronisation per step that the scaler
+        makes for any other optimizer.
+        """
         found_inf = getattr(optimizer, "found_inf", None)
         self._taken = found_inf is None or not found_inf.item()
 
     def step(self) -> bool:
         """Step if the gradients are finite; returns whether."""
         self._taken = False
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optim_wrapper.optimizer)
         self.update()
         self.skips = 0 if self._taken else self.skips + 1
         return self._taken
@@ -168,30 +183,46 @@ class _Scaled:
         self.scaler.update()
         self.unscaled = False
 
+    def settle(self) -> None:
+        """Update after a step that another plugin took or refused."""
+        if self.unscaled and not self.optim_wrapper.window_open:
+            self.update()
+
     def value(self) -> Tensor:
-        """The present scale, on the device: reading it would synchronise."""
-        return self.scaler.scale(self._one)
+        """The present scale, on the device: reading it would synchronise.
+
+        Always the same tensor, so that a record that averages it tells the latest value.
+        """
+        return self._value.copy_(self.scaler.scale(self._one))
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the scale and its age from a state."""
+        if self.unscaled:
+            self.update()
         kept = {key: state[key] for key in ("scale", "_growth_tracker")}
         self.scaler.load_state_dict({**self.scaler.state_dict(), **kept})
 
 
 def _check_supported(device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a dtype that autocast has not on this device, where torch itself would only warn."""
-    name = str(dtype).removeprefix("torch.")
-    reason = f"torch has no autocast for {device.type}"
-    if torch.amp.is_autocast_available(device.type):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                torch.autocast(device.type, dtype)
-            return
-        except (RuntimeError, UserWarning) as error:
-            reason = str(error)
-    other = "bfloat16" if name == "float16" else "float16"
+    reason = _why_not(device, dtype)
+    if reason is None:
+        return
+    other = torch.bfloat16 if dtype is torch.float16 else torch.float16
+    fix = f"dtype={_name(other)!r}, " if _why_not(device, other) is None else ""
     raise ValueError(
-        f"amp: the device {device} cannot do {name}: {reason}. Use dtype={other!r}, another "
-        "device, or leave amp out"
+        f"amp: the device {device} cannot do {_name(dtype)}: {reason}. Use {fix}another device, or "
+        "leave amp out"
     )
+
+
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not torch.amp.is_autocast_available(device.type):
+        return f"torch has no autocast for {device.type}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.autocast(device.type, dtype)
+    except (RuntimeError, UserWarning) as error:
+        return str(error).rstrip(". ")
+    return None

@@ -24,7 +24,9 @@ class Clip(Plugin, name="clip"):
     synchronising the device.
     """
 
-    after = ("amp", "accumulate")
+    # Of several who come last the first plugin is the very last: last to edit the gradients, and
+    # asked for the step after amp, which skips by itself what is not finite.
+    before = ("amp", "accumulate")
 
     max_norm: float | None = Field(
         None, gt=0, description="of all gradients of an optimizer together; inf only measures"
@@ -43,8 +45,6 @@ class Clip(Plugin, name="clip"):
                 "clip takes max_norm (clip by norm) or clip_value (clip by value), one of the two; "
                 f"got max_norm={self.max_norm}, clip_value={self.clip_value}"
             )
-        if self.error_if_nonfinite and self.max_norm is None:
-            raise TypeError("clip: error_if_nonfinite needs a norm: give max_norm, inf if need be")
 
     def configure(self) -> None:
         """Know no optimizer yet."""
@@ -54,6 +54,12 @@ class Clip(Plugin, name="clip"):
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Note whether this optimizer's gradients are clipped, and the name of their norm."""
         if optim_wrapper.name in runner.optim_wrapper.by_name(self.optimizer):
+            for name, other in runner.plugins.items():
+                if isinstance(other, Clip) and optim_wrapper.name in other._labels:
+                    raise ValueError(
+                        f"the gradients of the optimizer {optim_wrapper.name!r} are clipped by the "
+                        f"plugin {name!r} already; optimizer=NAME limits each to one"
+                    )
             several = len(runner.optim_wrapper.by_name()) > 1
             label = f"{optim_wrapper.name}/grad_norm" if several else "grad_norm"
             self._labels[optim_wrapper.name] = label
@@ -64,15 +70,14 @@ class Clip(Plugin, name="clip"):
         name = optim_wrapper.name
         if name not in self._labels:
             return
-        if self.max_norm is None:
-            assert self.clip_value is not None
-            clip_grad_value_(optim_wrapper.parameters(), self.clip_value)
-        elif self.max_norm == math.inf:
-            grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]
-            self._norms[name] = get_total_norm(grads, self.norm_type)
-        else:
-            parameters = [*optim_wrapper.parameters()]
+        parameters = [*optim_wrapper.parameters()]
+        if self.max_norm is not None and self.max_norm != math.inf:
             self._norms[name] = clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        self._norms[name] = get_total_norm(grads, self.norm_type)
+        if self.clip_value is not None:
+            clip_grad_value_(parameters, self.clip_value)
 
     def after_optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Log the norm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,9 @@ class Compile(Plugin, name="compile"):
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
         Field("default", description="see torch.compile")
     )
-    backend: str | Any = Field("inductor", description="see torch.compiler.list_backends()")
+    backend: str | Callable[..., Any] = Field(
+        "inductor", description="see torch.compiler.list_backends()"
+    )
     fullgraph: bool = Field(False, description="an error instead of a break in the graph")
     dynamic: bool | None = Field(None, description="whether shapes may change; None finds out")
     options: dict[str, Any] | None = Field(None, description="of the backend, instead of a mode")
@@ -43,6 +45,11 @@ class Compile(Plugin, name="compile"):
                 raise TypeError(
                     f"compile: unknown backend {self.backend!r}; known: {', '.join(sorted(known))}"
                 )
+        if self.options:
+            try:
+                torch.compile(_something_small, **self._arguments())
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise TypeError(f"compile: options={self.options!r}: {error}") from error
 
     def configure(self) -> None:
         """Not tried yet."""
@@ -64,6 +71,7 @@ class Compile(Plugin, name="compile"):
             )
         for part in parts:
             part.compile(**self._arguments())
+        runner.logger.info("compile: the first iterations compile the model, and take their time")
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -81,6 +89,8 @@ class Compile(Plugin, name="compile"):
             function = torch.compile(_something_small, **self._arguments())
             sample = torch.ones(2, device=runner.device, requires_grad=True)
             function(sample).backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).strip().splitlines()[:2])  # torch's first says which
             runner.logger.warning(

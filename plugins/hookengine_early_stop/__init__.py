@@ -50,6 +50,11 @@ class EarlyStop(Plugin, name="early_stop"):
                 "validate: pass val_dataloader and val_evaluator"
             )
 
+    def before_train(self) -> None:
+        """Who trains on after a stop has patience anew."""
+        if self._waited >= self.patience:
+            self._waited = 0
+
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """Compare, after validations that training asked for."""
@@ -66,9 +71,10 @@ class EarlyStop(Plugin, name="early_stop"):
         else:
             self._waited += 1
             if self._waited >= self.patience:
+                by = f" by more than {self.min_delta:g}" if self.min_delta else ""
                 runner.stop(
                     f"early_stop: {self.metric} has got no better than "
-                    f"{self._sign * self._best:.6g} for {self._waited} validations"
+                    f"{self._sign * self._best:.6g}{by} for {self._waited} validations"
                 )
 
     def state_dict(self) -> dict[str, Any]:

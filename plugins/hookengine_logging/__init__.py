@@ -61,7 +61,9 @@ class Logging(Plugin, name="logging"):
         self._metrics: MetricsFile | None = None
         self._by_epoch = True
         self._media_told: set[str] = set()
-        self._outputs: Mapping[str, Any] = {}
+        self._outputs: list[tuple[int, Mapping[str, Any]]] = []  # since the last record
+        self._due = False
+        self._rates: dict[str, float] = {}
         self._nonfinite_told = False
         self._output = Output(self._main)
         self._previous_logger = runner.logger
@@ -83,7 +85,7 @@ class Logging(Plugin, name="logging"):
         )
         for event, names in runner.plugins.replacements().items():
             value = EVENTS[event].kind.argument
-            runner.logger.info(f"{value}: replaced by {', then '.join(names)} ({event})")
+            runner.logger.info(f"{event}: {', then '.join(names)} replace the {value}")
 
     def unconfigure(self, runner: Any) -> None:
         """Close the files and give the logger back."""
@@ -107,10 +109,15 @@ class Logging(Plugin, name="logging"):
         """Neither is a validation."""
         self._stopwatch.mark = perf_counter()
 
-    def before_train_iter(self) -> None:
-        """The wait for the batch ends."""
+    def before_train_iter(self, runner: Any, batch_idx: int) -> None:
+        """The wait for the batch ends; a record tells the learning rate that is used now."""
         clock = self._stopwatch
         clock.data_seconds += perf_counter() - clock.mark
+        progress = runner.progress
+        count = 1 + (batch_idx if self._by_epoch else progress.iter)
+        self._due = count % self.interval == 0 or (progress.is_last and self._by_epoch)
+        if self._due:
+            self._rates = _learning_rates(runner.optim_wrapper)
 
     # Last, so that what other plugins log in these events is part of the record.
 
@@ -125,10 +132,8 @@ class Logging(Plugin, name="logging"):
         clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
             self._meters.add(outputs)
-            self._outputs = outputs
-        progress = runner.progress
-        count = progress.batch if self._by_epoch else progress.iter
-        if count % self.interval == 0 or (progress.is_last and self._by_epoch):
+            self._outputs.append((runner.progress.iter, outputs))
+        if self._due:
             self._write_training(runner)
 
     @hookimpl(trylast=True)
@@ -166,7 +171,12 @@ class Logging(Plugin, name="logging"):
     def _write_interval(self, runner: Any) -> None:
         clock, progress = self._stopwatch, runner.progress
         values, media = self._meters.reduce("train")
-        scalars = _learning_rates(runner.optim_wrapper)
+        first = self._outputs[-1][1] if self._outputs else {}
+        outputs = {name: values.pop(name) for name in first if name in values}
+        values = {**outputs, **values}  # the losses first
+        self._outputs.clear()
+        scalars = self._rates or _learning_rates(runner.optim_wrapper)
+        self._rates = {}
         scalars["time"] = clock.seconds / clock.iterations
         scalars["data_time"] = clock.data_seconds / clock.iterations
         scalars["samples_per_second"] = clock.samples / clock.seconds if clock.seconds else 0.0
@@ -180,31 +190,32 @@ class Logging(Plugin, name="logging"):
 
     def _nonfinite_loss(self, progress: Any) -> str | None:
         """Since when, and which terms of the loss are not finite; None where all are."""
-        names = [name for name in self._outputs if "loss" in name]
-        found = self._meters.first_nonfinite(names)
-        if found is None or self._nonfinite_told:
+        names = {name for _, outputs in self._outputs for name in outputs if "loss" in name}
+        if self._nonfinite_told or self._meters.are_finite(names):
             return None
-        place, count = found
-        ago = count - 1 - place
-        epoch = progress.current_epoch - (ago >= progress.batch > 0)
-        values = self._meters.at(place, names)
-        bad = [f"{name} {value}" for name, value in values.items() if not isfinite(value)]
-        good = [f"{name} {value:.4g}" for name, value in values.items() if isfinite(value)]
-        beside = f" ({', '.join(good)})" if good else ""
-        return (
-            f"the loss is not finite in iteration {progress.iter - ago}, epoch {epoch}: "
-            f"{', '.join(bad)}{beside}"
-        )
+        for iteration, outputs in self._outputs:
+            values = {name: float(outputs[name]) for name in outputs if name in names}
+            bad = [f"{name} {value}" for name, value in values.items() if not isfinite(value)]
+            if bad:
+                good = [f"{name} {v:.4g}" for name, v in values.items() if isfinite(v)]
+                beside = f" ({', '.join(good)})" if good else ""
+                ago = progress.iter - iteration
+                epoch = progress.current_epoch - (ago >= progress.batch > 0)
+                return (
+                    f"the loss is not finite in iteration {iteration}, epoch {epoch}: "
+                    f"{', '.join(bad)}{beside}"
+                )
+        return None
 
     def _report_nonfinite(self, runner: Any, problem: str) -> None:
-        self._nonfinite_told = True
         if self.nonfinite == "warn":
+            self._nonfinite_told = True
             runner.logger.warning(problem)
             return
         raise FloatingPointError(
-            f"{problem}. The steps since then have spoilt the weights. Look at that batch, lower "
-            "the learning rate or clip the gradients; dict(type='logging', nonfinite='warn') goes "
-            "on all the same"
+            f"{problem}. The weights may be spoilt. Look at that batch and at the step before it, "
+            "lower the learning rate or clip the gradients; dict(type='logging', "
+            "nonfinite='warn') goes on all the same"
         )
 
     @hookimpl(tryfirst=True)
@@ -265,6 +276,7 @@ class Logging(Plugin, name="logging"):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
+        self._outputs.clear()
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 
@@ -311,6 +323,8 @@ def _line(record: Record, progress: Any) -> str:
         where.append(f"epoch {record.epoch}/{progress.max_epochs}")
     total = f"/{progress.max_iters}" if progress.max_iters is not None else ""
     where.append(f"iter {record.iter}{total}")
+    if record.step != record.iter:
+        where.append(f"step {record.step}")
     values = []
     for name, value in record.scalars.items():
         if name == "eta":

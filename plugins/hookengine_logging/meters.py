@@ -45,41 +45,30 @@ class Meters:
             else:
                 self._media[phase][name] = value
 
-    def at(self, place: int, names: Iterable[str], phase: str = "train") -> dict[str, float]:
-        """The numbers of these names at one place."""
-        kept = self._numbers[phase]
-        return {n: float(kept[n][place]) for n in names if place < len(kept.get(n, ()))}
-
     def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Any]]:
         """(the averages of the numbers, the media) by name; forgets them all."""
         scalars = {
             name: math.fsum(numbers) / len(numbers)
             for name, numbers in _read(self._numbers[phase]).items()
+            if numbers
         }
         media = self._media[phase]
-        self._numbers[phase].clear()
+        for numbers in self._numbers[phase].values():
+            numbers.clear()  # the names stay, in the order in which they came first
         self._media[phase] = {}
         return scalars, media
 
-    def first_nonfinite(self, names: Iterable[str], phase: str = "train") -> tuple[int, int] | None:
-        """Where NaN or infinity came first among the numbers of these names.
-
-        Returns:
-            (its place, how many there are), or None where all are finite.
-        """
+    def are_finite(self, names: Iterable[str], phase: str = "train") -> bool:
+        """Whether none of the numbers of these names is NaN or infinite."""
         read = _read(self._numbers[phase])
         self._numbers[phase] = defaultdict(list, read)  # read from the device once
-        found = [
-            (place, len(read[name]))
-            for name in names
-            for place, number in enumerate(read.get(name, ()))
-            if not math.isfinite(number)
-        ]
-        return min(found, default=None)
+        return all(math.isfinite(number) for name in names for number in read.get(name, ()))
 
     def state_dict(self) -> dict[str, dict[str, list[float]]]:
         """The numbers that wait, as Python floats; phases without any are left out."""
-        return {phase: _read(kept) for phase, kept in self._numbers.items() if kept}
+        read = {phase: _read(kept) for phase, kept in self._numbers.items()}
+        waiting = {p: {n: v for n, v in kept.items() if v} for p, kept in read.items()}
+        return {phase: kept for phase, kept in waiting.items() if kept}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, list[float]]]) -> None:
         """Take them back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,15 @@ def param_groups(
             that has two names (tied weights) would be treated in two ways.
         TypeError: a value that is no dict of multipliers.
     """
+    scalars = {
+        "bias_lr_mult": bias_lr_mult,
+        "bias_decay_mult": bias_decay_mult,
+        "norm_decay_mult": norm_decay_mult,
+        "flat_decay_mult": flat_decay_mult,
+    }
+    for name, value in scalars.items():
+        if value is not None:
+            _check_multiplier(name, value)
     keys = _checked("custom_keys", custom_keys)
     classes = _checked("layers", layers)
     rules = _Rules(keys, classes, bias_lr_mult, bias_decay_mult, norm_decay_mult, flat_decay_mult)
@@ -190,9 +200,13 @@ def _checked(name: str, given: Any) -> Mapping[str, Mapping[str, float]]:
                     f"paramwise: {name}[{key!r}] has no option {option!r}.{hint} It takes lr_mult "
                     "and decay_mult"
                 )
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"paramwise: {name}[{key!r}]: {option}={value!r} is no multiplier")
+            _check_multiplier(f"{name}[{key!r}]: {option}", value)
     return rules
+
+
+def _check_multiplier(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"paramwise: {name}={value!r} is no multiplier: 0 or more is expected")
 
 
 def _options(

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hookengine import OptimWrapper, Plugin, hookimpl, metric_value
-from hookengine_schedule.build import build_scheduler
+from hookengine_schedule.build import Built, build_scheduler, check_plain, is_by_step
 from hookengine_schedule.length import total_epochs, total_steps
 from hookengine_schedule.warmup import Warmup
 
@@ -21,21 +21,22 @@ class Schedule(Plugin, name="schedule"):
 
     The scheduler moves on after each step that was really taken, or after each epoch in which one
     was. What a scheduler of torch needs to know of the run's length (``T_max`` of
-    CosineAnnealingLR, ``total_steps`` of OneCycleLR) is filled in where it is not given, in
-    optimizer steps or in epochs.
+    CosineAnnealingLR, ``total_iters`` of PolynomialLR, ``total_steps`` of OneCycleLR) is filled in
+    where it is not given, in optimizer steps or in epochs; beyond that length the learning rate
+    stays where it ended.
 
     A warm-up multiplies the learning rates by a factor that grows linearly to 1 over the first
     optimizer steps. A scheduler by step begins after it; one by epoch counts its epochs all along.
     """
-
-    after = ("accumulate",)  # which announces how many iterations make a step
 
     scheduler: Any = Field(
         description="NAME of torch.optim.lr_scheduler, dict(type=..., ...), a scheduler, a "
         "function of the optimizer; or a list of these, one after the other at the milestones"
     )
     by_epoch: bool | None = Field(
-        None, description="move on per epoch, else per optimizer step; by default as train_cfg"
+        None,
+        description="move on per epoch, else per optimizer step; by default as train_cfg, "
+        "OneCycleLR and CyclicLR per step",
     )
     milestones: Sequence[int] = Field(
         (), description="for a list: after how many epochs (or steps) the next one follows"
@@ -49,7 +50,7 @@ class Schedule(Plugin, name="schedule"):
 
     def __post_init__(self) -> None:
         """Refuse a warm-up that is neither a number of steps nor a share."""
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
+        if self.warmup >= 1 and isinstance(self.warmup, float):
             raise TypeError(
                 f"schedule: warmup={self.warmup} is neither a whole number of optimizer steps nor "
                 "a share of the run below 1"
@@ -59,23 +60,33 @@ class Schedule(Plugin, name="schedule"):
         """Know no optimizer yet."""
         self._tracks: dict[str, _Track] = {}
 
+    @hookimpl(trylast=True)  # whoever accumulates has said by then how many iterations make a step
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Make the scheduler of this optimizer."""
         name = self._optimizer_of_an_instance(runner) or self.optimizer
         if runner.train_cfg is None or optim_wrapper.name not in runner.optim_wrapper.by_name(name):
             return
-        by_epoch = runner.train_cfg.by_epoch if self.by_epoch is None else self.by_epoch
+        for other_name, other in runner.plugins.items():
+            if isinstance(other, Schedule) and optim_wrapper.name in other._tracks:
+                raise ValueError(
+                    f"the optimizer {optim_wrapper.name!r} has a schedule already, of the plugin "
+                    f"{other_name!r}. One after another is scheduler=[...] with milestones=[...], "
+                    "a warm-up is warmup=...; torch's ChainedScheduler multiplies several"
+                )
+        by_epoch = self.by_epoch
+        if by_epoch is None:
+            by_epoch = runner.train_cfg.by_epoch and not is_by_step(self.scheduler)
         steps = total_steps(runner.progress, optim_wrapper.window_length)
         warmup = self._warmup_steps(steps)
         total = total_epochs(runner.progress) if by_epoch else steps and max(steps - warmup, 1)
-        scheduler = build_scheduler(
+        built = build_scheduler(
             self.scheduler, optim_wrapper.optimizer, self.milestones, total, self.metric
         )
-        if isinstance(scheduler, ReduceLROnPlateau):
-            self._check_metric(runner)
-        track = _Track(optim_wrapper, scheduler, by_epoch, total)
+        self._check_metric(runner, isinstance(built.scheduler, ReduceLROnPlateau))
+        track = _Track(optim_wrapper, built, by_epoch)
         if warmup:
             track.warmup = Warmup(optim_wrapper.optimizer, warmup, self.warmup_factor)
+        check_plain(built.scheduler)
         self._tracks[optim_wrapper.name] = track
 
     def _optimizer_of_an_instance(self, runner: Any) -> str | None:
@@ -101,9 +112,16 @@ class Schedule(Plugin, name="schedule"):
                 f"schedule: warmup={self.warmup} is a share of the run, whose length is not known "
                 "(the dataloader does not tell): give a number of steps"
             )
-        return round(self.warmup * steps)
+        return max(round(self.warmup * steps), 1)
 
-    def _check_metric(self, runner: Any) -> None:
+    def _check_metric(self, runner: Any, wanted: bool) -> None:
+        if not wanted:
+            if self.metric is not None:
+                raise TypeError(
+                    f"schedule: metric={self.metric!r} is for ReduceLROnPlateau, which alone "
+                    "looks at one"
+                )
+            return
         if self.metric is None:
             raise TypeError(
                 "schedule: ReduceLROnPlateau needs metric=, the name of a metric of validation"
@@ -115,19 +133,25 @@ class Schedule(Plugin, name="schedule"):
             )
 
     def before_train(self, runner: Any) -> None:
-        """Warn where this run is longer than what the schedule was made for."""
+        """Say what was made of the options; warn where it does not fit the length of this run."""
         for track in self._tracks.values():
-            if track.total is None or track.by_epoch is None:
-                continue
-            total = total_epochs(runner.progress)
-            if not track.by_epoch:
-                total = total_steps(runner.progress, track.optim_wrapper.window_length)
-            planned = track.total + (0 if track.by_epoch else track.warmup_steps)
-            if total is not None and total > planned:
+            of = f" of {track.optim_wrapper.name!r}" if len(self._tracks) > 1 else ""
+            runner.logger.info(f"schedule{of}: {track.describe()}")
+            steps = total_steps(runner.progress, track.optim_wrapper.window_length)
+            total = total_epochs(runner.progress) if track.by_epoch else steps
+            planned = track.planned
+            if total is not None and planned is not None and total > planned:
                 unit = "epochs" if track.by_epoch else "optimizer steps"
                 runner.logger.warning(
-                    f"schedule: the {type(track.scheduler).__name__} was made for {planned} "
-                    f"{unit}, and this run goes on to {total}"
+                    f"schedule: the {track.kind} was made for {planned} {unit}, and this run goes "
+                    f"on to {total}: from there on the learning rate stays where it ended"
+                )
+            if track.warmup is not None:
+                track.warmup.apply()
+            if steps is not None and track.warmup_steps >= steps:
+                runner.logger.warning(
+                    f"schedule: the warm-up of {track.warmup_steps} optimizer steps does not end "
+                    f"within this run of {steps}"
                 )
 
     @hookimpl(tryfirst=True)  # others see the learning rate of the next step
@@ -165,23 +189,15 @@ class _Track:
 
     Args:
         optim_wrapper: The optimizer's.
-        scheduler: Of torch.
+        built: The scheduler of torch, and where it ends.
         by_epoch: It moves on per epoch.
-        total: The epochs or steps that it was made for, if known.
     """
 
-    def __init__(
-        self,
-        optim_wrapper: OptimWrapper,
-        scheduler: LRScheduler,
-        by_epoch: bool,
-        total: int | None,
-    ) -> None:
+    def __init__(self, optim_wrapper: OptimWrapper, built: Built, by_epoch: bool) -> None:
         self.optim_wrapper = optim_wrapper
-        self.scheduler = scheduler
-        self.total = total
+        self.scheduler, self.end = built
         self.by_epoch: bool | None = by_epoch
-        if isinstance(scheduler, ReduceLROnPlateau):
+        if isinstance(self.scheduler, ReduceLROnPlateau):
             self.by_epoch = None  # per validation
         self.warmup: Warmup | None = None
         self._steps = optim_wrapper.steps  # when the last epoch ended
@@ -191,16 +207,42 @@ class _Track:
         """Optimizer steps of the warm-up."""
         return 0 if self.warmup is None else self.warmup.steps
 
+    @property
+    def kind(self) -> str:
+        """The class of the scheduler."""
+        return type(self.scheduler).__name__
+
+    @property
+    def planned(self) -> int | None:
+        """The epochs or optimizer steps that it was made for, where they were filled in."""
+        if self.end is None:
+            return None
+        return self.end + (0 if self.by_epoch else self.warmup_steps) + (self.kind == "OneCycleLR")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has reached the length that was filled in."""
+        return self.end is not None and self.scheduler.last_epoch >= self.end
+
+    def describe(self) -> str:
+        """What it is, for people to read."""
+        how = {None: "per validation", True: "per epoch", False: "per optimizer step"}
+        text = f"{self.kind} {how[self.by_epoch]}"
+        if self.planned is not None:
+            text += f", made for {self.planned}"
+        return f"{text}, warm-up over {self.warmup_steps} steps" if self.warmup_steps else text
+
     def after_step(self) -> None:
         """A step was taken."""
         if self.warmup is not None and not self.warmup.over:
             self.warmup.step()
-        elif self.by_epoch is False:
+        elif self.by_epoch is False and not self.ended:
             self.scheduler.step()
 
     def after_epoch(self) -> None:
         """An epoch is over; one without a step does not count."""
-        if self.by_epoch and self.optim_wrapper.steps > self._steps:
+        moved = self.optim_wrapper.steps > self._steps
+        if self.by_epoch and moved and not self.ended:
             self.step()
         self._steps = self.optim_wrapper.steps
 
@@ -215,12 +257,31 @@ class _Track:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        warmed = 0 if self.warmup is None else self.warmup.done
-        return {"scheduler": self.scheduler.state_dict(), "warmup": warmed, "steps": self._steps}
+        return {
+            "type": self.kind,
+            "scheduler": self.scheduler.state_dict(),
+            "end": self.end,
+            "warmup": {} if self.warmup is None else self.warmup.state_dict(),
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on; the learning rates themselves are part of the optimizer's state."""
+        """Go on with the schedule as it was made, whatever the length of this run.
+
+        The learning rates themselves are part of the optimizer's state.
+
+        Raises:
+            ValueError: it is the state of another scheduler.
+        """
+        if state["type"] != self.kind:
+            raise ValueError(
+                f"schedule: the state is of a {state['type']}, and this run has a {self.kind}: go "
+                "on with the same one. To begin a schedule anew, drop the state of 'schedule' from "
+                "checkpoint['plugins'] and allow=['schedule']"
+            )
+        self.end = state["end"]
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.warmup is not None:
-            self.warmup.done = state["warmup"]
+        self.warmup = None
+        if state["warmup"]:
+            self.warmup = Warmup.from_state_dict(self.optim_wrapper.optimizer, state["warmup"])
         self._steps = state["steps"]

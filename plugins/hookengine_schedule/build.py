@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.optim.lr_scheduler as torch_schedulers
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from hookengine import did_you_mean, greater_is_better
 
-# What these schedulers cannot do without, and what follows from the length of the run.
-TOTALS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
+# What these schedulers need to know of the length of the run, and how many moves short of it they
+# reach their end (OneCycleLR counts its construction as the first step).
+LENGTHS = {
+    "CosineAnnealingLR": ("T_max", 0),
+    "PolynomialLR": ("total_iters", 0),
+    "OneCycleLR": ("total_steps", 1),
+}
+MMENGINES = {"by_epoch", "begin", "end", "convert_to_iter_based"}
+BY_STEP = ("OneCycleLR", "CyclicLR")
+"""Schedulers whose own text says that they move on after every batch."""
+
+
+class Built(NamedTuple):
+    """A scheduler, and after how many moves it ends where the length of the run was filled in."""
+
+    scheduler: LRScheduler
+    end: int | None
+
+
+def is_by_step(cfg: Any) -> bool:
+    """Whether this is a scheduler that moves on by step, whatever the run counts in."""
+    kind = cfg.get("type") if isinstance(cfg, Mapping) else cfg
+    cls = kind if isinstance(kind, type) else type(kind)
+    return (kind if isinstance(kind, str) else cls.__name__) in BY_STEP
 
 
 def build_scheduler(
@@ -22,7 +45,7 @@ def build_scheduler(
     milestones: Sequence[int],
     total: int | None,
     metric: str | None,
-) -> LRScheduler:
+) -> Built:
     """Build a scheduler, or several in sequence.
 
     Args:
@@ -60,18 +83,18 @@ def build_scheduler(
         _build_one(one, optimizer, length, None)
         for one, length in zip(cfg, [*lengths, last], strict=True)
     ]
-    return SequentialLR(optimizer, built, ends)
+    filled = any(one.end is not None for one in built)
+    scheduler = SequentialLR(optimizer, [one.scheduler for one in built], ends)
+    return Built(scheduler, total if filled else None)
 
 
-def _build_one(
-    cfg: Any, optimizer: Optimizer, total: int | None, metric: str | None
-) -> LRScheduler:
+def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | None) -> Built:
     if isinstance(cfg, LRScheduler):
         if cfg.optimizer is not optimizer:
             raise ValueError(
                 f"schedule: the {type(cfg).__name__} belongs to another optimizer; pass a dict"
             )
-        return cfg
+        return Built(cfg, None)
     if isinstance(cfg, str):
         cfg = {"type": cfg}
     if isinstance(cfg, Mapping):
@@ -84,40 +107,69 @@ def _build_one(
     scheduler = cfg(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"schedule: {cfg!r} must return a scheduler of torch, got {scheduler!r}")
-    return scheduler
+    return Built(scheduler, None)
 
 
 def _from_dict(
     cfg: Mapping[str, Any], optimizer: Optimizer, total: int | None, metric: str | None
-) -> LRScheduler:
+) -> Built:
     arguments = dict(cfg)
     if "type" not in arguments:
         raise KeyError(f"schedule: a scheduler needs a 'type', a name or a class; got {cfg!r}")
     kind = arguments.pop("type")
     factory = _named(kind) if isinstance(kind, str) else kind
     name = getattr(factory, "__name__", "")
-    if "by_epoch" in arguments and "by_epoch" not in inspect.signature(factory).parameters:
+    foreign = {*arguments} & MMENGINES - {*inspect.signature(factory).parameters}
+    if foreign:
         raise TypeError(
-            "schedule: by_epoch is an option of the plugin, beside scheduler=, not of the scheduler"
+            f"schedule: {', '.join(sorted(foreign))} of {name}: here by_epoch is an option of the "
+            "plugin, beside scheduler=; a warm-up is warmup=500 (optimizer steps, whatever the "
+            "rest counts in); one scheduler after another is scheduler=[...] with milestones=[...]"
         )
-    length = TOTALS.get(name)
-    if length is not None and length not in arguments and "steps_per_epoch" not in arguments:
+    end = None
+    length, short = LENGTHS.get(name, ("", 0))
+    if length and length not in arguments and "steps_per_epoch" not in arguments:
         if total is None:
             raise ValueError(
                 f"schedule: {name} needs {length}, since the length of the run is not known (the "
                 "dataloader does not tell)"
             )
         arguments[length] = total
+        end = total - short
     if isinstance(factory, type) and issubclass(factory, ReduceLROnPlateau):
         _choose_mode(arguments, metric)
     try:
         scheduler = factory(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        error.add_note(f"while building the scheduler {name} with {arguments!r}")
+        error.add_note(f"while building the scheduler {dict(cfg)!r}")
         raise
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"schedule: {kind!r} is no scheduler of torch, got {scheduler!r}")
-    return scheduler
+    return Built(scheduler, end)
+
+
+def check_plain(scheduler: LRScheduler) -> None:
+    """Refuse a scheduler whose state a checkpoint could not hold without pickling code.
+
+    Raises:
+        TypeError: that is so.
+    """
+    for name, value in scheduler.state_dict().items():
+        found = _first_not_plain(value)
+        if found is not None:
+            raise TypeError(
+                f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as {name!r}, "
+                "which no checkpoint can keep safely: leave it out of state_dict()"
+            )
+
+
+def _first_not_plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, bytes, Tensor)):
+        return None
+    if isinstance(value, (list, tuple, dict)):
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return next((found for item in items if (found := _first_not_plain(item))), None)
+    return value
 
 
 def _named(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,24 +13,25 @@ from torch.optim import Optimizer
 class Warmup:
     """Multiplies the learning rates by a factor that grows linearly to 1 (arXiv:1706.02677).
 
-    As ``torch.optim.lr_scheduler.LinearLR``, but it can be lifted while a scheduler by epoch, or
-    one that sets the learning rates absolutely, moves on beneath it.
+    As ``torch.optim.lr_scheduler.LinearLR``, but absolute: it keeps the learning rates as they are
+    without it, and lifts itself while a scheduler moves on beneath it.
 
     Args:
         optimizer: Its learning rates are multiplied at once.
         steps: Optimizer steps until the factor is 1.
-        factor: At the start.
+        start: The factor at the start.
 
     Attributes:
         done: Steps taken.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int, factor: float) -> None:
+    def __init__(self, optimizer: Optimizer, steps: int, start: float) -> None:
         self.optimizer = optimizer
         self.steps = steps
         self.done = 0
-        self._start = factor
-        self._multiply(factor)
+        self._start = start
+        self._base = self._read()
+        self.apply()
 
     @property
     def over(self) -> bool:
@@ -43,22 +45,49 @@ class Warmup:
 
     def step(self) -> None:
         """Go on after an optimizer step."""
-        before = self.factor
         self.done += 1
-        self._multiply(self.factor / before)
+        self._write([lr * self.factor for lr in self._base])
+
+    def apply(self) -> None:
+        """Set the learning rates, unless the warm-up is over."""
+        if not self.over:
+            self._write([lr * self.factor for lr in self._base])
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """The learning rates as they are without the warm-up."""
-        self._multiply(1 / self.factor)
+        """The learning rates without the warm-up; those that are set meanwhile count."""
+        self._write(self._base)
         try:
             yield
+            self._base = self._read()
         finally:
-            self._multiply(self.factor)
+            self.apply()
 
-    def _multiply(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "steps": self.steps,
+            "start": self._start,
+            "done": self.done,
+            "base": [float(lr) for lr in self._base],
+        }
+
+    @classmethod
+    def from_state_dict(cls, optimizer: Optimizer, state: Mapping[str, Any]) -> Self:
+        """Go on; the optimizer has its learning rates from a state of its own."""
+        warmup = cls.__new__(cls)
+        warmup.optimizer = optimizer
+        warmup.steps, warmup._start = state["steps"], state["start"]
+        warmup.done, warmup._base = state["done"], state["base"]
+        return warmup
+
+    def _read(self) -> list[float | Tensor]:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+
+    def _write(self, rates: Sequence[float | Tensor]) -> None:
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].mul_(factor)
+                group["lr"].fill_(lr)
             else:
-                group["lr"] *= factor
+                group["lr"] = lr

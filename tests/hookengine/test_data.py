@@ -85,3 +85,13 @@ def test_a_pass_starts_at_a_batch() -> None:
     assert (list(iterator), dropped) == ([1, 2, 3], 0)
     iterator, dropped = iterate_from(iter([1, 2, 3]), 0, 0, behind=2)
     assert (list(iterator), dropped) == ([3], 2)
+
+
+def test_a_list_of_samples_is_known_by_the_targets_beside_it() -> None:
+    images = [torch.zeros(3, 8, 8)] * 5
+    assert batch_size((tuple(images), ({"boxes": 1},) * 5)) == 5
+    assert batch_size([images, [torch.zeros(2, 4)] * 5]) == 5
+    assert batch_size((images, torch.zeros(5))) == 5
+    two_inputs = [torch.zeros(4, 3), torch.zeros(4, 2)]
+    assert batch_size((two_inputs, torch.zeros(4))) == 4
+    assert batch_size(([torch.zeros(2, 3), torch.zeros(2, 2)], torch.zeros(2))) == 2

@@ -171,21 +171,12 @@ def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:
 
 def test_which_way_a_metric_is_better_is_known_by_its_name() -> None:
     greater = "accuracy acc top1 val/top_5 coco/bbox_mAP mAP AUROC mIoU dice F1 PSNR precision"
-    less = [
-        "loss",
-        "val/loss",
-        "rmse",
-        "mae",
-        "error_rate",
-        "perplexity",
-        "FID",
-        "wer",
-        "loss_accuracy_gap",
-    ][:-1]
-    assert [name for name in greater.split() if greater_is_better(name) is not True] == []
-    assert [name for name in less if greater_is_better(name) is not False] == []
-    for name in ("distance", "gap", "size", "time", "accuracy_loss", "epoch"):
-        assert greater_is_better(name) is None, name
+    greater += " MulticlassAccuracy aAcc AP50"
+    less = "loss val/loss rmse mae error_rate perplexity FID wer"
+    neither = "distance gap accuracy_loss confidence answer apple indices l2_norm"
+    for names, expected in ((greater, True), (less, False), (neither, None)):
+        for name in names.split():
+            assert greater_is_better(name) is expected, name
 
 
 def test_a_metric_is_taken_by_name_as_a_number() -> None:
@@ -193,5 +184,7 @@ def test_a_metric_is_taken_by_name_as_a_number() -> None:
     assert metric_value(metrics, "accuracy") == 0.5
     with pytest.raises(KeyError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'"):
         metric_value(metrics, "acuracy")
+    with pytest.raises(KeyError, match=r"val_cfg=dict\(loss=True\)"):
+        metric_value(metrics, "loss")
     with pytest.raises(TypeError, match=r"'table' is no number: \[1, 2\]"):
         metric_value(metrics, "table")

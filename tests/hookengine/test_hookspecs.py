@@ -68,7 +68,8 @@ def recorder(log: list[str]) -> object:
 BUILD = "configure initialize_model convert_model wrap_model"
 ITERATION = (
     "before_train_iter should_step forward_context after_forward scale_loss backward "
-    "before_optim_step optim_step after_optim_step after_train_iter agree safe_point"
+    "finish_gradients before_optim_step optim_step after_optim_step after_train_iter "
+    "agree safe_point"
 )
 VAL_ITERATION = "before_val_iter forward_context after_val_iter"
 

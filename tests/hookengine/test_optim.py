@@ -276,3 +276,45 @@ def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: 
     model = toy()
     with pytest.raises(TypeError, match="write a train_step"):
         make(model=model, optim_wrapper=dict(a=torch.optim.SGD(model.parameters(), lr=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("event", "answer", "message"),
+    [
+        ("after_forward", lambda: [1], r"after_forward of 'wrong' must return a dict of losses"),
+        ("scale_loss", lambda: 2.0, r"scale_loss of 'wrong' must return a tensor or None, got 2.0"),
+        ("forward_context", lambda: True, r"forward_context of 'wrong' must return a context man"),
+    ],
+)
+def test_an_answer_that_will_not_do_names_who_gave_it(
+    make: Any, event: str, answer: Any, message: str
+) -> None:
+    wrong = type("Wrong", (), {event: staticmethod(answer)})
+    with pytest.raises(TypeError, match=message):
+        make(plugins=[wrong()]).train()
+
+
+def test_a_state_within_a_window_is_warned_of_and_so_is_a_run_that_was_left_in_one(
+    make: Any, caplog: Any
+) -> None:
+    class Leaves(Plugin):
+        def should_step(self) -> bool:
+            return False
+
+        def after_train_iter(self, runner: Any) -> None:
+            if runner.progress.iter == 3:
+                runner.state_dict()
+                raise KeyboardInterrupt
+
+    runner = make(plugins=[Leaves()])
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert "state_dict() was called between two optimizer steps" in caplog.text
+    caplog.clear()
+    runner.train()
+    assert "the gradients since the last one are dropped" in caplog.text
+    caplog.clear()
+    plain = make()
+    plain.train()
+    plain.state_dict()
+    assert not caplog.records

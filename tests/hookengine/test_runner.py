@@ -426,6 +426,23 @@ def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
         make(validate=True, val_cfg=dict(fp16=True))
 
 
+def test_other_frequent_slips_are_answered(make: Any) -> None:
+    with pytest.raises(TypeError, match=r"Runner: 'optimizer' is .*optim_wrapper=dict\(optimizer="):
+        make(optimizer=dict(type="SGD", lr=0.1))
+    with pytest.raises(ValueError, match=r"optim_wrapper: 'OptimWrapperDict' is MMEngine's"):
+        make(optim_wrapper=dict(type="OptimWrapperDict", a=dict(optimizer=dict(type="SGD"))))
+    with pytest.raises(KeyError, match=r"no plugin 'LoggerHook'.*dict\(type='logging'"):
+        make(plugins=[dict(type="LoggerHook")])
+
+    class Hook(Plugin):
+        priority = "LOW"
+
+        def before_run(self) -> None: ...
+
+    with pytest.warns(UserWarning, match="'priority' is MMEngine's"):
+        make(plugins=[Hook()])
+
+
 def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
     from hookengine import PLUGINS
     from hookengine.migration import REPLACEMENTS, answer

@@ -12,7 +12,7 @@ from hookengine_amp import SKIPS_BEFORE_A_WARNING, Amp
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hookengine import Plugin
+from hookengine import Plugin, hookimpl
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -148,6 +148,60 @@ def test_a_step_that_another_plugin_takes_or_refuses_does_no_harm(make: Any, ans
     torch.testing.assert_close(*weights, rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_plugins_are_asked_for_the_step_before_it_however_they_are_listed(
+    make: Any, first: bool
+) -> None:
+    class Refuses(Plugin):
+        def optim_step(self, runner: Any) -> bool | None:
+            return False if runner.progress.iter % 2 else None
+
+    class Reads(Plugin):
+        @hookimpl(tryfirst=True)
+        def before_optim_step(self, optim_wrapper: Any) -> None:
+            norms.append(next(optim_wrapper.parameters()).grad.norm().item())
+
+    norms: list[float] = []
+    plugins = [Refuses(), Reads()]
+    amp = dict(type="amp", dtype="float16")
+    runner = make(plugins=[*plugins, amp] if first else [amp, *plugins])
+    runner.train()
+    assert runner.progress.step == 5
+    assert max(norms) < 10, "the loss scale is divided out"
+
+
+def test_a_run_that_is_cut_after_a_refused_step_goes_on(make: Any) -> None:
+    class Refuses(Plugin):
+        def optim_step(self, runner: Any) -> bool | None:
+            return False if runner.progress.iter == 4 else None
+
+    def runner(epochs: int) -> Any:
+        amp = Amp(dtype="float16", init_scale=2.0**10, growth_interval=5)
+        return make(plugins=[amp, Refuses()], train_cfg=dict(max_epochs=epochs))
+
+    straight, first, second = runner(3), runner(1), runner(3)
+    straight.train()
+    first.train()
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert second.state_dict()["plugins"] == straight.state_dict()["plugins"]
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+
+
+def test_gradients_that_were_made_by_hand_are_left_as_they_are(make: Any, toy: Any) -> None:
+    class ByHand(toy):  # type: ignore[misc]
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            self(*data, mode="loss")["loss"].backward()
+            optim_wrapper.step()
+            return {}
+
+    runner, plain = make(model=ByHand(), plugins=[Amp(dtype="float16")]), make(model=ByHand())
+    runner.train()
+    plain.train()
+    assert runner.progress.step == 10
+    assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
+
+
 def test_a_run_that_is_cut_goes_on_with_its_scale(make: Any) -> None:
     options: dict[str, Any] = dict(dtype="float16", init_scale=2.0**10, growth_interval=3)
     straight = make(plugins=[Amp(**options), Overflow(at=(1, 7))])
@@ -196,6 +250,9 @@ def test_what_cannot_be_is_refused_before_training(make: Any, toy: Any) -> None:
         Amp(growth_factor=1)
     with pytest.raises(TypeError, match="dtype='fp8'"):
         Amp(dtype="fp8")
+    with pytest.raises(TypeError, match="init_scale=inf"):
+        Amp(init_scale=float("inf"))
+    assert Amp(dtype=torch.float16).dtype == "float16"
     with pytest.raises(KeyError, match=r"unknown optimizer 'critic'"):
         make(plugins=[Amp(optimizer="critic")])
 

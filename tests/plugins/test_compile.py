@@ -22,8 +22,9 @@ def fresh_dynamo() -> Any:
 
 
 def told(caplog: Any) -> list[str]:
-    """What the run said; torch's compiler has records of its own."""
-    return [record.message for record in caplog.records if record.name == "hookengine"]
+    """What the run warned of; torch's compiler has records of its own."""
+    records = [r for r in caplog.records if r.name == "hookengine" and r.levelname == "WARNING"]
+    return [record.message for record in records]
 
 
 @pytest.fixture
@@ -149,3 +150,7 @@ def test_bad_options_are_refused() -> None:
         Compile(backend="inductr")
     with pytest.raises(TypeError, match="a mode or options"):
         Compile(mode="max-autotune", options={"trace.enabled": True})
+    with pytest.raises(TypeError, match=r"options=\{'nonsense': 1\}: .*nonsense"):
+        Compile(options={"nonsense": 1})
+    with pytest.raises(TypeError, match=r"backend.*=3"):
+        Compile(backend=3)

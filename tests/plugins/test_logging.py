@@ -453,6 +453,23 @@ def test_a_state_with_spoilt_weights_is_not_handed_out(make: Any, toy: Any) -> N
     assert [iteration for iteration, _ in states] == [1, 2]
 
 
+def test_a_term_that_comes_now_and_then_is_looked_at_too(make: Any, toy: Any) -> None:
+    model = spoilt(toy, {3: {"loss_g": 1.0}, 4: {"loss_g": float("nan")}})
+    runner = logging(make, model=model, interval=5)
+    with pytest.raises(FloatingPointError, match="iteration 4, epoch 1: loss_g nan"):
+        runner.train()
+
+
+def test_a_run_that_was_rolled_back_is_looked_at_again(make: Any, toy: Any) -> None:
+    model = spoilt(toy, {3: {"loss": float("nan")}, 9: {"loss": float("nan")}})
+    runner = logging(make, model=model, interval=2)
+    state = runner.state_dict()
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="iteration"):
+            runner.train()
+        runner.load_state_dict(state)
+
+
 def test_who_chooses_to_goes_on_after_one_warning(make: Any, toy: Any) -> None:
     model = spoilt(toy, {3: {"loss": float("nan")}, 8: {"loss": float("nan")}})
     options = dict(type="logging", interval=2, nonfinite="warn")
@@ -463,6 +480,27 @@ def test_who_chooses_to_goes_on_after_one_warning(make: Any, toy: Any) -> None:
     assert text.count("the loss is not finite in iteration 3") == 1
     assert "iteration 8" not in text
     runner.state_dict()
+
+
+def test_a_record_tells_the_learning_rate_that_was_used_and_the_losses_first(make: Any) -> None:
+    schedule = dict(
+        type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5), by_epoch=False
+    )
+    clip = dict(type="clip", max_norm=1)
+    runner = logging(make, interval=1, plugins=[clip, schedule, dict(type="accumulate", steps=2)])
+    runner.train()
+    records = lines(runner)
+    assert [r["lr"] for r in records[:5]] == [0.1, 0.1, 0.05, 0.05, 0.025]
+    keys = [[k for k in record if k in ("loss", "grad_norm", "lr")] for record in records]
+    assert keys[1] == keys[3] == ["loss", "grad_norm", "lr"]
+    assert "iter 4/10  step 2  loss" in (runner.run_dir / "run.log").read_text()
+
+
+def test_a_loss_scale_is_told_as_it_is(make: Any) -> None:
+    amp = dict(type="amp", dtype="float16", init_scale=2.0**10, growth_interval=2)
+    runner = logging(make, interval=5, plugins=[amp])
+    runner.train()
+    assert [record["loss_scale"] for record in lines(runner)] == [2.0**12, 2.0**15]
 
 
 def test_who_replaces_the_same_value_is_named_in_order(make: Any) -> None:
@@ -486,5 +524,5 @@ def test_who_replaces_the_same_value_is_named_in_order(make: Any) -> None:
     assert runner.plugins.replacements() == {"after_forward": ["halved", "auxiliary"]}
     runner.train()
     text = (runner.run_dir / "run.log").read_text()
-    assert "losses: replaced by halved, then auxiliary (after_forward)" in text
+    assert "after_forward: halved, then auxiliary replace the losses" in text
     assert "loss_aux" in lines(runner)[0]

@@ -160,6 +160,9 @@ def test_through_the_runner(make: Any) -> None:
         (dict(custom_keys={"head": 0.1}), TypeError, r"custom_keys\['head'\] takes dict\(lr_mult"),
         (dict(layers={"Linear": {"lr": 1}}), TypeError, "has no option 'lr'"),
         (dict(layers={"Linear": {"lr_mult": -1}}), ValueError, "lr_mult=-1 is no multiplier"),
+        (dict(custom_keys={"head": {"lr_mult": float("nan")}}), ValueError, "lr_mult=nan is no"),
+        (dict(bias_lr_mult=-1), ValueError, "bias_lr_mult=-1 is no multiplier"),
+        (dict(norm_decay_mult="2"), ValueError, "norm_decay_mult='2' is no multiplier"),
         (dict(bias_lr_mul=1), TypeError, "bias_lr_mul"),
     ],
 )
@@ -176,6 +179,9 @@ def test_what_the_runner_refuses(make: Any, toy: Any) -> None:
             model=model,
             optim_wrapper=dict(optimizer=torch.optim.SGD(model.parameters(), 0.1), paramwise=rules),
         )
+    for name in ("bias_lr_mul", "bypass_duplicate", "lr"):
+        with pytest.raises(TypeError, match=f"paramwise: unknown option '{name}'.*bias_lr_mult"):
+            make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise={name: 1}))
     with pytest.raises(TypeError, match="paramwise takes a dict"):
         make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise=3))
     with pytest.raises(TypeError, match="'paramwise_cfg' is MMEngine's"):

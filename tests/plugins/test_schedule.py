@@ -307,12 +307,130 @@ def test_each_group_keeps_its_share(make: Any) -> None:
     assert mine[1::2] == pytest.approx([2 * rate for rate in mine[::2]])
 
 
-def test_a_run_that_goes_on_beyond_its_schedule_is_warned_of(make: Any, caplog: Any) -> None:
-    runner = make(plugins=[Schedule(scheduler="CosineAnnealingLR")])
+def warnings_of(caplog: Any) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("name", ["CosineAnnealingLR", "PolynomialLR", "OneCycleLR"])
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_beyond_its_end_a_schedule_stays_where_it_is(
+    make: Any, caplog: Any, name: str, by_epoch: bool
+) -> None:
+    config = dict(type=name, max_lr=0.3) if name == "OneCycleLR" else dict(type=name)
+    if name == "OneCycleLR":
+        config["cycle_momentum"] = False
+    rates = Rates()
+    schedule = Schedule(scheduler=config, by_epoch=by_epoch)
+    runner = make(plugins=[schedule, rates], train_cfg=dict(max_epochs=4))
     runner.train()
-    assert not caplog.records
-    runner.train(max_epochs=5)
-    assert "CosineAnnealingLR was made for 2 epochs, and this run goes on to 5" in caplog.text
+    assert not warnings_of(caplog)
+    runner.train(max_epochs=6)
+    assert len(rates.seen) == 10
+    assert len({*rates.seen}) == 1
+    planned = "4 epochs, and this run goes on to 6" if by_epoch else "20 optimizer steps"
+    assert f"{name} was made for {planned}" in warnings_of(caplog)[0]
+
+
+def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(make: Any, caplog: Any) -> None:
+    for scheduler in (
+        dict(type="MultiStepLR", milestones=[1]),
+        dict(type="CosineAnnealingLR", T_max=9),
+    ):
+        runner = make(plugins=[Schedule(scheduler=scheduler)])
+        runner.train()
+        runner.train(max_epochs=4)
+    assert not warnings_of(caplog)
+
+
+def test_a_longer_run_goes_on_with_the_schedule_as_it_was_made(make: Any, caplog: Any) -> None:
+    def runner(epochs: int, **options: Any) -> tuple[Any, Rates]:
+        rates = Rates()
+        schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False, **options)
+        return make(plugins=[schedule, rates], train_cfg=dict(max_epochs=epochs)), rates
+
+    for options in (dict(), dict(warmup=0.4)):
+        first, _ = runner(2, **options)
+        first.train(max_epochs=1)
+        straight, expected = runner(2, **options)
+        straight.train()
+        longer, rates = runner(4, **options)
+        longer.load_state_dict(first.state_dict())
+        longer.train()
+        assert rates.seen[:5] == expected.seen[5:]
+        assert rates.seen[5:] == [straight.optim_wrapper.get_lr()[0]] * 10
+        assert "made for 10 optimizer steps, and this run goes on to 20" in caplog.text
+
+
+def test_a_warm_up_can_begin_where_the_state_has_none(make: Any) -> None:
+    first = make()
+    first.train()
+    rates = Rates()
+    schedule = Schedule(scheduler=dict(type="ConstantLR", factor=1), by_epoch=False, warmup=5)
+    second = make(plugins=[schedule, rates], train_cfg=dict(max_epochs=4))
+    second.load_state_dict(first.state_dict(), allow=["schedule"])
+    second.train()
+    factors = [min(1.0, 0.01 + 0.99 * step / 5) for step in range(10)]
+    assert rates.seen == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_the_state_of_another_scheduler_is_refused(make: Any) -> None:
+    state = make(plugins=[Schedule(scheduler="CosineAnnealingLR")]).state_dict()
+    runner = make(plugins=[Schedule(scheduler=dict(type="StepLR", step_size=1))])
+    with pytest.raises(ValueError, match="is of a CosineAnnealingLR, and this run has a StepLR"):
+        runner.load_state_dict(state)
+    del state["plugins"]["schedule"]
+    runner.load_state_dict(state, allow=["schedule"])
+
+
+def test_a_second_schedule_for_one_optimizer_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="has a schedule already, of the plugin 'second'"):
+        make(
+            plugins=[
+                Schedule(scheduler="CosineAnnealingLR"),
+                Schedule(scheduler="ConstantLR", plugin_name="second"),
+            ]
+        )
+
+
+def test_a_scheduler_that_cannot_be_saved_is_refused(make: Any) -> None:
+    class Odd(lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: Any) -> None:
+            self.function = lambda: 1
+            super().__init__(optimizer)
+
+        def get_lr(self) -> list[float]:
+            return [0.1]
+
+    with pytest.raises(TypeError, match=r"Odd.state_dict\(\) holds <function .* as 'function'"):
+        make(plugins=[Schedule(scheduler=Odd)])
+
+
+def test_the_plan_is_told(make: Any, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        run(
+            make,
+            Schedule(scheduler="CosineAnnealingLR", by_epoch=False, warmup=2),
+            dict(type="accumulate", steps=2),
+        )
+    text = "schedule: CosineAnnealingLR per optimizer step, made for 12, warm-up over 2 steps"
+    assert text in caplog.text
+    run(make, Schedule(scheduler="ConstantLR", warmup=500))
+    assert "warm-up of 500 optimizer steps does not end within this run of 20" in caplog.text
+
+
+def test_by_default_what_moves_on_by_batch_does_so(make: Any) -> None:
+    config = dict(type="OneCycleLR", max_lr=0.3, cycle_momentum=False)
+    assert len({*run(make, Schedule(scheduler=config))}) == 20
+
+
+def test_it_finds_the_window_of_any_plugin_that_accumulates(make: Any) -> None:
+    class Other(Plugin):
+        def setup_optimizer(self, optim_wrapper: Any) -> None:
+            optim_wrapper.window_length = 5
+
+    schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False)
+    runner = make(plugins=[schedule, Other()])
+    assert runner.state_dict()["plugins"]["schedule"]["optimizer"]["end"] == 2
 
 
 def test_a_runner_that_does_not_train_needs_no_schedule(make: Any) -> None:
@@ -378,7 +496,7 @@ def test_what_needs_the_runs_length_says_so(make: Any) -> None:
             make(plugins=[Schedule(**options)], train_dataloader=unsized())
 
 
-@pytest.mark.parametrize("warmup", [-1, 1.5])
+@pytest.mark.parametrize("warmup", [-1, 1.5, 1.0])
 def test_a_warm_up_that_is_neither_steps_nor_a_share(warmup: Any) -> None:
     with pytest.raises(TypeError, match="warmup"):
         Schedule(scheduler="ConstantLR", warmup=warmup)
