@@ -36,11 +36,15 @@ def _are_samples(items: Sequence[Any], others: Sequence[Any]) -> bool:
     """Whether a list of tensors is one of samples, by what stands beside it."""
     if not others or not isinstance(items[0] if items else None, Tensor):
         return False
-    target = others[0]
+    target, size = others[0], items[0].shape[:1]
+    as_one = all(isinstance(item, Tensor) and item.shape[:1] == size for item in items)
     if isinstance(target, Tensor):
-        size = target.shape[0] if target.dim() else 0
-        return size == len(items) and size != batch_size(items[0])
-    return isinstance(target, (list, tuple)) and len(target) == len(items)
+        told = target.dim() and target.shape[0] == len(items)
+        return bool(told) and not (as_one and size[0] in target.shape)
+    if not isinstance(target, (list, tuple)) or len(target) != len(items):
+        return False
+    # Several inputs beside several targets are a batch, if all have one first dimension.
+    return not (as_one and all(isinstance(t, Tensor) and t.shape[:1] == size for t in target))
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:

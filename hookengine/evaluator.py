@@ -15,19 +15,22 @@ from hookengine import dist
 from hookengine.registry import unknown
 
 _GREATER = re.compile(
-    "[am]?acc|accuracy|top|auc|auroc|auprc|precision|recall|f1?|fscore|m?dice|m?iou|m?ap|ar|r2|"
-    "psnr|ssim|bleu|rouge"
+    r"[am]?acc|accuracy|top\d+|auc|auroc|auprc|precision|recall|f\d|fscore|m?dice|m?iou|m?ap|r2|"
+    r"psnr|ssim|bleu|rouge"
 )
-_LESS = re.compile("loss|error|err|perplexity|ppl|r?mse|mae|mape|nll|b?ce|fid|kid|wer|cer|lpips")
+_LESS = re.compile(r"loss|error|err|perplexity|ppl|r?mse|mae|mape|nll|b?ce|fid|kid|wer|cer|lpips")
+_NEITHER = re.compile(r"std|var|gap|drop|difference|distance|divergence|time|latency|size|count")
 
 
 def greater_is_better(metric: str) -> bool | None:
     """Whether more of a metric is better, as far as the words of its name tell; else None."""
-    name = metric.rpartition("/")[2]
-    words = {w.lower() for w in re.split(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z][a-z])", name)}
-    words |= {word.rstrip("0123456789@") for word in words} | {name.lower()}
+    words = set()
+    for part in re.split(r"[^A-Za-z0-9]+", re.sub(r"(?i)top_(\d)", r"top\1", metric)):
+        camel = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", part)
+        words |= {word.lower() for word in (part, *camel.split())}
+    words |= {word.rstrip("0123456789") for word in words}
     greater, less = any(map(_GREATER.fullmatch, words)), any(map(_LESS.fullmatch, words))
-    return None if greater == less else greater
+    return None if greater == less or any(map(_NEITHER.fullmatch, words)) else greater
 
 
 def metric_value(metrics: Mapping[str, Any], name: str) -> float:

@@ -374,7 +374,9 @@ class Step(Protocol):
     def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Make the gradients those of the loss itself, for everybody who comes after.
 
-        Divide a loss scale out, exchange them with other ranks, average what was accumulated.
+        Exchange them with other ranks, divide a loss scale out, average what was accumulated. A
+        plugin that exchanges them comes first of all (``tryfirst``, before ``amp``): an infinite
+        gradient of one rank is a matter of all.
         """
 
     @event

@@ -179,6 +179,12 @@ class PluginManager(pluggy.PluginManager):
         point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
         if point is not None:
             self._sources[name] = distribution_of(point)
+        cls = entry["type"] if isinstance(entry, Mapping) else type(entry)
+        own = vars(cls) if isinstance(cls, type) else {}
+        if isinstance(own.get("priority"), str) and "priority" not in own.get(
+            "__annotations__", {}
+        ):
+            warnings.warn(f"plugin {name!r}: {migration.answer('priority')}", stacklevel=2)
         if not isinstance(entry, Mapping):
             return entry
         options = {key: value for key, value in entry.items() if key != "plugin_name"}

@@ -162,8 +162,6 @@ def check_methods(name: str, plugin: object) -> None:
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")
-    if isinstance(getattr(plugin, "priority", None), str):
-        warnings.warn(f"plugin {name!r}: {migration.answer('priority')}", stacklevel=2)
     if not answered:
         raise TypeError(
             f"plugin {name!r} ({plugin!r}) answers no event: a plugin is an object with methods "

@@ -123,6 +123,7 @@ class Runner(Life):
         self.work_dir = Path(work_dir)
         self._named = name is not None
         self._run_dir_made = False
+        self._window_told = False
         self.name = name or time.strftime("%Y%m%d_%H%M%S")
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = Progress()
@@ -341,7 +342,8 @@ class Runner(Life):
         Gradients are no part of it: within a window of accumulated gradients it cannot be resumed
         exactly, which is warned of. ``safe_point`` is the event to take it in.
         """
-        if self._has_optimizer and self.optim_wrapper.window_open:
+        if self._has_optimizer and self.optim_wrapper.window_open and not self._window_told:
+            self._window_told = True
             self.logger.warning(
                 "state_dict() was called between two optimizer steps: the gradients since the last "
                 "one are not in it, so a run cannot be resumed exactly. Call it in safe_point"

@@ -22,7 +22,8 @@ class Accumulate(Plugin, name="accumulate"):
     A loss is a mean over what a batch holds: over its samples, or its valid tokens. Micro-batches
     are weighted by that number, so those of unequal size give the gradient of the one big batch.
     The last, shorter window of an epoch or a run is closed, and weighted by what it really holds.
-    A micro-batch without any valid token counts for nothing, whatever its loss.
+    A micro-batch without any valid token counts for nothing, whatever its loss (where its count is
+    on a GPU, which is never read, the loss must have finite gradients, as ``F.cross_entropy`` has).
 
     Over several ranks, whose gradients are averaged as DDP does it, the weights of all ranks
     count; beside the gradients that takes an all-reduce of a single number per window.
@@ -60,6 +61,7 @@ class Accumulate(Plugin, name="accumulate"):
         self._closing = False
         self._reference: float | None = None
         self._weight: Weight = 1.0
+        self._last = 0.0  # the last weight that was not 0
 
     @hookimpl(tryfirst=True)  # schedules ask for it
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
@@ -89,10 +91,14 @@ class Accumulate(Plugin, name="accumulate"):
             self._weight = count_tokens(data_batch, self.tokens, self.ignore_index)
 
     def after_forward(self, losses: Any) -> dict[str, Any] | None:
-        """The loss of a micro-batch without a valid token, a mean over nothing, is 0, not NaN."""
-        if isinstance(self._weight, Tensor) or self._weight or not isinstance(losses, dict):
+        """The loss of a micro-batch without a valid token, a mean over nothing, is told as 0."""
+        nothing = self._weight_is_zero() and self._windows and self.optimizer is None
+        if not nothing or not isinstance(losses, dict):
             return None
-        return {n: v.nan_to_num() if isinstance(v, Tensor) else v for n, v in losses.items()}
+        return {name: _without_nan(value) for name, value in losses.items()}
+
+    def _weight_is_zero(self) -> bool:
+        return isinstance(self._weight, float) and self._weight == 0
 
     def should_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool:
         """Step with the last micro-batch of a window, an epoch, or the run."""
@@ -110,21 +116,21 @@ class Accumulate(Plugin, name="accumulate"):
         if window is None:
             return None
         if not optim_wrapper.window_open:
-            window.open(self._expected(runner))
+            window.open()
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
             window.add(self._weight, runner.progress.iter)
-        factor = window.factor
+            if not isinstance(self._weight, Tensor):
+                self._last = self._weight or self._last
+        if window.expected is None:
+            window.expected = self._expected(runner, window)
+        if self._weight_is_zero():
+            return _zero_loss(optim_wrapper)
+        factor = self._weight / window.expected  # type: ignore[operator]  # known by now
         if isinstance(factor, float) and factor == 1.0:
             return None
         return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
-    def backward(self, optim_wrapper: OptimWrapper) -> bool | None:
-        """Nothing to learn from a micro-batch without weight; ranks have gradients to exchange."""
-        alone = dist.get_world_size() == 1
-        if alone and optim_wrapper.name in self._windows and isinstance(self._weight, float):
-            return True if self._weight == 0 else None
-        return None
-
+    @hookimpl(tryfirst=True)
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Correct the gradients where the window holds something else than was expected."""
         window = self._windows.get(optim_wrapper.name)
@@ -165,18 +171,19 @@ class Accumulate(Plugin, name="accumulate"):
                 finally:
                     self._closing = False
 
-    def _expected(self, runner: Any) -> Weight:
-        """The total weight that a window, whose first micro-batch this is, will probably have.
+    def _expected(self, runner: Any, window: Window) -> Weight | None:
+        """The total weight that the window will probably have, or None to be asked again.
 
         Several ranks must expect the same, so there it is told by the first batch of the run, once
-        for all; alone, by the first batch of the window and the batches that are left.
+        for all; alone, by the first batch of the window that weighs anything and the number of
+        batches that are left.
         """
         if dist.get_world_size() == 1 or self.weight == "batch":
             first = self._weight
+            left = micro_batches_left(runner.progress, self.steps - window.held + 1)
             if isinstance(first, Tensor):
-                first = torch.where(first > 0, first, torch.ones_like(first))
-            left = micro_batches_left(runner.progress, self.steps)
-            return left * (first if isinstance(first, Tensor) else first or 1.0)
+                return left * torch.where(first > 0, first, torch.ones_like(first))
+            return left * max(first, self._last) or None
         if self._reference is None:
             first = torch.as_tensor(self._weight, dtype=torch.float32, device=runner.device)
             total = dist.sum_over_ranks(first.clone()).item()  # once in a run
@@ -184,9 +191,21 @@ class Accumulate(Plugin, name="accumulate"):
         return self.steps * self._reference
 
     def state_dict(self) -> dict[str, Any]:
-        """What several ranks expect a micro-batch to weigh."""
-        return {} if self._reference is None else {"reference": self._reference}
+        """What a micro-batch is expected to weigh."""
+        return {"reference": self._reference, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._reference = state["reference"]
+        self._reference, self._last = state["reference"], state["last"]
+
+
+def _zero_loss(optim_wrapper: OptimWrapper) -> Tensor:
+    """A loss of 0 that gives each parameter a gradient of 0, as DDP wants it, past the model."""
+    parameters = [p for p in optim_wrapper.parameters() if p.requires_grad]
+    return torch.stack([p.sum() * 0 for p in parameters]).sum()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.nan_to_num(0.0, 0.0, 0.0)
+    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

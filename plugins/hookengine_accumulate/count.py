@@ -44,7 +44,14 @@ def count_tokens(batch: Any, tokens: Any, ignore_index: int | None) -> Weight:
         count = batch[tokens]
     except (KeyError, IndexError, TypeError):
         raise KeyError(_lacks(batch, tokens)) from None
-    return _as_weight(count if ignore_index is None else count != ignore_index, tokens)
+    if ignore_index is None:
+        return _as_weight(count, tokens)
+    if not isinstance(count, Tensor):
+        raise TypeError(
+            f"accumulate: ignore_index needs labels in a tensor, tokens={tokens!r} gave a "
+            f"{type(count).__name__}: give a function, as in tokens=lambda batch: ..."
+        )
+    return _as_weight(count != ignore_index, tokens)
 
 
 def _as_weight(count: Any, tokens: Any) -> Weight:
@@ -59,7 +66,7 @@ def _as_weight(count: Any, tokens: Any) -> Weight:
     elif count.device.type != "cpu":
         return count.sum().double() if count.device.type != "mps" else count.sum().float()
     elif count.dtype != torch.bool and (
-        bool((count < 0).any()) or (count.dim() > 1 and bool((count > 1).any()))
+        bool((count < 0).any()) or (count.squeeze().dim() > 1 and bool((count > 1).any()))
     ):
         raise ValueError(
             f"accumulate: tokens={tokens!r} gave a tensor of shape {tuple(count.shape)} that is "

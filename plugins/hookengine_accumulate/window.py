@@ -19,7 +19,7 @@ class Window:
 
     Attributes:
         held: Micro-batches in it.
-        factor: By which the loss of the present one is multiplied.
+        expected: The total weight that it will probably have; None until it is known.
         asked: Whether ``should_step`` was asked since the last backward pass: what follows is
             another micro-batch. Several losses without a question between are one.
         iteration: The iteration of the last one.
@@ -28,17 +28,16 @@ class Window:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.held = 0
-        self.factor: Weight = 1.0
+        self.expected: Weight | None = None
         self.asked = False
         self.iteration = -1
-        self._expected: Weight = 1.0
         self._total: Weight = 0.0
 
-    def open(self, expected: Weight) -> None:
-        """Begin, with the total weight that is expected."""
+    def open(self) -> None:
+        """Begin."""
         self.held = 0
         self._total = 0.0
-        self._expected = expected
+        self.expected = None
 
     def add(self, weight: Weight, iteration: int) -> None:
         """Take a micro-batch in."""
@@ -46,7 +45,6 @@ class Window:
         self.asked = False
         self.iteration = iteration
         self._total = self._total + weight
-        self.factor = weight / self._expected
 
     def correction(self, device: torch.device, per_rank: bool) -> Weight:
         """By which the gradients are multiplied at the end.
@@ -56,6 +54,7 @@ class Window:
             per_rank: The totals of the ranks differ.
         """
         total, ranks = self._total, dist.get_world_size()
+        expected = 1.0 if self.expected is None else self.expected
         if ranks > 1 and per_rank:
             # In float64 where the device has it: a count of tokens may pass float32's integers.
             dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -63,8 +62,8 @@ class Window:
             total = dist.sum_over_ranks(total) / ranks
             total = total.item() if device.type == "cpu" else total
         if isinstance(total, Tensor):  # stays on the device
-            return torch.where(total > 0, self._expected / total, torch.zeros_like(total))
-        return self._expected / total if total else 0.0
+            return torch.where(total > 0, expected / total, torch.zeros_like(total))
+        return expected / total if total else 0.0
 
 
 def micro_batches_left(progress: Progress, steps: int) -> int:

@@ -28,7 +28,8 @@ class Amp(Plugin, name="amp"):
     The forward pass of training, validation and testing runs under autocast. With float16 each
     optimizer has a ``torch.amp.GradScaler``: the loss is scaled last of all, the gradients are
     unscaled first of all, and a step with infinite or NaN gradients is skipped: ``steps`` stays,
-    and nobody is told ``after_optim_step``. The present scale is logged as ``loss_scale``.
+    and nobody is told ``after_optim_step``. The scale is logged as ``loss_scale``; a record has its
+    mean, as of every value.
     """
 
     dtype: Annotated[Literal["bfloat16", "float16"], BeforeValidator(_name)] = Field(
@@ -96,10 +97,14 @@ class Amp(Plugin, name="amp"):
         scaled.settle()
         return scaled.scaler.scale(loss)
 
+    @hookimpl(tryfirst=True)
     def finish_gradients(self, optim_wrapper: OptimWrapper) -> None:
         """Divide the gradients by the loss scale, if their loss was multiplied by it."""
         scaled = self._scaled.get(optim_wrapper.name)
-        if scaled is None or not optim_wrapper.window_open:
+        if scaled is None:
+            return
+        scaled.settle()
+        if scaled.unscaled or not optim_wrapper.window_open:
             return
         if any(parameter.grad is not None for parameter in optim_wrapper.parameters()):
             scaled.scaler.unscale_(optim_wrapper.optimizer)
@@ -157,7 +162,6 @@ class _Scaled:
         self.unscaled = False
         self.skips = 0
         self._one = one
-        self._value = one.clone()
         self._taken = False
         self.hook = optim_wrapper.optimizer.register_step_post_hook(self._note_step)
 
@@ -189,11 +193,8 @@ class _Scaled:
             self.update()
 
     def value(self) -> Tensor:
-        """The present scale, on the device: reading it would synchronise.
-
-        Always the same tensor, so that a record that averages it tells the latest value.
-        """
-        return self._value.copy_(self.scaler.scale(self._one))
+        """The present scale, on the device: reading it would synchronise."""
+        return self.scaler.scale(self._one)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the scale and its age from a state."""

@@ -44,16 +44,21 @@ class EarlyStop(Plugin, name="early_stop"):
         """Refuse a run that never validates."""
         self._best = -math.inf
         self._waited = 0
+        self._asked = False  # for a stop, in this process
         if runner.train_cfg is not None and runner.val_cfg is None:
             raise ValueError(
                 f"early_stop looks at {self.metric!r} of validation, and this Runner does not "
                 "validate: pass val_dataloader and val_evaluator"
             )
 
-    def before_train(self) -> None:
-        """Who trains on after a stop has patience anew."""
-        if self._waited >= self.patience:
+    def before_train(self, runner: Any) -> None:
+        """Who trains on after a stop has patience anew; a run that was resumed stops again."""
+        if self._waited >= self.patience and self._asked:
             self._waited = 0
+        elif self._waited >= self.patience:
+            runner.progress.stopped = "early_stop: the run had stopped here before it was resumed"
+            runner.logger.info(f"{runner.progress.stopped}; call train() again to go on")
+            self._asked = True
 
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
@@ -71,6 +76,7 @@ class EarlyStop(Plugin, name="early_stop"):
         else:
             self._waited += 1
             if self._waited >= self.patience:
+                self._asked = True
                 by = f" by more than {self.min_delta:g}" if self.min_delta else ""
                 runner.stop(
                     f"early_stop: {self.metric} has got no better than "
@@ -84,3 +90,4 @@ class EarlyStop(Plugin, name="early_stop"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self._best, self._waited = state["best"], state["waited"]
+        self._asked = False

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from hookengine import (
     EVENTS,
@@ -61,9 +62,9 @@ class Logging(Plugin, name="logging"):
         self._metrics: MetricsFile | None = None
         self._by_epoch = True
         self._media_told: set[str] = set()
-        self._outputs: list[tuple[int, Mapping[str, Any]]] = []  # since the last record
-        self._due = False
-        self._rates: dict[str, float] = {}
+        self._losses: list[tuple[int, dict[str, Any]]] = []  # by iteration, since the last record
+        self._names: list[str] = []
+        self._rates: dict[str, Any] = {}
         self._nonfinite_told = False
         self._output = Output(self._main)
         self._previous_logger = runner.logger
@@ -109,15 +110,16 @@ class Logging(Plugin, name="logging"):
         """Neither is a validation."""
         self._stopwatch.mark = perf_counter()
 
-    def before_train_iter(self, runner: Any, batch_idx: int) -> None:
-        """The wait for the batch ends; a record tells the learning rate that is used now."""
+    def before_train_iter(self) -> None:
+        """The wait for the batch ends."""
         clock = self._stopwatch
         clock.data_seconds += perf_counter() - clock.mark
-        progress = runner.progress
-        count = 1 + (batch_idx if self._by_epoch else progress.iter)
-        self._due = count % self.interval == 0 or (progress.is_last and self._by_epoch)
-        if self._due:
-            self._rates = _learning_rates(runner.optim_wrapper)
+
+    @hookimpl(trylast=True)
+    def before_optim_step(self, optim_wrapper: Any) -> None:
+        """Keep the learning rate that is used, which a schedule is about to change."""
+        rate = optim_wrapper.param_groups[0]["lr"]
+        self._rates[optim_wrapper.name] = rate.clone() if isinstance(rate, Tensor) else rate
 
     # Last, so that what other plugins log in these events is part of the record.
 
@@ -132,8 +134,12 @@ class Logging(Plugin, name="logging"):
         clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
             self._meters.add(outputs)
-            self._outputs.append((runner.progress.iter, outputs))
-        if self._due:
+            self._names = [*outputs]
+            losses = {n: v for n, v in outputs.items() if "loss" in n and _is_number(v)}
+            self._losses.append((runner.progress.iter, losses))
+        progress = runner.progress
+        count = progress.batch if self._by_epoch else progress.iter
+        if count % self.interval == 0 or (progress.is_last and self._by_epoch):
             self._write_training(runner)
 
     @hookimpl(trylast=True)
@@ -171,12 +177,10 @@ class Logging(Plugin, name="logging"):
     def _write_interval(self, runner: Any) -> None:
         clock, progress = self._stopwatch, runner.progress
         values, media = self._meters.reduce("train")
-        first = self._outputs[-1][1] if self._outputs else {}
-        outputs = {name: values.pop(name) for name in first if name in values}
+        outputs = {name: values.pop(name) for name in self._names if name in values}
         values = {**outputs, **values}  # the losses first
-        self._outputs.clear()
-        scalars = self._rates or _learning_rates(runner.optim_wrapper)
-        self._rates = {}
+        self._losses.clear()
+        scalars = _learning_rates(runner.optim_wrapper, self._rates)
         scalars["time"] = clock.seconds / clock.iterations
         scalars["data_time"] = clock.data_seconds / clock.iterations
         scalars["samples_per_second"] = clock.samples / clock.seconds if clock.seconds else 0.0
@@ -190,11 +194,11 @@ class Logging(Plugin, name="logging"):
 
     def _nonfinite_loss(self, progress: Any) -> str | None:
         """Since when, and which terms of the loss are not finite; None where all are."""
-        names = {name for _, outputs in self._outputs for name in outputs if "loss" in name}
+        names = {name for _, losses in self._losses for name in losses}
         if self._nonfinite_told or self._meters.are_finite(names):
             return None
-        for iteration, outputs in self._outputs:
-            values = {name: float(outputs[name]) for name in outputs if name in names}
+        for iteration, losses in self._losses:
+            values = {name: float(value) for name, value in losses.items()}
             bad = [f"{name} {value}" for name, value in values.items() if not isfinite(value)]
             if bad:
                 good = [f"{name} {v:.4g}" for name, v in values.items() if isfinite(v)]
@@ -276,7 +280,7 @@ class Logging(Plugin, name="logging"):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self._outputs.clear()
+        self._losses.clear()
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 
@@ -309,11 +313,22 @@ def _description(runner: Any) -> dict[str, Any]:
     }
 
 
-def _learning_rates(optim_wrapper: Any) -> dict[str, float]:
-    """``lr`` of the first parameter group; ``NAME/lr`` where there are several optimizers."""
+def _learning_rates(optim_wrapper: Any, used: Mapping[str, Any]) -> dict[str, float]:
+    """``lr`` of the first parameter group; ``NAME/lr`` where there are several optimizers.
+
+    Args:
+        optim_wrapper: Of the Runner.
+        used: That of the last step, by optimizer; before the first one it is the present one.
+    """
     wrappers = optim_wrapper.by_name()
     several = len(wrappers) > 1
-    return {f"{n}/lr" if several else "lr": w.get_lr()[0] for n, w in wrappers.items()}
+    rates = {name: used.get(name, wrapper.get_lr()[0]) for name, wrapper in wrappers.items()}
+    return {f"{n}/lr" if several else "lr": float(rate) for n, rate in rates.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, as far as that can be told without reading the device."""
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
 def _line(record: Record, progress: Any) -> str:

@@ -83,6 +83,8 @@ class Schedule(Plugin, name="schedule"):
             self.scheduler, optim_wrapper.optimizer, self.milestones, total, self.metric
         )
         self._check_metric(runner, isinstance(built.scheduler, ReduceLROnPlateau))
+        if self.by_epoch is None and is_by_step(built.kind):
+            by_epoch = False  # a function has returned it
         track = _Track(optim_wrapper, built, by_epoch)
         if warmup:
             track.warmup = Warmup(optim_wrapper.optimizer, warmup, self.warmup_factor)
@@ -195,7 +197,7 @@ class _Track:
 
     def __init__(self, optim_wrapper: OptimWrapper, built: Built, by_epoch: bool) -> None:
         self.optim_wrapper = optim_wrapper
-        self.scheduler, self.end = built
+        self.scheduler, self.kind, self.length, self.end = built
         self.by_epoch: bool | None = by_epoch
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.by_epoch = None  # per validation
@@ -208,26 +210,26 @@ class _Track:
         return 0 if self.warmup is None else self.warmup.steps
 
     @property
-    def kind(self) -> str:
-        """The class of the scheduler."""
-        return type(self.scheduler).__name__
-
-    @property
     def planned(self) -> int | None:
         """The epochs or optimizer steps that it was made for, where they were filled in."""
-        if self.end is None:
+        if self.length is None:
             return None
-        return self.end + (0 if self.by_epoch else self.warmup_steps) + (self.kind == "OneCycleLR")
+        return self.length + (0 if self.by_epoch else self.warmup_steps)
 
     @property
     def ended(self) -> bool:
         """Whether it has reached the length that was filled in."""
         return self.end is not None and self.scheduler.last_epoch >= self.end
 
+    @property
+    def how(self) -> str:
+        """What it is, and when it moves on."""
+        how = {None: "per validation", True: "per epoch", False: "per optimizer step"}
+        return f"{self.kind} {how[self.by_epoch]}"
+
     def describe(self) -> str:
         """What it is, for people to read."""
-        how = {None: "per validation", True: "per epoch", False: "per optimizer step"}
-        text = f"{self.kind} {how[self.by_epoch]}"
+        text = self.how
         if self.planned is not None:
             text += f", made for {self.planned}"
         return f"{text}, warm-up over {self.warmup_steps} steps" if self.warmup_steps else text
@@ -258,8 +260,9 @@ class _Track:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
         return {
-            "type": self.kind,
+            "how": self.how,
             "scheduler": self.scheduler.state_dict(),
+            "length": self.length,
             "end": self.end,
             "warmup": {} if self.warmup is None else self.warmup.state_dict(),
             "steps": self._steps,
@@ -273,13 +276,13 @@ class _Track:
         Raises:
             ValueError: it is the state of another scheduler.
         """
-        if state["type"] != self.kind:
+        if state["how"] != self.how:
             raise ValueError(
-                f"schedule: the state is of a {state['type']}, and this run has a {self.kind}: go "
+                f"schedule: the state is of {state['how']}, and this run has {self.how}: go "
                 "on with the same one. To begin a schedule anew, drop the state of 'schedule' from "
                 "checkpoint['plugins'] and allow=['schedule']"
             )
-        self.end = state["end"]
+        self.length, self.end = state["length"], state["end"]
         self.scheduler.load_state_dict(state["scheduler"])
         self.warmup = None
         if state["warmup"]:

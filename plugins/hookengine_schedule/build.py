@@ -26,14 +26,24 @@ BY_STEP = ("OneCycleLR", "CyclicLR")
 
 
 class Built(NamedTuple):
-    """A scheduler, and after how many moves it ends where the length of the run was filled in."""
+    """A scheduler, and what was made of it.
+
+    Attributes:
+        kind: Its class, and those of its parts.
+        length: The length of the run that was filled in, or None.
+        end: After how many moves it ends then.
+    """
 
     scheduler: LRScheduler
-    end: int | None
+    kind: str
+    length: int | None = None
+    end: int | None = None
 
 
 def is_by_step(cfg: Any) -> bool:
     """Whether this is a scheduler that moves on by step, whatever the run counts in."""
+    if isinstance(cfg, (list, tuple)):
+        return any(map(is_by_step, cfg))
     kind = cfg.get("type") if isinstance(cfg, Mapping) else cfg
     cls = kind if isinstance(kind, type) else type(kind)
     return (kind if isinstance(kind, str) else cls.__name__) in BY_STEP
@@ -83,9 +93,11 @@ def build_scheduler(
         _build_one(one, optimizer, length, None)
         for one, length in zip(cfg, [*lengths, last], strict=True)
     ]
-    filled = any(one.end is not None for one in built)
     scheduler = SequentialLR(optimizer, [one.scheduler for one in built], ends)
-    return Built(scheduler, total if filled else None)
+    kind = f"SequentialLR({', '.join(one.kind for one in built)})"
+    if built[-1].end is None:
+        return Built(scheduler, kind)
+    return Built(scheduler, kind, total, built[-1].end + (ends[-1] if ends else 0))
 
 
 def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | None) -> Built:
@@ -94,7 +106,7 @@ def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | 
             raise ValueError(
                 f"schedule: the {type(cfg).__name__} belongs to another optimizer; pass a dict"
             )
-        return Built(cfg, None)
+        return Built(cfg, type(cfg).__name__)
     if isinstance(cfg, str):
         cfg = {"type": cfg}
     if isinstance(cfg, Mapping):
@@ -107,7 +119,7 @@ def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | 
     scheduler = cfg(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"schedule: {cfg!r} must return a scheduler of torch, got {scheduler!r}")
-    return Built(scheduler, None)
+    return Built(scheduler, type(scheduler).__name__)
 
 
 def _from_dict(
@@ -127,14 +139,14 @@ def _from_dict(
             "rest counts in); one scheduler after another is scheduler=[...] with milestones=[...]"
         )
     end = None
-    length, short = LENGTHS.get(name, ("", 0))
-    if length and length not in arguments and "steps_per_epoch" not in arguments:
+    option, short = LENGTHS.get(name, ("", 0))
+    if option and option not in arguments and "steps_per_epoch" not in arguments:
         if total is None:
             raise ValueError(
-                f"schedule: {name} needs {length}, since the length of the run is not known (the "
+                f"schedule: {name} needs {option}, since the length of the run is not known (the "
                 "dataloader does not tell)"
             )
-        arguments[length] = total
+        arguments[option] = total
         end = total - short
     if isinstance(factory, type) and issubclass(factory, ReduceLROnPlateau):
         _choose_mode(arguments, metric)
@@ -145,7 +157,8 @@ def _from_dict(
         raise
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"schedule: {kind!r} is no scheduler of torch, got {scheduler!r}")
-    return Built(scheduler, end)
+    length = None if end is None else total
+    return Built(scheduler, type(scheduler).__name__, length, end)
 
 
 def check_plain(scheduler: LRScheduler) -> None:

@@ -14,7 +14,8 @@ class Warmup:
     """Multiplies the learning rates by a factor that grows linearly to 1 (arXiv:1706.02677).
 
     As ``torch.optim.lr_scheduler.LinearLR``, but absolute: it keeps the learning rates as they are
-    without it, and lifts itself while a scheduler moves on beneath it.
+    without it, and lifts itself while a scheduler moves on beneath it. What others set meanwhile
+    does not last.
 
     Args:
         optimizer: Its learning rates are multiplied at once.
@@ -69,7 +70,7 @@ class Warmup:
             "steps": self.steps,
             "start": self._start,
             "done": self.done,
-            "base": [float(lr) for lr in self._base],
+            "base": self._base,
         }
 
     @classmethod
@@ -81,11 +82,10 @@ class Warmup:
         warmup.done, warmup._base = state["done"], state["base"]
         return warmup
 
-    def _read(self) -> list[float | Tensor]:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+    def _read(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def _write(self, rates: Sequence[float | Tensor]) -> None:
+    def _write(self, rates: Sequence[float]) -> None:
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)

@@ -92,6 +92,9 @@ def test_a_list_of_samples_is_known_by_the_targets_beside_it() -> None:
     assert batch_size((tuple(images), ({"boxes": 1},) * 5)) == 5
     assert batch_size([images, [torch.zeros(2, 4)] * 5]) == 5
     assert batch_size((images, torch.zeros(5))) == 5
+    pair = (torch.zeros(8, 3), torch.zeros(8, 2))
+    assert batch_size([pair, (torch.zeros(8), torch.zeros(8))]) == 8
+    assert batch_size([pair, torch.zeros(2, 8)]) == 8
     two_inputs = [torch.zeros(4, 3), torch.zeros(4, 2)]
     assert batch_size((two_inputs, torch.zeros(4))) == 4
     assert batch_size(([torch.zeros(2, 3), torch.zeros(2, 2)], torch.zeros(2))) == 2

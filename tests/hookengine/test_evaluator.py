@@ -171,9 +171,10 @@ def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:
 
 def test_which_way_a_metric_is_better_is_known_by_its_name() -> None:
     greater = "accuracy acc top1 val/top_5 coco/bbox_mAP mAP AUROC mIoU dice F1 PSNR precision"
-    greater += " MulticlassAccuracy aAcc AP50"
+    greater += " MulticlassAccuracy aAcc AP50 MulticlassF1Score BinaryF1Score MulticlassAUROC"
     less = "loss val/loss rmse mae error_rate perplexity FID wer"
-    neither = "distance gap accuracy_loss confidence answer apple indices l2_norm"
+    neither = "distance gap accuracy_loss confidence answer apple indices l2_norm accuracy_std"
+    neither += " val/accuracy_drop dice_distance f_divergence recall_latency time_to_top"
     for names, expected in ((greater, True), (less, False), (neither, None)):
         for name in names.split():
             assert greater_is_better(name) is expected, name

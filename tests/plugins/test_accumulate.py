@@ -66,8 +66,7 @@ class Gradients(Plugin):
         self.steps: list[list[Tensor]] = []
 
     def before_optim_step(self, optim_wrapper: Any) -> None:
-        gradients = [(p, p.grad) for p in optim_wrapper.parameters()]
-        self.steps.append([torch.zeros_like(p) if g is None else g.clone() for p, g in gradients])
+        self.steps.append([p.grad.clone() for p in optim_wrapper.parameters()])
 
 
 def accumulated(
@@ -150,7 +149,14 @@ class Masked(Tagger):
         return {"loss": (losses * mask.flatten()).sum() / mask.sum()}
 
 
-@pytest.mark.parametrize("model", [Tagger, Masked])
+class Listed(Masked):
+    """Gives its losses in a list."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return {"loss": [super().forward(*args, **kwargs)["loss"]]}
+
+
+@pytest.mark.parametrize("model", [Tagger, Masked, Listed])
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_micro_batch_without_a_valid_token_counts_for_nothing(
     model: Any, amp: bool, tmp_path: Any
@@ -163,6 +169,61 @@ def test_a_micro_batch_without_a_valid_token_counts_for_nothing(
     assert_same(taken[1], big_batch(batches[3:]))
     (nothing,) = accumulated(batches[-2:], COUNTS["mask"](), [*plugins, logging], model=model())
     assert all(bool((gradient == 0).all()) for gradient in nothing)
+
+
+def test_a_nan_in_a_loss_that_counts_is_not_hidden(make: Any) -> None:
+    class Broken(Tagger):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return {"loss": super().forward(*args, **kwargs)["loss"] * torch.nan}
+
+    for accumulate in (Accumulate(steps=2), COUNTS["mask"](), COUNTS["number"]()):
+        with pytest.raises(FloatingPointError, match="iteration 1"):
+            accumulated(
+                sentences([2, 1], [3, 0]), accumulate, [dict(type="logging")], model=Broken()
+            )
+    one = Accumulate(steps=1, weight="token", tokens="mask")  # nothing is left out then
+    with pytest.raises(FloatingPointError, match="iteration 2"):
+        accumulated(sentences([2, 1], [3, 0]), one, [dict(type="logging")])
+
+
+def test_an_empty_micro_batch_first_does_not_blow_up_a_loss_in_float16() -> None:
+    batches = sentences([64, 64, 64, 64] * 2, [0, 200, 200, 200] * 2)
+    for batch in batches:
+        batch["inputs"] = batch["inputs"].float()
+    taken = accumulated(
+        batches,
+        Accumulate(steps=4, weight="token", tokens="mask"),
+        [Amp(dtype="float16", init_scale=2.0**14)],
+        model=Tagger(torch.float32),
+    )
+    assert len(taken) == 2
+    assert bool(
+        torch.stack([torch.cat([g.flatten() for g in each]) for each in taken]).isfinite().all()
+    )
+
+
+def test_a_run_that_is_cut_expects_the_same_weights(make: Any) -> None:
+    batches = sentences([2, 2, 1, 1, 2, 3, 1, 2], [0, 5, 3, 2, 0, 7, 3, 1])
+
+    def runner(epochs: int) -> Any:
+        torch.manual_seed(0)
+        return make(
+            model=Tagger(torch.float32),
+            train_dataloader=[dict(b, inputs=b["inputs"].float()) for b in batches],
+            train_cfg=dict(max_epochs=epochs),
+            plugins=[COUNTS["mask"]()],
+            defaults=("preprocess",),
+        )
+
+    straight, first, second = runner(2), runner(1), runner(2)
+    straight.train()
+    first.train()
+    second.load_state_dict(first.state_dict())
+    second.train()
+    for mine, theirs in zip(
+        second.bare_model.parameters(), straight.bare_model.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
 
 
 def test_batches_count_alike_where_that_is_asked_for() -> None:
@@ -437,12 +498,16 @@ def test_bad_options_are_refused(options: Any, message: str) -> None:
         (lambda batch: -1, ValueError, "gave -1.0, which is no count"),
         (lambda batch: float("nan"), ValueError, "gave nan, which is no count"),
         (lambda batch: batch["labels"].clamp(min=0), ValueError, "neither a mask nor lengths"),
+        ("sentence", TypeError, "ignore_index needs labels in a tensor"),
     ],
 )
 def test_a_count_that_cannot_be_is_named(tokens: Any, error: Any, message: str) -> None:
-    accumulate = Accumulate(steps=2, weight="token", tokens=tokens)
+    ignored = IGNORED if tokens == "sentence" else None
+    accumulate = Accumulate(steps=2, weight="token", tokens=tokens, ignore_index=ignored)
+    (batch,) = sentences([2], [5])
+    batch["sentence"] = batch["labels"].tolist()
     with pytest.raises(error, match=message):
-        accumulated(sentences([2], [5]), accumulate)
+        accumulated([batch], accumulate)
 
 
 def test_a_tuple_takes_an_index(make: Any, toy: Any) -> None:
@@ -522,10 +587,11 @@ def on_rank(rank: int, port: int) -> None:
     ]
     windows = (slice(0, 3), slice(3, 5))
     for known in (True, False):
-        for name in ("mask", "number"):
+        for name, model in (("mask", Tagger), ("number", Tagger), ("mask", Masked)):
             synchronise = Synchronise()
             mine = everyone[rank] if known else Unsized(everyone[rank])
-            taken = accumulated(mine, COUNTS[name](), [synchronise, Clip(max_norm=1e9)])
+            plugins = [synchronise, Clip(max_norm=1e9)]
+            taken = accumulated(mine, COUNTS[name](), plugins, model=model())
             assert synchronise.reductions == len(taken) == 2, "one exchange per window"
             for gradients, window in zip(taken, windows, strict=True):
                 assert_same(gradients, big_batch([b for part in everyone for b in part[window]]))

@@ -482,25 +482,92 @@ def test_who_chooses_to_goes_on_after_one_warning(make: Any, toy: Any) -> None:
     runner.state_dict()
 
 
-def test_a_record_tells_the_learning_rate_that_was_used_and_the_losses_first(make: Any) -> None:
-    schedule = dict(
-        type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5), by_epoch=False
+class Used(Plugin):
+    """Keeps the learning rate of each iteration's step."""
+
+    rate = 0.1
+
+    def before_train(self) -> None:
+        self.rates: list[float] = []
+
+    def after_train_iter(self) -> None:
+        self.rates.append(self.rate)
+
+    def before_optim_step(self, optim_wrapper: Any) -> None:
+        (self.rate,) = optim_wrapper.get_lr()
+
+
+class Unsized:
+    """Batches without a length."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(torch.utils.data.DataLoader(self.data(), batch_size=4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(train_dataloader=Unsized),
+        dict(train_cfg=dict(max_iters=7)),
+        dict(train_cfg=dict(max_iters=7, val_interval=3), validate=True),
+        dict(stop=3),
+        dict(plugins=[dict(type="accumulate", steps=2)]),
+    ],
+)
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_a_record_tells_the_learning_rate_that_was_used(
+    make: Any, data: Any, options: dict[str, Any], by_epoch: bool
+) -> None:
+    options = dict(options)
+    used, stop = Used(), options.pop("stop", None)
+    config = dict(type="ExponentialLR", gamma=0.5)
+    schedule = dict(type="schedule", scheduler=config, by_epoch=by_epoch)
+    if "train_dataloader" in options:
+        options["train_dataloader"] = Unsized(data)
+    plugins = [schedule, used, *options.pop("plugins", [])]
+    runner = logging(make, interval=4, plugins=plugins, **options)
+    runner.on("after_train_iter")(
+        lambda runner: runner.stop("enough") if runner.progress.iter == stop else None
     )
-    clip = dict(type="clip", max_norm=1)
-    runner = logging(make, interval=1, plugins=[clip, schedule, dict(type="accumulate", steps=2)])
     runner.train()
-    records = lines(runner)
-    assert [r["lr"] for r in records[:5]] == [0.1, 0.1, 0.05, 0.05, 0.025]
-    keys = [[k for k in record if k in ("loss", "grad_norm", "lr")] for record in records]
+    records = lines(runner, "train")
+    assert records
+    for record in records:
+        assert record["lr"] == used.rates[record["iter"] - 1], record["iter"]
+
+
+def test_the_losses_come_first_and_steps_where_they_are_not_iterations(make: Any) -> None:
+    plugins = [dict(type="clip", max_norm=1), dict(type="accumulate", steps=2)]
+    runner = logging(make, interval=1, plugins=plugins)
+    runner.train()
+    keys = [[k for k in record if k in ("loss", "grad_norm", "lr")] for record in lines(runner)]
     assert keys[1] == keys[3] == ["loss", "grad_norm", "lr"]
     assert "iter 4/10  step 2  loss" in (runner.run_dir / "run.log").read_text()
 
 
-def test_a_loss_scale_is_told_as_it_is(make: Any) -> None:
-    amp = dict(type="amp", dtype="float16", init_scale=2.0**10, growth_interval=2)
-    runner = logging(make, interval=5, plugins=[amp])
-    runner.train()
-    assert [record["loss_scale"] for record in lines(runner)] == [2.0**12, 2.0**15]
+def test_what_is_no_number_is_not_kept_and_no_loss(make: Any, toy: Any) -> None:
+    import weakref
+
+    images: list[Any] = []
+
+    class Shows(toy):  # type: ignore[misc]
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            outputs = super().train_step(data, optim_wrapper)
+            image = torch.zeros(4, 4)
+            images.append(weakref.ref(image))
+            broken = torch.tensor(float("nan") if len(images) == 7 else 1.0)
+            return {**outputs, "loss_map": image, "loss_kind": "focal", "loss_b": broken}
+
+    alive = []
+    runner = logging(make, model=Shows(), interval=50)
+    runner.on("after_train_iter")(lambda: alive.append(sum(i() is not None for i in images)))
+    with pytest.raises(FloatingPointError, match="iteration 7, epoch 2: loss_b nan"):
+        runner.train()
+    assert max(alive) <= 2
 
 
 def test_who_replaces_the_same_value_is_named_in_order(make: Any) -> None:

@@ -299,6 +299,31 @@ def schedule_options(schedule: Schedule) -> dict[str, Any]:
     return {name: getattr(schedule, name) for name in ("scheduler", "by_epoch", "warmup")}
 
 
+@pytest.mark.parametrize("lr", [0.3, 0.1, 0.07, 0.0123])
+def test_a_learning_rate_that_is_a_tensor_goes_on_where_it_was_cut(
+    make: Any, toy: Any, lr: float
+) -> None:
+    def runner(epochs: int) -> Any:
+        torch.manual_seed(0)
+        model = toy()
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(lr), foreach=False)
+        schedule = Schedule(scheduler="ConstantLR", by_epoch=False, warmup=8)
+        return make(
+            model=model,
+            optim_wrapper=optimizer,
+            plugins=[schedule],
+            train_cfg=dict(max_epochs=epochs),
+        )
+
+    straight, first, second = runner(2), runner(1), runner(2)
+    straight.train()
+    first.train()
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert second.optim_wrapper.get_lr() == straight.optim_wrapper.get_lr()
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+
+
 def test_each_group_keeps_its_share(make: Any) -> None:
     wrapper = dict(
         optimizer=dict(type="SGD", lr=0.1), paramwise=dict(custom_keys={"bias": dict(lr_mult=2)})
@@ -342,6 +367,23 @@ def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(make: Any, capl
     assert not warnings_of(caplog)
 
 
+@pytest.mark.parametrize("last", ["OneCycleLR", "CosineAnnealingLR", "ExponentialLR"])
+def test_a_sequence_ends_where_its_last_does(make: Any, caplog: Any, last: str) -> None:
+    more = {
+        "OneCycleLR": dict(max_lr=0.3, cycle_momentum=False, anneal_strategy="linear"),
+        "ExponentialLR": dict(gamma=0.5),
+    }
+    configs = [dict(type="CosineAnnealingLR"), dict(type=last, **more.get(last, {}))]
+    rates = Rates()
+    schedule = Schedule(scheduler=configs, milestones=[4], by_epoch=False)
+    runner = make(plugins=[schedule, rates])
+    runner.train()
+    runner.train(max_epochs=4)
+    assert min(rates.seen) > 0 or last != "OneCycleLR"
+    assert len({*rates.seen}) == (10 if last == "ExponentialLR" else 1)
+    assert bool(warnings_of(caplog)) == (last != "ExponentialLR")
+
+
 def test_a_longer_run_goes_on_with_the_schedule_as_it_was_made(make: Any, caplog: Any) -> None:
     def runner(epochs: int, **options: Any) -> tuple[Any, Rates]:
         rates = Rates()
@@ -376,8 +418,14 @@ def test_a_warm_up_can_begin_where_the_state_has_none(make: Any) -> None:
 def test_the_state_of_another_scheduler_is_refused(make: Any) -> None:
     state = make(plugins=[Schedule(scheduler="CosineAnnealingLR")]).state_dict()
     runner = make(plugins=[Schedule(scheduler=dict(type="StepLR", step_size=1))])
-    with pytest.raises(ValueError, match="is of a CosineAnnealingLR, and this run has a StepLR"):
+    with pytest.raises(ValueError, match="CosineAnnealingLR per epoch, and this run has StepLR"):
         runner.load_state_dict(state)
+    for other in (
+        dict(scheduler="CosineAnnealingLR", by_epoch=False),
+        dict(scheduler=["ConstantLR", "CosineAnnealingLR"], milestones=[1]),
+    ):
+        with pytest.raises(ValueError, match="the state is of CosineAnnealingLR per epoch"):
+            make(plugins=[Schedule(**other)]).load_state_dict(state)
     del state["plugins"]["schedule"]
     runner.load_state_dict(state, allow=["schedule"])
 
@@ -421,6 +469,9 @@ def test_the_plan_is_told(make: Any, caplog: Any) -> None:
 def test_by_default_what_moves_on_by_batch_does_so(make: Any) -> None:
     config = dict(type="OneCycleLR", max_lr=0.3, cycle_momentum=False)
     assert len({*run(make, Schedule(scheduler=config))}) == 20
+    torchs = dict(max_lr=0.3, cycle_momentum=False, total_steps=20)
+    by_function = Schedule(scheduler=lambda optimizer: lr_scheduler.OneCycleLR(optimizer, **torchs))
+    assert len({*run(make, by_function)}) == 20
 
 
 def test_it_finds_the_window_of_any_plugin_that_accumulates(make: Any) -> None:
