@@ -1,7 +1,8 @@
 """What single features cost beside the same thing written by hand, as ratios within one run.
 
     python benchmarks/features.py            # all
-    python benchmarks/features.py init       # one: init, amp, accumulate, clip, schedule
+    python benchmarks/features.py init       # one of init, averaging, amp, accumulate, clip,
+                                             # schedule
 
 Each round runs every contender once, in turn; the ratio of a round compares neighbours in time, and
 the median over the rounds is reported, with the quartiles. MMEngine takes part where it is
@@ -21,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from averaging import averaging
 from step_features import CASES, compare_steps
 from torch import nn
 
@@ -141,7 +143,7 @@ def init_weights(rounds: int) -> None:
         compare(name, contenders, rounds * factor)
 
 
-FEATURES: dict[str, Callable[[int], None]] = {"init": init_weights}
+FEATURES: dict[str, Callable[[int], None]] = {"init": init_weights, "averaging": averaging}
 for _feature in CASES:
     FEATURES[_feature] = partial(compare_steps, _feature)
 

@@ -23,6 +23,12 @@ from hookengine.registry import MODELS
 
 if TYPE_CHECKING:
     # What type checkers and editors see of the registry; a test holds the two equal.
+    from hookengine_averaging import (
+        BaseAveragedModel,
+        ExponentialMovingAverage,
+        MomentumAnnealingEMA,
+        StochasticWeightAverage,
+    )
     from hookengine_init import (
         BaseInit,
         Caffe2XavierInit,
@@ -49,27 +55,33 @@ if TYPE_CHECKING:
     from hookengine_model_utilities import detect_anomalous_params, is_model_wrapper, merge_dict
     from hookengine_paramwise import param_groups
     from hookengine_preprocess import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
+    from hookengine_syncbn import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
+    "BaseAveragedModel",
     "BaseDataPreprocessor",
     "BaseInit",
     "BaseModel",
     "BaseModule",
     "Caffe2XavierInit",
     "ConstantInit",
+    "ExponentialMovingAverage",
     "ImgDataPreprocessor",
     "KaimingInit",
     "ModuleDict",
     "ModuleList",
+    "MomentumAnnealingEMA",
     "NormalInit",
     "PretrainedInit",
     "Sequential",
+    "StochasticWeightAverage",
     "TruncNormalInit",
     "UniformInit",
     "XavierInit",
     "bias_init_with_prob",
     "caffe2_xavier_init",
     "constant_init",
+    "convert_sync_batchnorm",
     "detect_anomalous_params",
     "init_weights",
     "initialize",
@@ -79,6 +91,7 @@ __all__ = [
     "merge_dict",
     "normal_init",
     "param_groups",
+    "revert_sync_batchnorm",
     "stack_batch",
     "trunc_normal_init",
     "uniform_init",

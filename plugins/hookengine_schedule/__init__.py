@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from pydantic import Field
@@ -251,11 +253,12 @@ class _Track:
     def step(self, *metric: float) -> None:
         """Move the scheduler on; it does not see the factor of a warm-up that goes on."""
         step: Callable[..., None] = self.scheduler.step
-        if self.warmup is None or self.warmup.over:
+        going_on = self.warmup is not None and not self.warmup.over
+        lifted = self.warmup.lifted() if self.warmup is not None and going_on else nullcontext()
+        with lifted, warnings.catch_warnings():
+            # torch knows only of steps in this process: after a resume there may be none yet.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             step(*metric)
-        else:
-            with self.warmup.lifted():
-                step(*metric)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""

@@ -324,6 +324,25 @@ def test_a_learning_rate_that_is_a_tensor_goes_on_where_it_was_cut(
     assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
 
 
+def test_a_run_that_is_cut_at_the_end_of_its_first_epoch_goes_on(make: Any) -> None:
+    def runner(cut: bool = False) -> tuple[Any, Rates]:
+        rates = Rates()
+        made = make(plugins=[Schedule(scheduler="CosineAnnealingLR", warmup=7), rates])
+        if cut:
+            made.on("after_train_iter")(
+                lambda runner: runner.stop("cut") if runner.progress.iter == 5 else None
+            )
+        return made, rates
+
+    (straight, expected), (first, _), (second, rates) = runner(), runner(cut=True), runner()
+    straight.train()
+    first.train()
+    assert first.progress.batch == 5
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert rates.seen == expected.seen[5:]
+
+
 def test_each_group_keeps_its_share(make: Any) -> None:
     wrapper = dict(
         optimizer=dict(type="SGD", lr=0.1), paramwise=dict(custom_keys={"bias": dict(lr_mult=2)})

@@ -1,0 +1,31 @@
+"""The averaged weights alone, as a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+
+def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the weights of a module, on the CPU, as ``.pth`` or ``.safetensors``.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    state = {
+        name: value.detach().cpu().clone().contiguous()
+        for name, value in module.state_dict().items()
+    }
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ValueError(f"weights are exported as .pth or .safetensors, not as {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path

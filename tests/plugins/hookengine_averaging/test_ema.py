@@ -1,0 +1,326 @@
+"""The plugin ``ema``: what is averaged, what is evaluated, what is saved."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+from hookengine_averaging import Ema
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hookengine import Plugin, Runner
+from hookengine.model import ExponentialMovingAverage, StochasticWeightAverage, load_weights
+
+
+class States(Plugin):
+    """Keeps the raw weights after each iteration."""
+
+    def before_train(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def after_train_iter(self, runner: Any) -> None:
+        self.weights.append(runner.bare_model.net.weight.detach().clone())
+
+
+def ema_of(values: list[Tensor], momentum: float) -> Tensor:
+    average = values[0].clone()
+    for value in values[1:]:
+        average.lerp_(value, momentum)
+    return average
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(make: Any) -> None:
+    states = States()
+    runner = make(plugins=["ema", states], validate=True)
+    plain = make(validate=True)
+    runner.train()
+    plain.train()
+    averaged = runner.plugins["ema"].averaged
+    assert torch.equal(averaged.module.net.weight, ema_of(states.weights, 0.0002))
+    assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
+    assert averaged.steps == 10
+
+
+class Refuses(Plugin):
+    """Refuses some steps."""
+
+    def optim_step(self, runner: Any) -> bool | None:
+        return False if runner.progress.iter in (2, 5) else None
+
+
+@pytest.mark.parametrize(
+    ("plugins", "updated"),
+    [
+        ([Refuses()], [0, 1, 3, 4, 6, 7, 8, 9]),
+        ([dict(type="accumulate", steps=2)], [1, 3, 4, 6, 8, 9]),
+        ([dict(type="ema", begin_step=4)], [4, 5, 6, 7, 8, 9]),
+        ([dict(type="ema", begin_epoch=1)], [5, 6, 7, 8, 9]),
+        ([dict(type="compile", backend="eager")], list(range(10))),
+    ],
+)
+def test_it_counts_real_steps_from_where_it_begins(make: Any, plugins: Any, updated: Any) -> None:
+    states = States()
+    if not any(isinstance(p, dict) and p["type"] == "ema" for p in plugins):
+        plugins = [*plugins, "ema"]
+    runner = make(plugins=[*plugins, states])
+    runner.train()
+    averaged = runner.plugins["ema"].averaged
+    expected = ema_of([states.weights[index] for index in updated], 0.0002)
+    assert averaged.steps == len(updated)
+    assert torch.equal(averaged.module.net.weight, expected)
+
+
+def test_a_window_that_is_closed_after_an_epoch_of_unknown_length_counts(make: Any) -> None:
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter([[torch.ones(1, 4), torch.zeros(1, dtype=torch.long)]] * 3)
+
+    accumulate = dict(type="accumulate", steps=2)
+    runner = make(plugins=["ema", accumulate], train_dataloader=Batches())
+    runner.train()
+    assert runner.progress.step == 4
+    assert runner.plugins["ema"].averaged.steps == 4
+
+
+def test_with_amp_skipped_steps_do_not_count(make: Any) -> None:
+    states = States()
+    amp = dict(type="amp", dtype="float16", init_scale=2.0**22)
+    runner = make(plugins=["ema", amp, states])
+    runner.train()
+    skipped = 10 - runner.progress.step
+    assert 0 < skipped < 10
+    assert runner.plugins["ema"].averaged.steps == runner.progress.step
+    expected = ema_of(states.weights[skipped:], 0.0002)
+    assert torch.equal(runner.plugins["ema"].averaged.module.net.weight, expected)
+
+
+@pytest.mark.parametrize("evaluate", ["averaged", "raw", "both"])
+def test_what_is_evaluated(make: Any, evaluate: str) -> None:
+    ema = Ema(evaluate=evaluate, momentum=0.001)
+    runner = make(plugins=[ema], validate=True, val_cfg=dict(loss=True))
+    metrics = runner.train()
+    raw = make(validate=True, val_cfg=dict(loss=True))
+    expected = raw.train()
+    raw.bare_model.load_state_dict(ema.averaged.module.state_dict())
+    averaged = raw.val()
+    assert averaged["loss"] != expected["loss"]
+    if evaluate == "both":
+        assert metrics == {**expected, **{f"ema/{name}": v for name, v in averaged.items()}}
+    else:
+        assert metrics == (averaged if evaluate == "averaged" else expected)
+
+
+def test_before_the_first_update_the_raw_weights_are_evaluated(make: Any, caplog: Any) -> None:
+    for evaluate in ("averaged", "both"):
+        runner = make(plugins=[Ema(evaluate=evaluate, begin_epoch=1)], validate=True)
+        plain = make(validate=True)
+        with torch.no_grad():  # as loading weights would
+            for model in (runner.bare_model, plain.bare_model):
+                model.net.weight.copy_(torch.eye(3, 4))
+        with caplog.at_level("INFO"):
+            metrics = runner.val()
+        assert metrics["accuracy"] == plain.val()["accuracy"]
+        assert "there is no average yet: the raw weights are evaluated" in caplog.text
+        with pytest.raises(RuntimeError, match="no average yet to export"):
+            runner.plugins["ema"].export("x.pth")
+
+
+def test_an_error_or_a_stop_in_validation_leaves_the_raw_weights(make: Any) -> None:
+    seen = []
+
+    class Fails(Plugin):
+        def after_val_iter(self, runner: Any) -> None:
+            seen.append({n: v.clone() for n, v in runner.state_dict()["state_dict"].items()})
+            runner.stop("enough")
+            raise LookupError("in validation")
+
+    runner, plain = make(plugins=["ema", Fails()], validate=True), make()
+    with pytest.raises(LookupError):
+        runner.train()
+    plain.train(max_epochs=1)
+    for name, value in plain.bare_model.state_dict().items():
+        assert torch.equal(runner.bare_model.state_dict()[name], value)
+        assert torch.equal(seen[0][name], value), "also in a state that is taken meanwhile"
+
+
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        [],
+        [dict(type="accumulate", steps=2)],
+        [dict(type="amp", dtype="float16", init_scale=2.0**22)],
+        [dict(type="compile", backend="eager")],
+    ],
+)
+def test_a_run_that_is_cut_within_an_epoch_goes_on(make: Any, plugins: Any, tmp_path: Any) -> None:
+    def runner(cut: bool = False) -> Any:
+        made = make(plugins=[Ema(gamma=4, begin_step=1), *plugins], validate=True)
+        if cut:
+            made.on("after_train_iter")(
+                lambda runner: runner.stop("cut") if runner.progress.iter == 7 else None
+            )
+        return made
+
+    straight, first, second = runner(), runner(cut=True), runner()
+    straight.train()
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    checkpoint = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert checkpoint["ema_state_dict"].keys() == {
+        "steps",
+        *(f"module.{name}" for name in checkpoint["state_dict"]),
+    }
+    second.load_state_dict(checkpoint)
+    second.train()
+    mine, theirs = second.state_dict(), straight.state_dict()
+    for key in ("state_dict", "ema_state_dict"):
+        for name, value in theirs[key].items():
+            assert torch.equal(mine[key][name], value), name
+    assert second.val_loop.metrics == straight.val_loop.metrics
+
+
+def test_a_checkpoint_without_averaged_weights(make: Any, caplog: Any) -> None:
+    plain, runner = make(train_cfg=dict(max_epochs=1)), make(plugins=["ema"])
+    plain.train()
+    with pytest.raises(ValueError, match=r"no state for 'ema'.*allow=\['NAME'\]"):
+        runner.load_state_dict(plain.state_dict())
+    states = States()
+    runner.plugins.add(states)
+    runner.load_state_dict(plain.state_dict(), allow=["ema"])
+    assert "no averaged weights (ema_state_dict): the average begins anew" in caplog.text
+    runner.train()
+    averaged = runner.plugins["ema"].averaged
+    assert torch.equal(averaged.module.net.weight, ema_of(states.weights, 0.0002))
+    with pytest.raises(ValueError, match="state of 'ema', which is not on"):
+        make().load_state_dict(runner.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_averaged_weights_alone_are_exported(
+    make: Any, toy: Any, tmp_path: Any, suffix: str
+) -> None:
+    runner = make(plugins=["ema"])
+    runner.train()
+    ema = runner.plugins["ema"]
+    path = ema.export(tmp_path / "folder" / f"averaged.{suffix}")
+    read = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
+    assert read.keys() == runner.bare_model.state_dict().keys()
+    model = toy()
+    load_weights(model, path)
+    assert torch.equal(model.net.weight, ema.averaged.module.net.weight)
+    with pytest.raises(ValueError, match=r"as .pth or .safetensors, not as 'weights.bin'"):
+        ema.export(tmp_path / "weights.bin")
+
+
+def test_a_plain_module_keeps_its_names(make: Any) -> None:
+    runner = make(
+        model=nn.Linear(4, 3), loss=nn.functional.cross_entropy, plugins=["ema"], validate=True
+    )
+    runner.train()
+    assert [*runner.state_dict()["ema_state_dict"]] == ["steps", "module.weight", "module.bias"]
+
+
+def test_the_copy_is_wrapped_as_the_model_is(make: Any) -> None:
+    roles = []
+
+    class Wraps(Plugin):
+        def wrap_model(self, model: nn.Module, role: str) -> None:
+            roles.append((role, model))
+
+    runner = make(plugins=[Wraps(), "ema"])
+    averaged = runner.plugins["ema"].averaged.module
+    assert roles == [("train", runner.bare_model), ("average", averaged)]
+
+
+def test_any_averaged_class_by_type(make: Any) -> None:
+    class Other(ExponentialMovingAverage):
+        def __init__(self, model: nn.Module, tau: float, **options: Any) -> None:
+            super().__init__(model, **options)
+            self.tau = tau
+
+    for kind in ("StochasticWeightAverage", StochasticWeightAverage):
+        runner = make(plugins=[Ema(ema_type=kind, interval=2)])
+        assert type(runner.plugins["ema"].averaged) is StochasticWeightAverage
+        assert runner.plugins["ema"].averaged.interval == 2
+    runner = make(plugins=[Ema(ema_type=Other, options=dict(tau=3))])
+    assert runner.plugins["ema"].averaged.tau == 3
+    runner = make(plugins=[Ema(gamma=7, momentum=0.1)])
+    assert runner.plugins["ema"].averaged.gamma == 7
+    with pytest.raises(TypeError, match="StochasticWeightAverage has no momentum"):
+        make(plugins=[Ema(ema_type="StochasticWeightAverage", momentum=0.1)])
+    with pytest.raises(TypeError, match="'BaseDataPreprocessor' is no BaseAveragedModel"):
+        make(plugins=[Ema(ema_type="BaseDataPreprocessor")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(momentum=0), "momentum=0: Input should be greater than 0"),
+        (dict(momentum=1), "momentum=1: Input should be less than 1"),
+        (dict(begin_step=3, begin_epoch=2), "one of the two"),
+        (dict(gamma=3, ema_type="StochasticWeightAverage"), "gamma is for exponential averages"),
+        (dict(evaluate="ema"), "'averaged', 'raw' or 'both'"),
+    ],
+)
+def test_bad_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Ema(**options)
+
+
+def on_rank(rank: int, port: int, folder: str) -> None:
+    """Run by each rank; an assertion that fails there fails the test."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(rank)
+    batches = [
+        (torch.randn(2, 4, generator=generator), torch.randint(3, (2,), generator=generator))
+        for _ in range(5)
+    ]
+    states, ema = DDPStates(), Ema(momentum=0.1)
+    with Runner(
+        DistributedDataParallel(nn.Linear(4, 3)),
+        folder,
+        train_dataloader=batches,
+        train_cfg=dict(max_epochs=2),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=[dict(type="accumulate", steps=2), ema, states],
+        defaults=(),
+    ) as runner:
+        runner.train()
+        expected = ema_of(states.weights, 0.1)
+        assert len(states.weights) == runner.progress.step == 6
+        assert torch.equal(ema.averaged.module.module.weight, expected)
+        gathered = [torch.zeros(3, 4) for _ in range(2)]
+        torch_dist.all_gather(gathered, expected)
+        assert torch.equal(*gathered)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class DDPStates(Plugin):
+    """Keeps the raw weights after each step."""
+
+    def before_train(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def after_optim_step(self, runner: Any) -> None:
+        self.weights.append(runner.bare_model.module.weight.detach().clone())
+
+
+def test_over_ranks_the_averages_are_the_same(tmp_path: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)

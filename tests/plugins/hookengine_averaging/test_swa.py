@@ -1,0 +1,211 @@
+"""The plugin ``swa``: beside torch's own recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hookengine_averaging import Swa
+from torch import Tensor, nn
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hookengine import BaseModel, Plugin, Runner
+
+EPOCHS = 6
+
+
+class Net(BaseModel):
+    """With batch norm, and a preprocessor that changes the batch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(data_preprocessor=dict(type=Doubling))
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+        scores = self.net(inputs)
+        return {"loss": F.cross_entropy(scores, labels)} if mode == "loss" else (scores, labels)
+
+
+class Doubling(nn.Module):
+    """Doubles the inputs."""
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        return data[0] * 2, data[1]
+
+
+def loader(samples: int = 20, seed: int = 0) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, 4, generator=generator)
+    labels = torch.randint(3, (samples,), generator=generator)
+    return DataLoader(TensorDataset(inputs, labels), batch_size=4)
+
+
+def build(tmp_path: Any, *plugins: Any, epochs: int = EPOCHS, **options: Any) -> Runner:
+    return Runner(
+        Net(),
+        tmp_path,
+        train_dataloader=loader(),
+        train_cfg=dict(max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9)),
+        val_dataloader=loader(10, 1),
+        val_cfg=dict(loss=True),
+        plugins=[*plugins],
+        defaults=(),
+        **options,
+    )
+
+
+def by_torch(begin: int, scheduled: bool) -> dict[str, Any]:
+    """The recipe of torch.optim.swa_utils."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    averaged = AveragedModel(model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    swa_schedule, rates = None, []
+    for epoch in range(EPOCHS):
+        if epoch == begin:
+            swa_schedule = SWALR(optimizer, swa_lr=0.03, anneal_epochs=2)
+        model.train()
+        for inputs, labels in loader():
+            rates.append(optimizer.param_groups[0]["lr"])
+            model(inputs * 2, labels, mode="loss")["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if swa_schedule is not None:
+            averaged.update_parameters(model)
+            swa_schedule.step()
+        elif scheduled:
+            schedule.step()
+    update_bn([inputs * 2 for inputs, _ in loader()], averaged.module.net)
+    averaged.eval()
+    total = 0.0
+    with torch.no_grad():
+        for inputs, labels in loader(10, 1):
+            loss = averaged.module(inputs * 2, labels, mode="loss")["loss"]
+            total += loss.item() * len(inputs)
+    return dict(model=model, averaged=averaged.module, rates=rates, loss=total / 10)
+
+
+class Rates(Plugin):
+    """Keeps the learning rates."""
+
+    def before_train(self) -> None:
+        self.seen: list[float] = []
+
+    def before_optim_step(self, optim_wrapper: Any) -> None:
+        self.seen += optim_wrapper.get_lr()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("begin", [3, 0.5])
+def test_it_is_torchs_recipe(tmp_path: Any, begin: Any, scheduled: bool) -> None:
+    rates, swa = Rates(), Swa(begin=begin, lr=0.03, anneal_epochs=2)
+    schedule = [dict(type="schedule", scheduler="CosineAnnealingLR")] * scheduled
+    with build(tmp_path, swa, *schedule, rates) as runner:
+        metrics = runner.train()
+        expected = by_torch(3, scheduled)
+        assert rates.seen == pytest.approx(expected["rates"], rel=1e-12)
+        for name, value in expected["model"].state_dict().items():
+            assert torch.equal(runner.bare_model.state_dict()[name], value), name
+        for name, value in expected["averaged"].state_dict().items():
+            mine = swa.averaged.module.state_dict()[name]
+            torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-6)
+        assert metrics["swa/loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert metrics["loss"] != metrics["swa/loss"]
+        assert runner.val() == metrics
+
+
+def test_without_a_rate_the_schedule_goes_on(tmp_path: Any) -> None:
+    rates = Rates()
+    schedule = dict(type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5))
+    with build(tmp_path, Swa(begin=2), schedule, rates) as runner:
+        runner.train()
+    assert rates.seen[::5] == [0.1 * 0.5**epoch for epoch in range(EPOCHS)]
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+@pytest.mark.parametrize("mid", [0, 2])
+def test_a_run_that_is_cut_goes_on(tmp_path: Any, at: int, mid: int) -> None:
+    def runner(cut: bool = False) -> Runner:
+        schedule = dict(type="schedule", scheduler="CosineAnnealingLR")
+        made = build(tmp_path, Swa(begin=3, lr=0.03, anneal_epochs=2), schedule)
+        if cut:
+            made.on("after_train_iter")(
+                lambda runner: runner.stop("cut") if runner.progress.iter == 5 * at + mid else None
+            )
+        return made
+
+    straight, first, second = runner(), runner(cut=True), runner()
+    straight.train()
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    mine, theirs = second.state_dict(), straight.state_dict()
+    for key in ("state_dict", "swa_state_dict"):
+        for name, value in theirs[key].items():
+            assert torch.equal(mine[key][name], value), name
+    assert second.val_loop is not None
+    assert straight.val_loop is not None
+    assert second.val_loop.metrics == straight.val_loop.metrics
+    for made in (straight, first, second):
+        made.close()
+
+
+def test_raw_weights_and_random_state_are_as_without_it(tmp_path: Any) -> None:
+    states = []
+    for plugins in ([], [Swa(begin=2)]):
+        with build(tmp_path, *plugins) as runner:
+            torch.manual_seed(5)
+            runner.train()
+            states.append((torch.get_rng_state(), runner.bare_model.state_dict()))
+    assert torch.equal(states[0][0], states[1][0])
+    for name, value in states[0][1].items():
+        assert torch.equal(states[1][1][name], value), name
+
+
+def test_with_amp_and_accumulation_it_goes_through(tmp_path: Any) -> None:
+    swa = Swa(begin=2, lr=0.03)
+    with build(tmp_path, swa, "amp", dict(type="accumulate", steps=2)) as runner:
+        metrics = runner.train()
+        assert "swa/loss" in metrics
+        path = swa.export(tmp_path / "swa.safetensors")
+        assert path.exists()
+
+
+def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
+    for begin in (0, -1, 1.5):
+        with pytest.raises(TypeError, match="begin"):
+            Swa(begin=begin)
+    with build(tmp_path, Swa(begin=9)) as runner:
+        runner.train()
+        assert "averaging begins after epoch 9, and this run ends with epoch 6" in caplog.text
+        with pytest.raises(RuntimeError, match="ready at the end of training"):
+            runner.plugins["swa"].export("x.pth")
+    with (
+        Runner(
+            Net(),
+            tmp_path,
+            train_dataloader=loader(),
+            train_cfg=dict(max_iters=9),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+            plugins=[Swa(begin=0.5)],
+            defaults=(),
+        ) as runner,
+        pytest.raises(ValueError, match="is a share of the epochs"),
+    ):
+        runner.train()
+
+
+def test_a_checkpoint_without_averaged_weights(tmp_path: Any, caplog: Any) -> None:
+    with build(tmp_path, epochs=4) as plain, build(tmp_path, Swa(begin=2)) as runner:
+        plain.train()
+        with pytest.raises(ValueError, match="no state for 'swa'"):
+            runner.load_state_dict(plain.state_dict())
+        runner.load_state_dict(plain.state_dict(), allow=["swa"])
+        assert "no averaged weights (swa_state_dict): averaging begins anew" in caplog.text
+        assert "swa/loss" in runner.train()
