@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +18,6 @@ from torch.nn.modules.module import (
 
 WHOLE_CHECK = 100
 """Updates between two looks at everything, for what nobody is told of (a deleted layer)."""
-
-
-class _Registrations:
-    """Counts what is registered with any module: parameters, buffers, layers, replaced ones too.
-
-    So an update need not look at a thousand dicts to know that nothing has changed; in a training
-    run, where they are not in the processor's cache, that would take a tenth of it.
-    """
-
-    count = 0
-    _listening = False
-
-    @classmethod
-    def listen(cls) -> None:
-        """Have torch tell; once in a process."""
-        if not cls._listening:
-            cls._listening = True
-            register_module_parameter_registration_hook(cls._note)
-            register_module_buffer_registration_hook(cls._note)
-            register_module_module_registration_hook(cls._note)
-
-    @classmethod
-    def _note(cls, *_: Any) -> None:
-        cls.count += 1
 
 
 class Pairs:
@@ -58,10 +36,8 @@ class Pairs:
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, average_buffers: bool) -> None:
-        _Registrations.listen()
         self._model = model
         self._asked = 0
-        self._registrations = _Registrations.count
         self._trees = _Tree(module), _Tree(model)
         parameters = _match("parameter", module.named_parameters(), model.named_parameters())
         buffers = _match("buffer", module.named_buffers(), model.named_buffers())
@@ -83,10 +59,9 @@ class Pairs:
         if model is not self._model:
             return False
         self._asked += 1
-        changed = _Registrations.count != self._registrations
-        if not (changed or self._asked % WHOLE_CHECK == 0 or self._trees[1].has_moved()):
+        told = any(tree.changed for tree in self._trees)
+        if not (told or self._asked % WHOLE_CHECK == 0 or self._trees[1].has_moved()):
             return True
-        self._registrations = _Registrations.count
         return all(tree.is_as_it_was() for tree in self._trees)
 
     def sources(self) -> list[Tensor]:
@@ -108,16 +83,42 @@ class Pairs:
             torch._foreach_copy_(*self._rest)
 
 
+_watched: WeakKeyDictionary[nn.Module, WeakSet[_Tree]] = WeakKeyDictionary()
+
+
+def _note(module: nn.Module, *_: Any) -> None:
+    """torch tells that a parameter, a buffer or a layer was registered, or replaced."""
+    for tree in _watched.get(module, ()):
+        tree.changed = True
+
+
+@functools.cache
+def _listen() -> None:
+    register_module_parameter_registration_hook(_note)
+    register_module_buffer_registration_hook(_note)
+    register_module_module_registration_hook(_note)
+
+
 class _Tree:
     """Which tensors and children a module has.
 
+    An update does not look at all of them: in a training run a thousand dicts are not in the
+    processor's cache, and to look at them would take a tenth of it. torch tells of changes.
+
     Args:
         module: The module; also after it has changed.
+
+    Attributes:
+        changed: Something was registered with one of its modules since it was last looked at.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        _listen()
         self._module = module
+        self.changed = False
         self._members = [*_members(module)]
+        for each in module.modules():
+            _watched.setdefault(each, WeakSet()).add(self)
         owners = [(m._buffers, name) for m in module.modules() for name in m._buffers]
         self._marks = [(owned, name, owned[name]) for owned, name in owners[:1] + owners[-1:]]
 
@@ -127,6 +128,7 @@ class _Tree:
 
     def is_as_it_was(self) -> bool:
         """Whether all of them are the same objects."""
+        self.changed = False
         members = [*_members(self._module)]
         return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
 
