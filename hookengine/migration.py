@@ -94,7 +94,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "dtype": ("amp", "plugins=[dict(type='amp', dtype='float16')]", ""),
     "fp16": ("amp", "plugins=['amp'], which holds in validation too", ""),
     "optimizer": (None, "optim_wrapper=dict(optimizer=...), or the optimizer itself", ""),
-    "EMAHook": ("ema", "plugins=['ema']", "a copy of your own, updated in after_optim_step"),
+    "EMAHook": ("ema", "plugins=[dict(type='ema', momentum=0.0002)]", ""),
     "CheckpointHook": ("checkpoint", "plugins=[dict(type='checkpoint', ...)]", ""),
     "LoggerHook": ("logging", "plugins=[dict(type='logging', interval=...)]", ""),
     "ParamSchedulerHook": ("schedule", "plugins=[dict(type='schedule', scheduler=...)]", ""),

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import SWALR, update_bn
 
 from hookengine import OptimWrapper, Plugin, hookimpl, preserved_random_state
 from hookengine_averaging.averaged import StochasticWeightAverage
+from hookengine_averaging.ema import Ema
 from hookengine_averaging.export import export_weights
 
 
@@ -51,8 +52,14 @@ class Swa(Plugin, name="swa"):
                 "run below 1"
             )
 
-    def configure(self) -> None:
-        """No average yet."""
+    def configure(self, runner: Any) -> None:
+        """No average yet; refuse another plugin that chooses what is evaluated."""
+        for name, other in runner.plugins.items():
+            if isinstance(other, Ema) and other.evaluate != "raw":
+                raise ValueError(
+                    f"swa and {name!r} both choose the weights that are evaluated: use one of them, "
+                    "or dict(type='ema', evaluate='raw')"
+                )
         self._updates = 0
         self._ready = False
         self._rates: dict[str, _Rates] = {}

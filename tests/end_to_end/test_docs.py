@@ -30,7 +30,9 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return re.findall(pattern, page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["weight-initialization.md", "optimization.md"])
+@pytest.mark.parametrize(
+    "name", ["weight-initialization.md", "optimization.md", "averaged-weights.md"]
+)
 def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
     import json
 

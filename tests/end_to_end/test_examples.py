@@ -130,3 +130,12 @@ def test_the_gan_trains_both_its_parts_and_draws(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         with Image.open(runner.run_dir / f"samples_{epoch:03}.png") as image:
             assert image.size == (8 * 66 + 2, 8 * 66 + 2)
+
+
+def test_the_averages_are_drawn(tmp_path: Path) -> None:
+    raw, averaged, final = load("averaging").main(tmp_path, epochs=8)
+    assert len(raw) == len(averaged) == 8
+    assert averaged != raw
+    assert 50 < final <= 100
+    with Image.open(tmp_path / "averaging.png") as image:
+        assert image.width > 800

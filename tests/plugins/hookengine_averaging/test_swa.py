@@ -201,6 +201,14 @@ def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
         runner.train()
 
 
+def test_beside_a_moving_average(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="swa and 'ema' both choose the weights"):
+        build(tmp_path, Swa(begin=2), "ema")
+    with build(tmp_path, Swa(begin=2), dict(type="ema", evaluate="raw")) as runner:
+        assert "swa/loss" in runner.train()
+        assert {"ema_state_dict", "swa_state_dict"} <= runner.state_dict().keys()
+
+
 def test_a_checkpoint_without_averaged_weights(tmp_path: Any, caplog: Any) -> None:
     with build(tmp_path, epochs=4) as plain, build(tmp_path, Swa(begin=2)) as runner:
         plain.train()
