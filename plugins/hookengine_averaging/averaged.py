@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from abc import abstractmethod
 from typing import Any
@@ -18,8 +19,8 @@ class BaseAveragedModel(nn.Module):
 
     It holds a copy of the model, and moves it towards the model at each ``update_parameters``. The
     first update copies; of the later ones each ``interval``-th averages. Averages are taken in
-    groups of tensors at once, without synchronising the device, and in place: beside the copy it
-    needs no memory.
+    groups of tensors at once, without synchronising the device, and in place: where the copy has
+    the model's device and dtype, it needs no memory beside it.
 
     Args:
         model: The model to average; it is copied.
@@ -82,6 +83,7 @@ class BaseAveragedModel(nn.Module):
         """
         pairs = self._pairs
         if pairs is None or not pairs.are_of(model):
+            self._pairs = None  # if the next line refuses the model, it does so again
             pairs = self._pairs = Pairs(self.module, model, self.update_buffers)
         counter = self._counter
         steps: Any = self._buffers["steps"]  # faster than self.steps
@@ -97,7 +99,7 @@ class BaseAveragedModel(nn.Module):
         counter.set(steps, done + 1)
 
     def _average(self, averaged: list[Tensor], sources: list[Tensor], steps: int) -> None:
-        if self._lerps:
+        if self._lerps():
             torch._foreach_lerp_(averaged, sources, self._lerp_weight(steps))
             return
         for average, source in zip(averaged, sources, strict=True):
@@ -107,16 +109,12 @@ class BaseAveragedModel(nn.Module):
         """The weight of the model's value, where the average is a linear interpolation."""
         raise NotImplementedError
 
-    _lerps = False
-    """Whether it is one, so that all tensors can be averaged at once."""
+    def _lerps(self) -> bool:
+        """Whether it is one, so that all tensors can be averaged at once.
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if (
-            "avg_func" in own or "_lerp_weight" in own
-        ):  # what only overrides avg_func is asked for it
-            cls._lerps = "_lerp_weight" in own
+        Not where ``avg_func`` is overridden without the weight, by a class, a mixin or an instance.
+        """
+        return "avg_func" not in self.__dict__ and _weight_belongs_to_avg_func(type(self))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._pairs = None  # moving a module replaces its buffers
@@ -129,6 +127,15 @@ class BaseAveragedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_pairs": None, "_counter": _Counter()}
+
+
+@functools.cache
+def _weight_belongs_to_avg_func(cls: type) -> bool:
+    owners = [
+        next(base for base in cls.__mro__ if name in vars(base))
+        for name in ("avg_func", "_lerp_weight")
+    ]
+    return owners[0] is owners[1] is not BaseAveragedModel
 
 
 class _Counter:

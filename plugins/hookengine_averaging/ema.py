@@ -12,7 +12,11 @@ from pydantic import Field
 from torch import nn
 
 from hookengine import MODELS, Plugin, hookimpl
-from hookengine_averaging.averaged import BaseAveragedModel
+from hookengine_averaging.averaged import (
+    BaseAveragedModel,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+)
 from hookengine_averaging.export import export_weights
 
 MOMENTUM = 0.0002
@@ -56,7 +60,9 @@ class Ema(Plugin, name="ema"):
         """Refuse options that do not go together."""
         if self.begin_step and self.begin_epoch:
             raise TypeError("ema: give begin_step or begin_epoch, one of the two")
-        if self.gamma is not None and self.ema_type != "ExponentialMovingAverage":
+        annealed = (ExponentialMovingAverage, MomentumAnnealingEMA)
+        exponential = {*annealed, *(cls.__name__ for cls in annealed)}
+        if self.gamma is not None and self.ema_type not in exponential:
             raise TypeError(f"ema: gamma is for exponential averages, not for {self.ema_type!r}")
 
     def configure(self) -> None:
@@ -64,6 +70,7 @@ class Ema(Plugin, name="ema"):
         self._steps = 0
         self._updates = 0
         self._told = False
+        self._loaded = False
 
     @hookimpl(trylast=True)  # layers are what they will be; nothing is wrapped yet
     def convert_model(self, model: nn.Module) -> None:
@@ -78,39 +85,40 @@ class Ema(Plugin, name="ema"):
             self._evaluated = runner.wrap(self.averaged.module, "average")
 
     def _build(self, model: nn.Module) -> BaseAveragedModel:
-        kind = "MomentumAnnealingEMA" if self.gamma is not None else self.ema_type
+        kind = MomentumAnnealingEMA if self.gamma is not None else self.ema_type
         cls = MODELS.get(kind) if isinstance(kind, str) else kind
         if not (isinstance(cls, type) and issubclass(cls, BaseAveragedModel)):
             raise TypeError(f"ema: ema_type={kind!r} is no BaseAveragedModel")
-        common = {"interval": self.interval, "update_buffers": self.update_buffers}
-        arguments: dict[str, Any] = {**common, **self.options}
-        known = inspect.signature(cls).parameters
-        if "momentum" in known:
-            arguments["momentum"] = self.momentum
-        elif self.momentum != MOMENTUM:
-            raise TypeError(f"ema: {cls.__name__} has no momentum")
-        if self.gamma is not None:
-            arguments["gamma"] = self.gamma
-        return cls(model, **arguments)
+        parameters = inspect.signature(cls).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        defaults = {"momentum": MOMENTUM, "interval": 1, "update_buffers": False, "gamma": None}
+        arguments = {}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default and not any_name and name not in parameters:
+                raise TypeError(f"ema: {cls.__name__} has no {name}")
+            if value != default or (name in parameters and default is not None):
+                arguments[name] = value
+        return cls(model, **{**arguments, **self.options})
 
     # An iteration steps before the first of these, or, where the length of the epoch was not known
     # and a window of accumulated gradients is closed after it, before the second.
 
     def after_train_iter(self, runner: Any) -> None:
         """Update, if an optimizer stepped."""
-        self._update(runner)
+        self._update(runner, runner.progress.epoch)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Likewise."""
-        self._update(runner)
+        """Likewise; the step was one of the epoch that has just ended."""
+        self._update(runner, runner.progress.epoch - 1)
 
-    def _update(self, runner: Any) -> None:
+    def _update(self, runner: Any, epoch: int) -> None:
         steps = _steps(runner)
         if steps == self._steps:
             return
         self._steps = steps
-        progress = runner.progress
-        if progress.step > self.begin_step and progress.epoch >= self.begin_epoch:
+        done = max(wrapper.steps for wrapper in runner.optim_wrapper.by_name().values())
+        if done > self.begin_step and epoch >= self.begin_epoch:
             self.averaged.update_parameters(runner.bare_model)
             self._updates += 1
 
@@ -134,8 +142,15 @@ class Ema(Plugin, name="ema"):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
         """Take the averaged weights, or begin anew where it was allowed that there are none."""
+        loaded, self._loaded = self._loaded, False
         if "ema_state_dict" in checkpoint:
             self.averaged.load_state_dict(checkpoint["ema_state_dict"])
+        elif loaded:
+            raise ValueError(
+                "the checkpoint has a state of 'ema' and no averaged weights (ema_state_dict): it "
+                "was cut. To begin the average anew, drop 'ema' from checkpoint['plugins'] and "
+                "allow=['ema']"
+            )
         else:
             self.averaged.steps.zero_()
             self._updates = 0
@@ -165,6 +180,7 @@ class Ema(Plugin, name="ema"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self._updates = state["updates"]
+        self._loaded = True
 
 
 def _steps(runner: Any) -> int:

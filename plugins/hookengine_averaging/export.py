@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -17,12 +17,13 @@ def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
         ValueError: another suffix.
     """
     path = Path(path)
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ValueError(f"weights are exported as .pth or .safetensors, not as {path.name!r}")
     state = {
         name: value.detach().cpu().clone().contiguous()
         for name, value in module.state_dict().items()
+        if isinstance(value, Tensor)
     }
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"weights are exported as .pth or .safetensors, not as {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(state, path)

@@ -45,9 +45,9 @@ class Pairs:
         averaged: list[tuple[Tensor, Tensor]] = []
         rest: list[tuple[Tensor, Tensor]] = []
         for pair in parameters.values():
-            (averaged if pair[0].is_floating_point() else rest).append(pair)
+            (averaged if _is_continuous(pair[0]) else rest).append(pair)
         for name, pair in buffers.items():
-            own = average_buffers and name in persistent and pair[0].is_floating_point()
+            own = average_buffers and name in persistent and _is_continuous(pair[0])
             (averaged if own else rest).append(pair)
         self.averaged = [average for average, _ in averaged]
         self._sources = [source for _, source in averaged]
@@ -62,7 +62,7 @@ class Pairs:
         told = any(tree.changed for tree in self._trees)
         if not (told or self._asked % WHOLE_CHECK == 0 or self._trees[1].has_moved()):
             return True
-        return all(tree.is_as_it_was() for tree in self._trees)
+        return not self._trees[1].has_moved() and all(t.is_as_it_was() for t in self._trees)
 
     def sources(self) -> list[Tensor]:
         """The model's values, on the device and of the dtype of the averages."""
@@ -119,18 +119,27 @@ class _Tree:
         self._members = [*_members(module)]
         for each in module.modules():
             _watched.setdefault(each, WeakSet()).add(self)
-        owners = [(m._buffers, name) for m in module.modules() for name in m._buffers]
-        self._marks = [(owned, name, owned[name]) for owned, name in owners[:1] + owners[-1:]]
+        owned = [m._buffers for m in module.modules() if m._buffers]
+        self._marks = [(buffers, *next(iter(buffers.items()))) for buffers in owned]
+        parameters = [*module.parameters()]
+        self._kinds = [(p, p.dtype, p.device) for p in parameters[:1] + parameters[-1:]]
 
     def has_moved(self) -> bool:
-        """Whether its first or last buffer was replaced, as ``module.to()`` replaces all."""
-        return any(owned.get(name) is not buffer for owned, name, buffer in self._marks)
+        """Whether a layer's buffers were replaced, or parameters changed, as by ``module.to()``."""
+        for buffers, name, buffer in self._marks:
+            if buffers.get(name) is not buffer:
+                return True
+        return any(p.dtype != dtype or p.device != device for p, dtype, device in self._kinds)
 
     def is_as_it_was(self) -> bool:
         """Whether all of them are the same objects."""
         self.changed = False
         members = [*_members(self._module)]
         return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _members(module: nn.Module) -> Iterator[Any]:

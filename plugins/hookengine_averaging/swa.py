@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR, update_bn
 
 from hookengine import OptimWrapper, Plugin, hookimpl, preserved_random_state
@@ -23,9 +24,10 @@ class Swa(Plugin, name="swa"):
     """Average the weights at the end of each of the last epochs (arXiv:1803.05407).
 
     From then on the learning rate goes to a constant one, as torch's ``SWALR`` has it, whatever a
-    schedule says. At the end of training the batch-norm statistics of the averaged model are
-    computed anew over the training data, with the data preprocessor, and it is evaluated: its
-    metrics are called ``swa/NAME``. Later validations and tests evaluate both.
+    schedule says. When the limit of training is reached, the batch-norm statistics of the averaged
+    model are computed anew over the training data, with the data preprocessor; the validation that
+    follows evaluates it too: its metrics are called ``swa/NAME``. After a stop before the limit
+    ``finish(runner)`` does that.
 
     In a checkpoint the averaged weights are under ``swa_state_dict``.
 
@@ -57,13 +59,14 @@ class Swa(Plugin, name="swa"):
         for name, other in runner.plugins.items():
             if isinstance(other, Ema) and other.evaluate != "raw":
                 raise ValueError(
-                    f"swa and {name!r} both choose the weights that are evaluated: use one of them, "
-                    "or dict(type='ema', evaluate='raw')"
+                    f"swa and {name!r} both choose the weights that are evaluated: use one of "
+                    "them, or dict(type='ema', evaluate='raw')"
                 )
-        self._updates = 0
+        self._updates = self._begin = 0
         self._ready = False
         self._rates: dict[str, _Rates] = {}
         self._pending: dict[str, Any] = {}
+        self._loaded = False
 
     @hookimpl(trylast=True)  # layers are what they will be; nothing is wrapped yet
     def convert_model(self, model: nn.Module) -> None:
@@ -76,6 +79,11 @@ class Swa(Plugin, name="swa"):
         if role == "train":
             self.averaged.to(runner.device)
             self._evaluated = runner.wrap(self.averaged.module, "average")
+            if not hasattr(self._evaluated, "loss_step") and _batch_norms(self._evaluated):
+                raise TypeError(
+                    "swa computes batch-norm statistics with loss_step(data), as BaseModel has it; "
+                    f"{type(self._evaluated).__name__} has none"
+                )
 
     def before_train(self, runner: Any) -> None:
         """Know when averaging begins."""
@@ -85,7 +93,9 @@ class Swa(Plugin, name="swa"):
                 f"swa: begin={self.begin} is a share of the epochs, whose number is not known in a "
                 "run by iterations: give a number of epochs"
             )
-        self._begin = round(self.begin * epochs) if self.begin < 1 else int(self.begin)
+        if self._updates or self._rates or self._pending:
+            return  # it has begun: a run that goes on does not begin later
+        self._begin = int(self.begin * epochs) if self.begin < 1 else int(self.begin)
         if epochs is not None and self._begin >= epochs:
             runner.logger.warning(
                 f"swa: averaging begins after epoch {self._begin}, and this run ends with epoch "
@@ -107,41 +117,63 @@ class Swa(Plugin, name="swa"):
             if name in self._pending:
                 self._rates[name].load_state_dict(self._pending.pop(name))
 
+    @hookimpl(tryfirst=True)
+    def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
+        """Take back what a schedule has set between two steps."""
+        self._restore(optim_wrapper)
+
     def after_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Take back what a schedule has set."""
+        """Take back what a schedule has set with this step."""
+        self._restore(optim_wrapper)
+
+    def _restore(self, optim_wrapper: OptimWrapper) -> None:
         rates = self._rates.get(optim_wrapper.name)
         if rates is not None:
             rates.restore()
 
+    def after_train_iter(self, runner: Any) -> None:
+        """Finish at the limit of a run by iterations."""
+        progress = runner.progress
+        if progress.max_epochs is None and progress.iter == progress.max_iters and self._updates:
+            self.finish(runner)
+
     def after_train_epoch(self, runner: Any) -> None:
-        """Average, and move the learning rates on."""
+        """Average, and move the learning rates on; finish after the last epoch."""
         for rates in self._rates.values():
             rates.step()
-        if runner.progress.epoch > self._begin:
+        progress = runner.progress
+        if progress.epoch > self._begin:
             self.averaged.update_parameters(runner.bare_model)
             self._updates += 1
             self._ready = False
+        last = progress.epoch == progress.max_epochs or (
+            progress.max_epochs is None and progress.iter == progress.max_iters
+        )
+        if last and self._updates:
+            self.finish(runner)
 
     def after_train(self, runner: Any) -> None:
-        """Finish the averaged model and evaluate it, at the end of the run."""
-        if self._updates == 0 or self._ready or runner.progress.stopped is not None:
-            return
-        self._compute_batch_norm(runner)
-        if runner.val_loop is not None:
-            runner.val()
-
-    def _compute_batch_norm(self, runner: Any) -> None:
-        model = self._evaluated
-        if not hasattr(model, "loss_step"):
-            raise TypeError(
-                f"swa computes batch-norm statistics with loss_step(data), as BaseModel has it; "
-                f"{type(model).__name__} has none"
+        """Say how to finish after a stop."""
+        if self._updates and not self._ready:
+            runner.logger.warning(
+                f"swa: training ended before its limit; the mean of {self._updates} epochs is not "
+                "finished: runner.plugins['swa'].finish(runner) computes its batch-norm statistics"
             )
-        batches = runner.train_loop.dataloader
-        with preserved_random_state(), ExitStack() as contexts:
-            for context in runner.hooks.forward_context(runner, model, None, "val"):
-                contexts.enter_context(context)
-            update_bn(_Batches(batches), _Forward(model))
+
+    def finish(self, runner: Any) -> None:
+        """Compute the averaged model's batch-norm statistics over the training data.
+
+        Raises:
+            RuntimeError: nothing is averaged yet.
+        """
+        if self._updates == 0:
+            raise RuntimeError("swa: nothing is averaged yet")
+        model, batches = self._evaluated, runner.train_loop.dataloader
+        if _batch_norms(model):
+            with preserved_random_state(), _kept(model, batches), ExitStack() as contexts:
+                for context in runner.hooks.forward_context(runner, model, None, "val"):
+                    contexts.enter_context(context)
+                update_bn(_Batches(batches), _Forward(model))
         self._ready = True
 
     def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
@@ -154,10 +186,18 @@ class Swa(Plugin, name="swa"):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
         """Take the averaged weights, or begin anew where it was allowed that there are none."""
+        self._rates.clear()
+        loaded, self._loaded = self._loaded, False
         if "swa_state_dict" in checkpoint:
             self.averaged.load_state_dict(checkpoint["swa_state_dict"])
+        elif loaded:
+            raise ValueError(
+                "the checkpoint has a state of 'swa' and no averaged weights (swa_state_dict): it "
+                "was cut. To begin anew, drop 'swa' from checkpoint['plugins'] and allow=['swa']"
+            )
         else:
             self.averaged.steps.zero_()
+            self._updates, self._ready, self._pending = 0, False, {}
             runner.logger.warning(
                 "swa: the checkpoint has no averaged weights (swa_state_dict): averaging begins "
                 "anew"
@@ -174,18 +214,27 @@ class Swa(Plugin, name="swa"):
                 another suffix.
         """
         if not self._ready:
-            raise RuntimeError("swa: the averaged model is ready at the end of training")
+            raise RuntimeError(
+                "swa: the averaged model is ready at the end of training, or after finish(runner)"
+            )
         return export_weights(self.averaged.module, path)
 
     def state_dict(self) -> dict[str, Any]:
         """How often it was averaged, and where the learning rates stand."""
         made = {name: rates.state_dict() for name, rates in self._rates.items()}
         rates = {**self._pending, **made}
-        return {"updates": self._updates, "ready": self._ready, "rates": rates}
+        return {
+            "begin": self._begin,
+            "updates": self._updates,
+            "ready": self._ready,
+            "rates": rates,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
+        self._begin = state["begin"]
         self._updates, self._ready = state["updates"], state["ready"]
+        self._loaded = True
         self._pending = dict(state["rates"])
 
 
@@ -228,6 +277,42 @@ class _Rates:
         self.scheduler.load_state_dict(state["scheduler"])
         self._rates = list(state["rates"])
         self.restore()
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+
+
+@contextmanager
+def _kept(model: nn.Module, dataloader: Any) -> Iterator[None]:
+    """Keep what ``update_bn`` is not to change.
+
+    The modes of all layers; the statistics of batch norm that the model holds frozen, in evaluation
+    mode while it trains; after an error those of all. The dataloader's own random generators.
+    """
+    modes = {layer: layer.training for layer in model.modules()}
+    model.train()
+    layers = _batch_norms(model)
+    kept = {layer: {n: b.clone() for n, b in layer.named_buffers()} for layer in layers}
+    momenta = {layer: layer.momentum for layer in layers}
+    frozen = [layer for layer in layers if not layer.training]
+    sampler = getattr(dataloader, "sampler", None)
+    generators = [getattr(owner, "generator", None) for owner in (dataloader, sampler)]
+    states = [(g, g.get_state()) for g in generators if g is not None]
+    try:
+        yield
+    except BaseException:
+        frozen = layers
+        raise
+    finally:
+        for layer in frozen:
+            layer.momentum = momenta[layer]
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(kept[layer][name])
+        for layer, training in modes.items():
+            layer.training = training
+        for generator, state in states:
+            generator.set_state(state)
 
 
 class _Batch:

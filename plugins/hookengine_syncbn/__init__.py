@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from hookengine import Plugin, dist
 
@@ -37,6 +39,9 @@ class SyncBN(Plugin, name="syncbn"):
         return convert_sync_batchnorm(model)
 
 
+CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
 class BatchNormXd(_BatchNorm):
     """Batch norm of inputs of any number of dimensions: a SyncBatchNorm whose origin is unknown."""
 
@@ -58,7 +63,8 @@ def convert_sync_batchnorm(module: nn.Module, implementation: str = "torch") -> 
         The module, or where it is a batch-norm layer itself, what replaces it.
 
     Raises:
-        ValueError: another implementation.
+        ValueError: another implementation; or a layer that SyncBatchNorm cannot stand for, with a
+            forward of its own, parametrized, or not initialised.
     """
     if implementation != "torch":
         raise ValueError(
@@ -90,7 +96,9 @@ def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mo
     def replaced(layer: nn.Module) -> nn.Module:
         if layer not in made:
             made[layer] = make(layer)
-            for name, child in layer.named_children():
+            for name, child in [*layer._modules.items()]:
+                if child is None:
+                    continue
                 new = replaced(child)
                 if new is not child:
                     setattr(layer, name, new)
@@ -102,27 +110,40 @@ def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def _to_sync(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, _BatchNorm) or isinstance(layer, nn.SyncBatchNorm):
         return layer
+    kind = type(layer)
+    problem = None
+    if kind.forward is not _BatchNorm.forward:
+        problem = "has a forward of its own, which SyncBatchNorm would not run"
+    elif is_parametrized(layer):
+        problem = "is parametrized, which SyncBatchNorm cannot be"
+    elif any(map(is_lazy, layer.parameters())) or any(map(is_lazy, layer.buffers())):
+        problem = "is not initialised yet: run one batch through the model first"
+    if problem is not None:
+        raise ValueError(f"the batch norm {kind.__module__}.{kind.__name__} {problem}")
     sync = nn.SyncBatchNorm(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
     )
-    sync.__dict__["made_from"] = type(layer)
-    return _with_tensors_of(layer, sync)
+    sync.__dict__["made_from"] = layer  # as it is, and no child of it
+    return _with_contents_of(layer, sync)
 
 
 def _from_sync(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, nn.SyncBatchNorm):
         return layer
-    cls = getattr(layer, "made_from", BatchNormXd)
-    batch_norm = cls(
-        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
-    )
-    return _with_tensors_of(layer, batch_norm)
+    original = layer.__dict__.get("made_from")
+    if not isinstance(original, nn.Module):
+        original = BatchNormXd(
+            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        )
+    return _with_contents_of(layer, original)
 
 
-def _with_tensors_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """``new`` with the parameters, buffers and mode of ``old``."""
-    for name, parameter in old.named_parameters(recurse=False):
-        setattr(new, name, parameter)
-    for name, buffer in old.named_buffers(recurse=False):
-        setattr(new, name, buffer)
-    return new.train(old.training)
+def _with_contents_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with what ``old`` holds: parameters, buffers, children, hooks; and its mode."""
+    for name, value in old.__dict__.items():
+        if name in CONTENTS or name.endswith(
+            ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+        ):
+            new.__dict__[name] = value
+    new.training = old.training
+    return new

@@ -84,6 +84,59 @@ def test_a_layer_by_itself_and_one_that_torch_converted() -> None:
         torch.testing.assert_close(reverted(inputs), expected)
 
 
+def test_a_layer_that_is_used_twice_is_one_afterwards() -> None:
+    layer = nn.BatchNorm1d(3)
+    model = convert_sync_batchnorm(nn.Sequential(layer, nn.ReLU(), layer))
+    assert model[0] is model[2]
+    assert isinstance(model[0], nn.SyncBatchNorm)
+    model = revert_sync_batchnorm(model)
+    assert model[0] is model[2] is layer
+
+
+class Special(nn.BatchNorm1d):
+    """A batch norm with a constructor, a buffer, a child and a hook of its own, and no bias."""
+
+    def __init__(self, planes: int) -> None:
+        super().__init__(planes)
+        self.register_parameter("bias", None)
+        self.register_buffer("extra", torch.tensor(5.0))
+        self.child = nn.PReLU(init=0.9)
+        self.calls = 0
+        self.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+
+def test_what_else_a_layer_holds_survives_the_round_trip() -> None:
+    model = nn.Sequential(Special(3))
+    special, keys = model[0], [*model.state_dict()]
+    sync = convert_sync_batchnorm(model)[0]
+    assert [*model.state_dict()] == keys
+    assert sync.bias is None
+    sync.eval()(torch.ones(2, 3))
+    assert special.calls == 1
+    sync.double()
+    assert revert_sync_batchnorm(model)[0] is special
+    assert [*model.state_dict()] == keys
+    assert special.child.weight.item() == pytest.approx(0.9)
+    assert special.weight.dtype == special.running_mean.dtype == torch.float64
+    assert not special.training
+
+
+def test_what_syncbatchnorm_cannot_stand_for_is_refused() -> None:
+    class Activated(nn.BatchNorm1d):
+        def forward(self, inputs: Any) -> Any:
+            return super().forward(inputs).relu()
+
+    parametrized = nn.BatchNorm1d(3)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    for layer, message in (
+        (Activated(3), "Activated has a forward of its own"),
+        (parametrized, "is parametrized"),
+        (nn.LazyBatchNorm1d(), "is not initialised yet: run one batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_sync_batchnorm(nn.Sequential(layer))
+
+
 def test_another_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="only torch's SyncBatchNorm is known here"):
         convert_sync_batchnorm(nn.BatchNorm2d(3), implementation="mmcv")

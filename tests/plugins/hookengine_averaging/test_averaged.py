@@ -264,3 +264,60 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
 def test_a_momentum_as_optimizers_have_it_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"momentum=0.9 .* is 0.1 meant"):
         ExponentialMovingAverage(net(), momentum=0.9)
+
+
+def test_a_model_that_was_refused_is_refused_again() -> None:
+    model = net()
+    averaged = ExponentialMovingAverage(model)
+    averaged.update_parameters(model)
+    model.add_module("3", nn.Linear(2, 2))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="is new"):
+            averaged.update_parameters(model)
+    assert averaged.steps == 1
+
+
+def test_a_part_that_is_moved_is_found_again() -> None:
+    model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)])
+    averaged = ExponentialMovingAverage(model, momentum=0.5)
+    averaged.update_parameters(model)
+    model[1].double().float()
+    model[1].running_mean.fill_(7)
+    averaged.update_parameters(model)
+    assert averaged.module[1].running_mean.tolist() == [7, 7]
+    plain = nn.Linear(2, 2)
+    averaged = ExponentialMovingAverage(plain, momentum=0.5)
+    averaged.update_parameters(plain)
+    plain.double()
+    averaged.update_parameters(plain)
+    assert averaged.module.weight.dtype == torch.float32
+
+
+def test_complex_parameters_are_averaged() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    averaged = ExponentialMovingAverage(model, momentum=0.5)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        model.weight += 2j
+    averaged.update_parameters(model)
+    assert averaged.module.weight.tolist() == [1j, 1j]
+
+
+def test_an_avg_func_from_elsewhere_is_asked() -> None:
+    class Half:
+        def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+            averaged_param.lerp_(source_param, 0.5)
+
+    class Mixed(Half, ExponentialMovingAverage):
+        pass
+
+    mixed = Mixed(nn.Linear(1, 1))
+    own = ExponentialMovingAverage(nn.Linear(1, 1))
+    own.avg_func = Half().avg_func  # type: ignore[method-assign]
+    for averaged in (mixed, own):
+        model = nn.Linear(1, 1)
+        for value in (0.0, 1.0):
+            nn.init.constant_(model.weight, value)
+            averaged.update_parameters(model)
+        assert averaged.module.weight.item() == 0.5

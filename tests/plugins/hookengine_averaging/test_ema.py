@@ -252,8 +252,19 @@ def test_any_averaged_class_by_type(make: Any) -> None:
         assert runner.plugins["ema"].averaged.interval == 2
     runner = make(plugins=[Ema(ema_type=Other, options=dict(tau=3))])
     assert runner.plugins["ema"].averaged.tau == 3
-    runner = make(plugins=[Ema(gamma=7, momentum=0.1)])
-    assert runner.plugins["ema"].averaged.gamma == 7
+    for kind in ("ExponentialMovingAverage", ExponentialMovingAverage, "MomentumAnnealingEMA"):
+        runner = make(plugins=[Ema(gamma=7, momentum=0.1, ema_type=kind)])
+        assert runner.plugins["ema"].averaged.gamma == 7
+    runner = make(plugins=[Ema(options=dict(momentum=0.3))])
+    assert runner.plugins["ema"].averaged.momentum == 0.3
+
+    class Few(ExponentialMovingAverage):
+        def __init__(self, model: nn.Module, decay: float = 0.9) -> None:
+            super().__init__(model, momentum=1 - decay)
+
+    make(plugins=[Ema(ema_type=Few)])
+    with pytest.raises(TypeError, match="Few has no interval"):
+        make(plugins=[Ema(ema_type=Few, interval=3)])
     with pytest.raises(TypeError, match="StochasticWeightAverage has no momentum"):
         make(plugins=[Ema(ema_type="StochasticWeightAverage", momentum=0.1)])
     with pytest.raises(TypeError, match="'BaseDataPreprocessor' is no BaseAveragedModel"):
@@ -273,6 +284,58 @@ def test_any_averaged_class_by_type(make: Any) -> None:
 def test_bad_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Ema(**options)
+
+
+class Pair(nn.Module):
+    """Two parts, the first of which begins to train later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.seen = 0
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        self.seen += 1
+        for name in ("a", "b") if self.seen > 7 else ("b",):
+            loss = nn.functional.cross_entropy(getattr(self, name)(data[0]), data[1])
+            optim_wrapper[name].update_params(loss)
+        return {}
+
+
+@pytest.mark.parametrize(("begin", "updates"), [(0, 10), (4, 6)])
+def test_with_several_optimizers_an_iteration_in_which_any_steps_counts(
+    make: Any, begin: int, updates: int
+) -> None:
+    runner = make(
+        model=Pair(),
+        optim_wrapper={n: dict(optimizer=dict(type="SGD", lr=0.1)) for n in ("a", "b")},
+        plugins=[Ema(begin_step=begin)],
+    )
+    runner.train()
+    assert {n: w.steps for n, w in runner.optim_wrapper.items()} == {"a": 3, "b": 10}
+    assert runner.plugins["ema"].averaged.steps == updates
+
+
+def test_a_window_closed_after_an_epoch_belongs_to_it(make: Any) -> None:
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter([[torch.ones(1, 4), torch.zeros(1, dtype=torch.long)]] * 3)
+
+    runner = make(
+        plugins=[Ema(begin_epoch=1), dict(type="accumulate", steps=2)],
+        train_dataloader=Batches(),
+    )
+    runner.train(max_epochs=1)
+    assert runner.plugins["ema"].averaged.steps == 0
+
+
+def test_a_checkpoint_that_was_cut_is_refused(make: Any) -> None:
+    first, second = make(plugins=["ema"]), make(plugins=["ema"])
+    first.train()
+    state = first.state_dict()
+    del state["ema_state_dict"]
+    with pytest.raises(ValueError, match=r"no averaged weights .ema_state_dict.: it was cut"):
+        second.load_state_dict(state)
 
 
 def on_rank(rank: int, port: int, folder: str) -> None:

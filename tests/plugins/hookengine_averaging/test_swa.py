@@ -177,6 +177,134 @@ def test_with_amp_and_accumulation_it_goes_through(tmp_path: Any) -> None:
         assert path.exists()
 
 
+def test_the_finished_average_is_in_the_last_state(tmp_path: Any) -> None:
+    states = []
+    with build(tmp_path, Swa(begin=3)) as runner, build(tmp_path, Swa(begin=3)) as second:
+        runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+        metrics = runner.train()
+        second.load_state_dict(states[-1])
+        assert second.val() == metrics
+        assert second.plugins["swa"].export(tmp_path / "x.pth").exists()
+
+
+def test_after_a_stop_it_can_be_finished(tmp_path: Any, caplog: Any) -> None:
+    with build(tmp_path, Swa(begin=2)) as runner:
+        swa = runner.plugins["swa"]
+        with pytest.raises(RuntimeError, match="nothing is averaged yet"):
+            swa.finish(runner)
+        runner.on("after_train_epoch")(
+            lambda runner: runner.stop("enough") if runner.progress.epoch == 4 else None
+        )
+        runner.train()
+        assert "the mean of 2 epochs is not finished" in caplog.text
+        swa.finish(runner)
+        assert "swa/loss" in runner.val()
+
+
+@pytest.mark.parametrize("iterations", [28, 30])
+def test_a_run_by_iterations(tmp_path: Any, iterations: int) -> None:
+    with Runner(
+        Net(),
+        tmp_path,
+        train_dataloader=loader(),
+        train_cfg=dict(max_iters=iterations, val_interval=7),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        val_dataloader=loader(10, 1),
+        val_cfg=dict(loss=True),
+        plugins=[Swa(begin=3)],
+        defaults=(),
+    ) as runner:
+        assert "swa/loss" in runner.train()
+        assert runner.plugins["swa"].averaged.steps == iterations // 5 - 3
+
+
+def test_a_state_from_before_can_be_loaded_into_a_run_that_is_past_it(tmp_path: Any) -> None:
+    def runner() -> Runner:
+        return build(tmp_path, Swa(begin=3, lr=0.03))
+
+    with runner() as straight, runner() as again:
+        straight.train()
+        again.train(max_epochs=1)
+        torch.save(again.state_dict(), tmp_path / "state.pth")
+        again.train()
+        again.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+        again.train()
+        mine, theirs = again.state_dict(), straight.state_dict()
+        for key in ("state_dict", "swa_state_dict"):
+            for name, value in theirs[key].items():
+                assert torch.equal(mine[key][name], value), name
+
+
+def test_training_goes_on_with_the_same_average(tmp_path: Any) -> None:
+    with build(tmp_path, Swa(begin=0.5), epochs=4) as runner:
+        runner.train()
+        runner.train(max_epochs=8)
+        assert runner.plugins["swa"].averaged.steps == 6
+
+
+def test_beside_a_plateau_every_step_has_the_rate_of_averaging(tmp_path: Any) -> None:
+    rates = Rates()
+    plateau = dict(
+        type="schedule",
+        scheduler=dict(type="ReduceLROnPlateau", patience=0, threshold=9.0),
+        metric="loss",
+    )
+    with build(tmp_path, plateau, Swa(begin=3, lr=0.03, anneal_epochs=0), rates) as runner:
+        runner.train()
+    assert {*rates.seen[20:]} == {0.03}
+
+
+class Frozen(Net):
+    """Holds its batch norm frozen while it trains."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+
+def test_frozen_batch_norm_and_modes_and_generators_are_left_as_they_are(tmp_path: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shuffled = DataLoader(loader().dataset, batch_size=4, shuffle=True, generator=generator)
+    model = Frozen()
+    model.net[1].running_mean.fill_(2)
+    with Runner(
+        model,
+        tmp_path,
+        train_dataloader=shuffled,
+        train_cfg=dict(max_epochs=2),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        plugins=[Swa(begin=1)],
+        defaults=(),
+    ) as runner:
+        runner.train()
+        before = generator.get_state()
+        averaged = runner.plugins["swa"].averaged.module
+        modes = [module.training for module in averaged.modules()]
+        runner.plugins["swa"].finish(runner)
+        assert torch.equal(generator.get_state(), before)
+        assert [module.training for module in averaged.modules()] == modes
+        assert averaged.net[1].running_mean.tolist() == [2] * 8
+        assert averaged.net[1].momentum == 0.1
+
+
+def test_an_error_in_the_pass_leaves_the_statistics(tmp_path: Any) -> None:
+    with build(tmp_path, Swa(begin=3)) as runner:
+        runner.train()
+        swa = runner.plugins["swa"]
+        before = {name: value.clone() for name, value in swa.averaged.state_dict().items()}
+
+        def broken(data: Any) -> Any:
+            raise LookupError("no data")
+
+        swa._evaluated.loss_step = broken
+        with pytest.raises(LookupError):
+            swa.finish(runner)
+        for name, value in swa.averaged.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert swa.averaged.module.net[1].momentum == 0.1
+
+
 def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
     for begin in (0, -1, 1.5):
         with pytest.raises(TypeError, match="begin"):
@@ -199,6 +327,38 @@ def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
         pytest.raises(ValueError, match="is a share of the epochs"),
     ):
         runner.train()
+
+
+def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Any) -> None:
+    with build(tmp_path, Swa(begin=3)) as first, build(tmp_path, Swa(begin=3)) as second:
+        first.train()
+        state = first.state_dict()
+        del state["swa_state_dict"]
+        with pytest.raises(ValueError, match=r"no averaged weights .swa_state_dict.: it was cut"):
+            second.load_state_dict(state)
+
+
+def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Any) -> None:
+    class Own(nn.Module):
+        def __init__(self, norm: bool) -> None:
+            super().__init__()
+            self.net = nn.BatchNorm1d(4) if norm else nn.Linear(4, 3)
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any: ...
+
+    for norm in (True, False):
+        options: Any = dict(
+            train_dataloader=loader(),
+            train_cfg=dict(max_epochs=1),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+            plugins=["swa"],
+            defaults=(),
+        )
+        if norm:
+            with pytest.raises(TypeError, match=r"with loss_step\(data\).*Own has none"):
+                Runner(Own(norm), tmp_path, **options)
+        else:
+            Runner(Own(norm), tmp_path, **options).close()
 
 
 def test_beside_a_moving_average(tmp_path: Any) -> None:
