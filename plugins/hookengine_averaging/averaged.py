@@ -114,7 +114,7 @@ class BaseAveragedModel(nn.Module):
 
         Not where ``avg_func`` is overridden without the weight, by a class, a mixin or an instance.
         """
-        return "avg_func" not in self.__dict__ and _weight_belongs_to_avg_func(type(self))
+        return "avg_func" not in self.__dict__ and _weight_belongs_to_avg_func(type(self))  # type: ignore[arg-type]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._pairs = None  # moving a module replaces its buffers
