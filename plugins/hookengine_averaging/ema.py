@@ -28,7 +28,8 @@ class Ema(Plugin, name="ema"):
     It is updated after each iteration in which an optimizer really stepped. Nothing is ever
     swapped: training goes on with the raw weights, validation and testing run on a copy. In a
     checkpoint the raw weights are under ``state_dict``, the averaged ones under
-    ``ema_state_dict``. Until the average begins, the raw weights are evaluated.
+    ``ema_state_dict`` (``NAME_state_dict`` of one with another ``plugin_name``). Until the average
+    begins, the raw weights are evaluated.
 
     Attributes:
         averaged: The averaged model; ``averaged.module`` has its weights.
@@ -65,8 +66,16 @@ class Ema(Plugin, name="ema"):
         if self.gamma is not None and self.ema_type not in exponential:
             raise TypeError(f"ema: gamma is for exponential averages, not for {self.ema_type!r}")
 
-    def configure(self) -> None:
-        """No average yet."""
+    def configure(self, runner: Any) -> None:
+        """No average yet; refuse another one that chooses what is evaluated."""
+        for name, other in runner.plugins.items():
+            rivals = isinstance(other, Ema) and other is not self
+            if rivals and "raw" not in (self.evaluate, other.evaluate):
+                raise ValueError(
+                    f"{self.plugin_name!r} and {name!r} both choose the weights that are "
+                    "evaluated: give one of them evaluate='raw'"
+                )
+        self._key = f"{self.plugin_name}_state_dict"
         self._steps = 0
         self._updates = 0
         self._told = False
@@ -133,29 +142,31 @@ class Ema(Plugin, name="ema"):
                 self._told = True
                 runner.logger.info("ema: there is no average yet: the raw weights are evaluated")
         return (
-            {"": averaged} if self.evaluate == "averaged" else {"": runner.model, "ema": averaged}
+            {"": averaged}
+            if self.evaluate == "averaged"
+            else {"": runner.model, self.plugin_name: averaged}
         )
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights."""
-        checkpoint["ema_state_dict"] = self.averaged.state_dict()
+        checkpoint[self._key] = self.averaged.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
         """Take the averaged weights, or begin anew where it was allowed that there are none."""
         loaded, self._loaded = self._loaded, False
-        if "ema_state_dict" in checkpoint:
-            self.averaged.load_state_dict(checkpoint["ema_state_dict"])
+        if self._key in checkpoint:
+            self.averaged.load_state_dict(checkpoint[self._key])
         elif loaded:
             raise ValueError(
-                "the checkpoint has a state of 'ema' and no averaged weights (ema_state_dict): it "
-                "was cut. To begin the average anew, drop 'ema' from checkpoint['plugins'] and "
-                "allow=['ema']"
+                f"the checkpoint has a state of {self.plugin_name!r} and no averaged weights "
+                f"({self._key}): it was cut. To begin the average anew, drop the former from "
+                "checkpoint['plugins'] and allow it by name"
             )
         else:
             self.averaged.steps.zero_()
             self._updates = 0
             runner.logger.warning(
-                "ema: the checkpoint has no averaged weights (ema_state_dict): the average begins "
+                f"ema: the checkpoint has no averaged weights ({self._key}): the average begins "
                 "anew with the raw ones"
             )
         self._steps = _steps(runner)
@@ -175,10 +186,15 @@ class Ema(Plugin, name="ema"):
 
     def state_dict(self) -> dict[str, Any]:
         """How often the average was updated."""
-        return {"updates": self._updates}
+        return {"type": type(self.averaged).__name__, "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
+        if state["type"] != (mine := type(self.averaged).__name__):
+            raise ValueError(
+                f"the averaged weights of the checkpoint are of a {state['type']}, and this run "
+                f"has a {mine}: go on with the same ema_type (gamma makes a MomentumAnnealingEMA)"
+            )
         self._updates = state["updates"]
         self._loaded = True
 

@@ -36,6 +36,8 @@ class Pairs:
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, average_buffers: bool) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a model is averaged, an nn.Module; got {type(model).__name__}")
         self._model = model
         self._asked = 0
         self._trees = _Tree(module), _Tree(model)

@@ -57,6 +57,10 @@ class Swa(Plugin, name="swa"):
     def configure(self, runner: Any) -> None:
         """No average yet; refuse another plugin that chooses what is evaluated."""
         for name, other in runner.plugins.items():
+            if isinstance(other, Swa) and other is not self:
+                raise ValueError(
+                    f"one swa is enough for a run, got {self.plugin_name!r} and {name!r}"
+                )
             if isinstance(other, Ema) and other.evaluate != "raw":
                 raise ValueError(
                     f"swa and {name!r} both choose the weights that are evaluated: use one of "

@@ -293,6 +293,12 @@ def test_a_part_that_is_moved_is_found_again() -> None:
     assert averaged.module.weight.dtype == torch.float32
 
 
+def test_what_is_no_model_is_answered() -> None:
+    averaged = ExponentialMovingAverage(net())
+    with pytest.raises(TypeError, match=r"an nn\.Module; got SGD"):
+        averaged.update_parameters(torch.optim.SGD(net().parameters(), lr=1))  # type: ignore[arg-type]
+
+
 def test_complex_parameters_are_averaged() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))

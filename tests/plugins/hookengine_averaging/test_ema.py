@@ -329,6 +329,31 @@ def test_a_window_closed_after_an_epoch_belongs_to_it(make: Any) -> None:
     assert runner.plugins["ema"].averaged.steps == 0
 
 
+def test_two_averages_keep_apart(make: Any) -> None:
+    def runner(**slow: Any) -> Any:
+        fast = Ema(momentum=0.1, evaluate="both")
+        return make(plugins=[fast, Ema(plugin_name="slow", **slow)], validate=True)
+
+    first, second = runner(evaluate="raw"), runner(evaluate="raw")
+    first.train()
+    state = first.state_dict()
+    assert {"ema_state_dict", "slow_state_dict"} <= state.keys()
+    second.load_state_dict(state)
+    for name in ("ema", "slow"):
+        mine, theirs = (r.plugins[name].averaged.module.net.weight for r in (second, first))
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, second.plugins["ema"].averaged.module.net.weight)
+    with pytest.raises(ValueError, match="'ema' and 'slow' both choose the weights"):
+        runner()
+
+
+def test_an_average_of_another_type_is_refused(make: Any) -> None:
+    state = make(plugins=["ema"]).state_dict()
+    for other in (Ema(gamma=3), Ema(ema_type="StochasticWeightAverage")):
+        with pytest.raises(ValueError, match="of a ExponentialMovingAverage, and this run has a"):
+            make(plugins=[other]).load_state_dict(state)
+
+
 def test_a_checkpoint_that_was_cut_is_refused(make: Any) -> None:
     first, second = make(plugins=["ema"]), make(plugins=["ema"])
     first.train()

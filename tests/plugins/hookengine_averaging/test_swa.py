@@ -362,6 +362,8 @@ def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Any) -> 
 
 
 def test_beside_a_moving_average(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="one swa is enough for a run"):
+        build(tmp_path, Swa(begin=2), Swa(plugin_name="second"))
     with pytest.raises(ValueError, match="swa and 'ema' both choose the weights"):
         build(tmp_path, Swa(begin=2), "ema")
     with build(tmp_path, Swa(begin=2), dict(type="ema", evaluate="raw")) as runner:
