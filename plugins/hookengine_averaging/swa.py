@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import SWALR, update_bn
+from torch import nn
+from torch.optim.swa_utils import SWALR
 
-from hookengine import OptimWrapper, Plugin, hookimpl, preserved_random_state
+from hookengine import OptimWrapper, Plugin, hookimpl
 from hookengine_averaging.averaged import StochasticWeightAverage
+from hookengine_averaging.batch_norm import batch_norms, compute_statistics
 from hookengine_averaging.ema import Ema
 from hookengine_averaging.export import export_weights
+from hookengine_averaging.rates import Rates
 
 
 class Swa(Plugin, name="swa"):
@@ -68,7 +67,7 @@ class Swa(Plugin, name="swa"):
                 )
         self._updates = self._begin = 0
         self._ready = False
-        self._rates: dict[str, _Rates] = {}
+        self._rates: dict[str, Rates] = {}
         self._pending: dict[str, Any] = {}
         self._loaded = False
 
@@ -83,7 +82,7 @@ class Swa(Plugin, name="swa"):
         if role == "train":
             self.averaged.to(runner.device)
             self._evaluated = runner.wrap(self.averaged.module, "average")
-            if not hasattr(self._evaluated, "loss_step") and _batch_norms(self._evaluated):
+            if not hasattr(self._evaluated, "loss_step") and batch_norms(self._evaluated):
                 raise TypeError(
                     "swa computes batch-norm statistics with loss_step(data), as BaseModel has it; "
                     f"{type(self._evaluated).__name__} has none"
@@ -117,7 +116,7 @@ class Swa(Plugin, name="swa"):
                 anneal_epochs=self.anneal_epochs,
                 anneal_strategy=self.anneal_strategy,
             )
-            self._rates[name] = _Rates(optim_wrapper, scheduler)
+            self._rates[name] = Rates(optim_wrapper, scheduler)
             if name in self._pending:
                 self._rates[name].load_state_dict(self._pending.pop(name))
 
@@ -173,11 +172,9 @@ class Swa(Plugin, name="swa"):
         if self._updates == 0:
             raise RuntimeError("swa: nothing is averaged yet")
         model, batches = self._evaluated, runner.train_loop.dataloader
-        if _batch_norms(model):
-            with preserved_random_state(), _kept(model, batches), ExitStack() as contexts:
-                for context in runner.hooks.forward_context(runner, model, None, "val"):
-                    contexts.enter_context(context)
-                update_bn(_Batches(batches), _Forward(model))
+        if batch_norms(model):
+            contexts = runner.hooks.forward_context(runner, model, None, "val")
+            compute_statistics(model, batches, contexts)
         self._ready = True
 
     def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
@@ -240,113 +237,3 @@ class Swa(Plugin, name="swa"):
         self._updates, self._ready = state["updates"], state["ready"]
         self._loaded = True
         self._pending = dict(state["rates"])
-
-
-class _Rates:
-    """The learning rates of one optimizer while weights are averaged.
-
-    Args:
-        optim_wrapper: The optimizer's.
-        scheduler: Moves them.
-    """
-
-    def __init__(self, optim_wrapper: OptimWrapper, scheduler: SWALR) -> None:
-        self.optim_wrapper = optim_wrapper
-        self.scheduler = scheduler
-        self._rates = optim_wrapper.get_lr()
-
-    def restore(self) -> None:
-        """Set them, whatever somebody else has set."""
-        for group, lr in zip(self.optim_wrapper.param_groups, self._rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
-    def step(self) -> None:
-        """Move on, per epoch."""
-        self.restore()
-        with warnings.catch_warnings():
-            # torch knows only of steps in this process: after a resume there may be none yet.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
-        self._rates = self.optim_wrapper.get_lr()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
-        return {"scheduler": self.scheduler.state_dict(), "rates": self._rates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
-        self.scheduler.load_state_dict(state["scheduler"])
-        self._rates = list(state["rates"])
-        self.restore()
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-
-
-@contextmanager
-def _kept(model: nn.Module, dataloader: Any) -> Iterator[None]:
-    """Keep what ``update_bn`` is not to change.
-
-    The modes of all layers; the statistics of batch norm that the model holds frozen, in evaluation
-    mode while it trains; after an error those of all. The dataloader's own random generators.
-    """
-    modes = {layer: layer.training for layer in model.modules()}
-    model.train()
-    layers = _batch_norms(model)
-    kept = {layer: {n: b.clone() for n, b in layer.named_buffers()} for layer in layers}
-    momenta = {layer: layer.momentum for layer in layers}
-    frozen = [layer for layer in layers if not layer.training]
-    sampler = getattr(dataloader, "sampler", None)
-    generators = [getattr(owner, "generator", None) for owner in (dataloader, sampler)]
-    states = [(g, g.get_state()) for g in generators if g is not None]
-    try:
-        yield
-    except BaseException:
-        frozen = layers
-        raise
-    finally:
-        for layer in frozen:
-            layer.momentum = momenta[layer]
-            for name, buffer in layer.named_buffers():
-                buffer.copy_(kept[layer][name])
-        for layer, training in modes.items():
-            layer.training = training
-        for generator, state in states:
-            generator.set_state(state)
-
-
-class _Batch:
-    """A batch of any kind, which torch's ``update_bn`` hands on as it is."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-
-class _Batches:
-    """The training batches."""
-
-    def __init__(self, dataloader: Iterable[Any]) -> None:
-        self.dataloader = dataloader
-
-    def __iter__(self) -> Iterator[_Batch]:
-        return map(_Batch, self.dataloader)
-
-
-class _Forward(nn.Module):
-    """The averaged model's forward pass as in training, preprocessor included.
-
-    Args:
-        model: A BaseModel, as ``runner.wrap`` returns it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: _Batch) -> None:
-        """Let batch norm see the batch."""
-        self.model.loss_step(batch.data)  # type: ignore[operator]

@@ -1,0 +1,101 @@
+"""Batch-norm statistics computed anew, with torch's ``update_bn``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from hookengine import preserved_random_state
+
+
+def compute_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    contexts: Iterable[AbstractContextManager[Any]],
+) -> None:
+    """Compute the statistics of all batch norm that the model does not hold frozen.
+
+    Args:
+        model: With ``loss_step(data)``; nothing else of it changes, and nothing after an error.
+        batches: As the dataloader gives them; its random generators stay where they are.
+        contexts: In which the forward passes run (autocast).
+    """
+    with preserved_random_state(), _kept(model, batches), ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        update_bn(_Batches(batches), _Forward(model))
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch-norm layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+
+
+@contextmanager
+def _kept(model: nn.Module, dataloader: Any) -> Iterator[None]:
+    """Keep what ``update_bn`` is not to change.
+
+    The modes of all layers; the statistics of batch norm that the model holds frozen, in evaluation
+    mode while it trains; after an error those of all. The dataloader's own random generators.
+    """
+    modes = {layer: layer.training for layer in model.modules()}
+    model.train()
+    layers = batch_norms(model)
+    kept = {layer: {n: b.clone() for n, b in layer.named_buffers()} for layer in layers}
+    momenta = {layer: layer.momentum for layer in layers}
+    frozen = [layer for layer in layers if not layer.training]
+    sampler = getattr(dataloader, "sampler", None)
+    generators = [getattr(owner, "generator", None) for owner in (dataloader, sampler)]
+    states = [(g, g.get_state()) for g in generators if g is not None]
+    try:
+        yield
+    except BaseException:
+        frozen = layers
+        raise
+    finally:
+        for layer in frozen:
+            layer.momentum = momenta[layer]
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(kept[layer][name])
+        for layer, training in modes.items():
+            layer.training = training
+        for generator, state in states:
+            generator.set_state(state)
+
+
+class _Batch:
+    """A batch of any kind, which torch's ``update_bn`` hands on as it is."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+
+class _Batches:
+    """The training batches."""
+
+    def __init__(self, dataloader: Iterable[Any]) -> None:
+        self.dataloader = dataloader
+
+    def __iter__(self) -> Iterator[_Batch]:
+        return map(_Batch, self.dataloader)
+
+
+class _Forward(nn.Module):
+    """The averaged model's forward pass as in training, preprocessor included.
+
+    Args:
+        model: A BaseModel, as ``runner.wrap`` returns it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: _Batch) -> None:
+        """Let batch norm see the batch."""
+        self.model.loss_step(batch.data)  # type: ignore[operator]

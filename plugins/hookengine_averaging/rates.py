@@ -1,0 +1,53 @@
+"""The learning rates while weights are averaged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.swa_utils import SWALR
+
+from hookengine import OptimWrapper
+
+
+class Rates:
+    """The learning rates of one optimizer while weights are averaged.
+
+    Args:
+        optim_wrapper: The optimizer's.
+        scheduler: Moves them.
+    """
+
+    def __init__(self, optim_wrapper: OptimWrapper, scheduler: SWALR) -> None:
+        self.optim_wrapper = optim_wrapper
+        self.scheduler = scheduler
+        self._rates = optim_wrapper.get_lr()
+
+    def restore(self) -> None:
+        """Set them, whatever somebody else has set."""
+        for group, lr in zip(self.optim_wrapper.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def step(self) -> None:
+        """Move on, per epoch."""
+        self.restore()
+        with warnings.catch_warnings():
+            # torch knows only of steps in this process: after a resume there may be none yet.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+        self._rates = self.optim_wrapper.get_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"scheduler": self.scheduler.state_dict(), "rates": self._rates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._rates = list(state["rates"])
+        self.restore()
