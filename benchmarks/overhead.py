@@ -79,7 +79,7 @@ def raw(work: Workload, net: Timed, iterations: int) -> None:
     raw_loop(net, work.optimizer(net), work.loader(iterations))
 
 
-def _hookengine(work: Workload, net: Timed, iterations: int, **options: Any) -> None:
+def with_runner(work: Workload, net: Timed, iterations: int, **options: Any) -> None:
     model = Classifier(net)
     with Runner(
         model,
@@ -93,11 +93,11 @@ def _hookengine(work: Workload, net: Timed, iterations: int, **options: Any) -> 
 
 
 def bare(work: Workload, net: Timed, iterations: int) -> None:
-    _hookengine(work, net, iterations, defaults=())
+    with_runner(work, net, iterations, defaults=())
 
 
 def defaults(work: Workload, net: Timed, iterations: int) -> None:
-    _hookengine(work, net, iterations)
+    with_runner(work, net, iterations)
 
 
 def ignite(work: Workload, net: Timed, iterations: int) -> None:

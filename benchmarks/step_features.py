@@ -9,17 +9,14 @@ quartiles.
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from overhead import ITERATIONS, WARMUP, Timed, bare, raw
+from overhead import ITERATIONS, WARMUP, Timed, bare, raw, with_runner
 from torch import nn
-from workloads import W0, W1, Classifier, Workload
-
-from hookengine import Runner
+from workloads import W0, W1, Workload
 
 Loop = Callable[[Workload, Timed, int], None]
 WINDOW = 4
@@ -77,20 +74,6 @@ def _by_hand(
             scheduler.step()
 
 
-def _with_plugin(work: Workload, net: Timed, iterations: int, plugin: dict[str, Any]) -> None:
-    model = Classifier(net)
-    with Runner(
-        model,
-        tempfile.mkdtemp(),
-        work.loader(iterations),
-        optim_wrapper=work.optimizer(model),
-        train_cfg=dict(max_epochs=1),
-        defaults=(),
-        plugins=[plugin],
-    ) as runner:
-        runner.train()
-
-
 CASES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "amp": {
         "amp, bfloat16": (dict(dtype=torch.bfloat16), dict(type="amp")),
@@ -132,7 +115,9 @@ def compare_steps(feature: str, rounds: int) -> None:
             "raw": raw,
             "raw+": lambda work, net, n, a=arguments: _by_hand(work, net, n, **a),  # type: ignore[misc]
             "bare": bare,
-            "bare+": lambda work, net, n, p=plugin: _with_plugin(work, net, n, dict(p)),  # type: ignore[misc]
+            "bare+": lambda work, net, n, p=plugin: with_runner(
+                work, net, n, defaults=(), plugins=[dict(p)]
+            ),  # type: ignore[misc]
         }
         for work in (W1, W0):
             times: dict[str, list[float]] = {key: [] for key in loops}

@@ -119,10 +119,10 @@ class Accumulate(Plugin, name="accumulate"):
             window.open()
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
             window.add(self._weight, runner.progress.iter)
-            if not isinstance(self._weight, Tensor):
-                self._last = self._weight or self._last
         if window.expected is None:
             window.expected = self._expected(runner, window)
+        if not isinstance(self._weight, Tensor):
+            self._last = self._weight or self._last
         if self._weight_is_zero():
             return _zero_loss(optim_wrapper)
         factor = self._weight / window.expected  # type: ignore[operator]  # known by now
@@ -175,8 +175,8 @@ class Accumulate(Plugin, name="accumulate"):
         """The total weight that the window will probably have, or None to be asked again.
 
         Several ranks must expect the same, so there it is told by the first batch of the run, once
-        for all; alone, by the first batch of the window that weighs anything and the number of
-        batches that are left.
+        for all; alone, by the first batch of the window or the one before, whichever weighs more (a
+        first one of few tokens would blow the others up), and the number of batches that are left.
         """
         if dist.get_world_size() == 1 or self.weight == "batch":
             first = self._weight

@@ -202,6 +202,19 @@ def test_an_empty_micro_batch_first_does_not_blow_up_a_loss_in_float16() -> None
     )
 
 
+def test_a_first_micro_batch_of_few_tokens_does_not_blow_the_others_up() -> None:
+    batches = sentences([64] * 8, [200, 200, 200, 200, 1, 200, 200, 200])
+    factors = []
+
+    class Factors(Plugin):
+        def backward(self, loss: Tensor) -> None:
+            factors.append(loss.item())
+
+    taken = accumulated(batches, Accumulate(steps=4, weight="token", tokens="mask"), [Factors()])
+    assert max(factors) < 1
+    assert_same(taken[1], big_batch(batches[4:]))
+
+
 def test_a_run_that_is_cut_expects_the_same_weights(make: Any) -> None:
     batches = sentences([2, 2, 1, 1, 2, 3, 1, 2], [0, 5, 3, 2, 0, 7, 3, 1])
 
