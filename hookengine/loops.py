@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -157,7 +158,10 @@ class TrainLoop:
             progress = self.runner.progress
             behind = progress.iter if self._resumed else 0
             start = progress.epoch, progress.batch
-            self._iterator, dropped = iterate_from(self.dataloader, *start, behind)
+            # In mid-epoch the draws of the pass's beginning are behind us: they are not repeated.
+            resumed = self._resumed and progress.batch > 0
+            with preserved_random_state() if resumed else nullcontext():
+                self._iterator, dropped = iterate_from(self.dataloader, *start, behind)
             self._resumed = False
             if dropped:
                 self.runner.logger.warning(

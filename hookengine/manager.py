@@ -381,22 +381,21 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             ValueError: a state without its plugin, or a plugin whose state is missing.
         """
-        self.check_state(states, allow=allow)
+        allowed = set(allow)
+        problems = [(n, text) for n, text in self.differences(states) if n not in allowed]
+        if problems:
+            texts = "; ".join(f"{name}: {text}" for name, text in problems)
+            raise ValueError(f"the plugins differ from those of the state: {texts}")
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_state_dict(state)
 
-    def check_state(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
-        """Refuse states of other plugins than are on; see ``load_state_dict``."""
-        mine, allowed = set(self.state_dict()), set(allow)
-        problems = [f"state of {n!r}, which is not on" for n in {*states} - {*self} - allowed]
-        problems += [f"no state for {n!r}" for n in mine - {*states} - allowed]
-        if problems:
-            raise ValueError(
-                f"the plugins differ from those of the checkpoint: {'; '.join(sorted(problems))}. "
-                "Switch the same ones on, or allow the difference by name, as in "
-                "runner.load_state_dict(state, allow=['NAME'])"
-            )
+    def differences(self, states: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The plugins that have a state on one side only, and what there is to say."""
+        for name in sorted({*states} - {*self}):
+            yield name, f"there is a state of {name!r}, which is not on: switch it on"
+        for name in sorted({*self.state_dict()} - {*states}):
+            yield name, f"there is no state for {name!r}, which is on: switch it off"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
         """Give every plugin that is on the state of this rank back."""

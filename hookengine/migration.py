@@ -49,14 +49,9 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "log_processor": ("logging", "plugins=[dict(type='logging', interval=...)]", ""),
     "log_level": ("logging", "plugins=[dict(type='logging', level='WARNING')]", ""),
     "visualizer": ("wandb", "plugins=['wandb'] or plugins=['tensorboard']", "a Sink of your own"),
-    "load_from": (
-        "checkpoint",
-        "Runner(load_from=path)",
-        "hookengine.model.load_weights(model, path)",
-    ),
     "resume": (
         "checkpoint",
-        "Runner(resume='auto')",
+        "Runner(resume='auto') with the plugin 'checkpoint'",
         "runner.load_state_dict(torch.load(path, weights_only=True))",
     ),
     "experiment_name": (None, "Runner(name=...)", ""),

@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch import nn
 
-from hookengine import migration
+from hookengine import migration, state
 from hookengine.build import (
     all_or_none,
     build_dataloader,
@@ -69,6 +69,11 @@ class Runner(Life):
         defaults: The plugins that are on without being named; ``()`` for the bare kernel.
         device: By default the accelerator that torch finds, else the CPU.
         name: Name of the run and of its folder; by default the time.
+        resume: ``"auto"`` (or True) goes on from the newest checkpoint under ``work_dir``, if
+            there is one; a path from that one.
+        load_from: Begin with the weights of a checkpoint: a path, a URL, or a dict of the
+            arguments of ``hookengine.model.load_weights``. Beside ``resume="auto"`` it is for the
+            first start; beside ``resume=True`` it is the checkpoint to go on from.
 
     Attributes:
         hooks: All events as functions.
@@ -79,6 +84,8 @@ class Runner(Life):
         optim_wrapper: The optimizer wrapper (or ``OptimWrapperDict``), or None.
         requests: What this rank asks for at the next safe point: ``{"stop": reason}``.
         agreed: During ``safe_point``, the requests that all ranks agreed on.
+        resume_from: ``"auto"``, a path, or None; a plugin's ``resume`` does it.
+        load_from: The weights to begin with, or None; a plugin loads them.
         logger: A structlog logger.
     """
 
@@ -101,6 +108,8 @@ class Runner(Life):
         defaults: Sequence[str] = DEFAULT_PLUGINS,
         device: str | torch.device | None = None,
         name: str | None = None,
+        resume: bool | str | Path | None = None,
+        load_from: str | Path | Mapping[str, Any] | None = None,
         **moved: Any,
     ) -> None:
         moved = migration.drop_neutral(moved)
@@ -125,6 +134,7 @@ class Runner(Life):
         self._run_dir_made = False
         self._window_told = False
         self.name = name or time.strftime("%Y%m%d_%H%M%S")
+        self.resume_from, self.load_from = _beginning(resume, load_from)
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = Progress()
         self.requests = {}
@@ -141,6 +151,7 @@ class Runner(Life):
         self.hooks = self.plugins.hooks
         self.hooks.runner = self
         with self._building():
+            self._check_beginning()
             self.plugins.configure()
             self._build_model(model)
             self.train_loop = self._build_train_loop(train_dataloader)
@@ -210,6 +221,20 @@ class Runner(Life):
     def _dataloader(self, dataloader: Any, phase: Phase) -> Iterable[Any]:
         loader = build_dataloader(dataloader, f"{phase}_dataloader")
         return self.hooks.setup_dataloader(self, loader, phase)
+
+    def _check_beginning(self) -> None:
+        asked = {"resume": self.resume_from, "load_from": self.load_from}
+        given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+        if given and "resume" not in self.plugins.calls():
+            raise ValueError(
+                f"{' and '.join(given)} is for a plugin that answers the event 'resume', and none "
+                f"is on: {migration.answer('resume')}"
+            )
+
+    @property
+    def named(self) -> bool:
+        """Whether the run's name was given (or taken over from an earlier run)."""
+        return self._named
 
     @property
     def run_dir(self) -> Path:
@@ -305,6 +330,16 @@ class Runner(Life):
         self._run_dir_made = True
         return self.run_dir
 
+    def continue_run(self, name: str) -> None:
+        """Go on in the folder of the earlier run ``work_dir/name``.
+
+        Raises:
+            RuntimeError: this run has a folder already.
+        """
+        if self._run_dir_made and name != self.name:
+            raise RuntimeError(f"this run has the folder {self.run_dir} already")
+        self.name, self._named = name, True
+
     def on(self, event: str, *, tryfirst: bool = False, trylast: bool = False) -> Callable[[F], F]:
         """Make a plugin of one function: ``@runner.on("after_train_iter")``.
 
@@ -348,13 +383,7 @@ class Runner(Life):
                 "state_dict() was called between two optimizer steps: the gradients since the last "
                 "one are not in it, so a run cannot be resumed exactly. Call it in safe_point"
             )
-        checkpoint: dict[str, Any] = {
-            "state_dict": self.bare_model.state_dict(),
-            "progress": self.progress.state_dict(),
-            "plugins": self.plugins.state_dict(),
-        }
-        if self._has_optimizer:
-            checkpoint["optimizer"] = self.optim_wrapper.state_dict()
+        checkpoint = state.collect(self)
         self.hooks.before_save_checkpoint(self, checkpoint)
         return checkpoint
 
@@ -363,26 +392,32 @@ class Runner(Life):
 
         Args:
             checkpoint: The state.
-            allow: Names of plugins whose state may be missing on either side.
+            allow: What may differ: names of plugins whose state is missing on either side,
+                ``"optimizer"``, ``"dataset"``, ``"world_size"``.
 
         Raises:
-            ValueError: it is no such state, or of other plugins; nothing is loaded then.
+            ValueError: it is no such state, or of another run, and all that differs is named;
+                nothing is loaded then.
         """
-        needed = {"state_dict", "progress", "plugins", *["optimizer"] * self._has_optimizer}
-        if missing := needed - checkpoint.keys():
-            raise ValueError(
-                f"this is no state of a Runner: it lacks {', '.join(sorted(missing))}. For weights "
-                "alone call runner.bare_model.load_state_dict(...)"
-            )
-        self.plugins.check_state(checkpoint["plugins"], allow=allow)
-        self.bare_model.load_state_dict(checkpoint["state_dict"])
-        if self._has_optimizer:
-            self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-        self.progress.load_state_dict(checkpoint["progress"])
-        self.plugins.load_state_dict(checkpoint["plugins"], allow=allow)
+        state.load(self, checkpoint, allow)
         if self.train_loop is not None:
             self.train_loop.forget(resumed=True)
         self.hooks.after_load_checkpoint(self, checkpoint)
+
+
+def _beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
+    """What ``Runner(resume=, load_from=)`` asks for, with MMEngine's booleans translated."""
+    if resume is True and isinstance(load_from, (str, Path)):
+        return load_from, None
+    if resume is True:
+        resume = "auto"
+    if resume is not None and resume is not False and not isinstance(resume, (str, Path)):
+        raise TypeError(f"resume takes 'auto' or the path of a checkpoint, got {resume!r}")
+    if load_from is not None and not isinstance(load_from, (str, Path, Mapping)):
+        raise TypeError(
+            f"load_from takes a path, a URL or dict(checkpoint=..., strict=...), got {load_from!r}"
+        )
+    return resume or None, load_from
 
 
 def _make_logger() -> Any:

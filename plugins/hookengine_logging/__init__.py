@@ -86,6 +86,8 @@ class Logging(Plugin, name="logging"):
         )
         for event, names in runner.plugins.replacements().items():
             value = EVENTS[event].kind.argument
+            if EVENTS[event].subject == "build":
+                continue  # most plugins leave the model or the dataloader alone in the end
             runner.logger.info(f"{event}: {', then '.join(names)} replace the {value}")
 
     def unconfigure(self, runner: Any) -> None:

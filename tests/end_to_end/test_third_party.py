@@ -88,8 +88,8 @@ def test_it_is_switched_on_by_name_with_options(install: Install, make: Any, cap
 
 def test_it_is_ordered_by_what_it_declares(install: Install) -> None:
     install(GOOD)
-    expected = ["preprocess", "init", "greeter", "logging", "progress_bar"]
-    assert PluginManager(["greeter"]).order == expected
+    head, tail = ["seed", "preprocess", "init"], ["logging", "progress_bar", "checkpoint"]
+    assert PluginManager(["greeter"]).order == [*head, "greeter", *tail]
 
 
 def test_it_is_blocked_without_being_imported(install: Install, monkeypatch: Any) -> None:

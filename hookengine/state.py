@@ -1,0 +1,198 @@
+"""The state of a Runner: what it consists of, what may differ from it, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from hookengine import dist
+from hookengine.data import dataset_size, length_of
+
+if TYPE_CHECKING:
+    from hookengine.optim import OptimWrapper
+    from hookengine.runner import Runner
+
+
+def collect(runner: Runner) -> dict[str, Any]:
+    """What all ranks share: weights, optimizers, counters, plugins, and what they belong to."""
+    checkpoint: dict[str, Any] = {
+        "state_dict": runner.bare_model.state_dict(),
+        "progress": runner.progress.state_dict(),
+        "plugins": runner.plugins.state_dict(),
+        "meta": describe(runner),
+    }
+    if runner.optim_wrapper is not None:
+        checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
+    return checkpoint
+
+
+def describe(runner: Runner) -> dict[str, Any]:
+    """What a state belongs to, as plain values: code, model, optimizers, data, ranks."""
+    try:
+        release = version("hookengine")
+    except PackageNotFoundError:
+        release = "unknown"
+    loops = {"train": runner.train_loop, "val": runner.val_loop}
+    return {
+        "hookengine": release,
+        "model": type(runner.bare_model).__name__,
+        "optimizers": {
+            name: {
+                "type": type(wrapper.optimizer).__name__,
+                "parameters": _parameter_names(runner.bare_model, wrapper),
+            }
+            for name, wrapper in _wrappers(runner).items()
+        },
+        "dataset": {
+            phase: {"samples": dataset_size(loop.dataloader), "batches": length_of(loop.dataloader)}
+            for phase, loop in loops.items()
+            if loop is not None
+        },
+        "world_size": dist.get_world_size(),
+    }
+
+
+def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
+    """Load all of it, after everything that differs was looked at together.
+
+    Args:
+        runner: A built Runner.
+        checkpoint: What ``collect`` returned.
+        allow: What may differ, by the names that ``differences`` gives.
+
+    Raises:
+        ValueError: it is no such state, or differs in what is not allowed; nothing is loaded then.
+    """
+    allowed = {allow} if isinstance(allow, str) else set(allow)
+    needed = {"state_dict", "progress", "plugins"}
+    if runner.optim_wrapper is not None:
+        needed.add("optimizer")
+    if missing := needed - checkpoint.keys():
+        raise ValueError(
+            f"this is no state of a Runner: it lacks {', '.join(sorted(missing))}. For weights "
+            "alone: Runner(load_from=...), or runner.bare_model.load_state_dict(...)"
+        )
+    found = list(differences(runner, checkpoint))
+    refused = [(name, text) for name, text in found if name not in allowed]
+    if refused:
+        raise ValueError(_report(refused))
+    runner.bare_model.load_state_dict(checkpoint["state_dict"])
+    differing = {name for name, _ in found}
+    if runner.optim_wrapper is not None and "optimizer" not in differing:
+        runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+    runner.progress.load_state_dict(checkpoint["progress"])
+    runner.plugins.load_state_dict(checkpoint["plugins"], allow=differing & allowed)
+
+
+def _report(refused: list[tuple[str, str]]) -> str:
+    lines = [f"\n  {name}: {text}" for name, text in refused]
+    names = [name for name, _ in refused if name != "state_dict"]
+    advice = f"\nTo go on all the same, allow it by name: allow={names}" if names else ""
+    head = "the state does not fit this Runner, and nothing of it was loaded:"
+    return f"{head}{''.join(lines)}{advice}"
+
+
+def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What differs between a Runner and a state: its name, and what there is to say.
+
+    ``state_dict`` (which cannot be allowed), ``optimizer``, ``dataset``, ``world_size``, or the
+    name of a plugin.
+    """
+    meta = checkpoint.get("meta", {})
+    if text := _weights(runner.bare_model, checkpoint["state_dict"]):
+        yield "state_dict", text
+    if runner.optim_wrapper is not None and (text := _optimizers(runner, checkpoint, meta)):
+        yield "optimizer", f"{text}; allowed, the optimizer begins anew"
+    yield from runner.plugins.differences(checkpoint["plugins"])
+    here = describe(runner)
+    for phase, then in meta.get("dataset", {}).items():
+        now = here["dataset"].get(phase, then)
+        if now != then:
+            yield "dataset", f"{phase} has {_data(now)} here, {_data(then)} in the checkpoint"
+    then, now = meta.get("world_size", here["world_size"]), here["world_size"]
+    if now != then:
+        yield "world_size", f"{now} processes here, {then} in the checkpoint"
+
+
+def _data(counts: Mapping[str, Any]) -> str:
+    return " in ".join(f"{count} {name}" for name, count in counts.items() if count is not None)
+
+
+def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
+    """What names and shapes tell; empty where torch's own loading may adapt them."""
+    if any(_adapts(part) for part in model.modules()):
+        return ""
+    own = model.state_dict()
+    missing = [name for name in own if name not in saved]
+    unexpected = [name for name in saved if name not in own]
+    misshapen = [
+        f"{name} {list(value.shape)} here, {list(saved[name].shape)} there"
+        for name, value in own.items()
+        if isinstance(value, Tensor)
+        and isinstance(saved.get(name), Tensor)
+        and not is_lazy(value)
+        and value.shape != saved[name].shape
+    ]
+    parts = [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if not parts:
+        return ""
+    return (
+        f"{'; '.join(parts)}. It is of another model; to begin with the weights that fit, "
+        "Runner(load_from=dict(checkpoint=..., strict=False, ignore_mismatched_sizes=True))"
+    )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _adapts(part: nn.Module) -> bool:
+    home = str(getattr(type(part)._load_from_state_dict, "__module__", ""))
+    return home.split(".")[0] not in ("torch", "hookengine")
+
+
+def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
+    return {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
+
+
+def _parameter_names(model: nn.Module, wrapper: OptimWrapper) -> list[list[str]]:
+    """The names of an optimizer's parameters, by group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names.get(id(p), "?") for p in group["params"]] for group in wrapper.param_groups]
+
+
+def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    saved, wrappers = checkpoint["optimizer"], _wrappers(runner)
+    several = runner.optim_wrapper is not next(iter(wrappers.values()))
+    if several or "param_groups" not in saved:
+        if saved.keys() != wrappers.keys():
+            there = "one" if "param_groups" in saved else ", ".join(sorted(saved))
+            return f"there are {', '.join(sorted(wrappers))} here, {there} in the checkpoint"
+    else:
+        saved = dict.fromkeys(wrappers, saved)
+    described, here = meta.get("optimizers", {}), describe(runner)["optimizers"]
+    for name, wrapper in wrappers.items():
+        label = f"{name!r} " if several else ""
+        then, now = described.get(name, here[name]), here[name]
+        if then["type"] != now["type"]:
+            return f"{label}is {now['type']} here, {then['type']} in the checkpoint"
+        sizes = [len(group["params"]) for group in wrapper.param_groups]
+        others = [len(group["params"]) for group in saved[name]["param_groups"]]
+        if sizes != others:
+            return f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint"
+        if then["parameters"] != now["parameters"]:
+            return f"{label}has other parameters in its groups, or in another order"
+    return ""

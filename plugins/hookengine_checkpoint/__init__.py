@@ -1,0 +1,455 @@
+"""Checkpoints: safe, atomic, written behind the training; a run that goes on where it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hookengine import (
+    MODELS,
+    Plugin,
+    describe_environment,
+    dist,
+    greater_is_better,
+    hookimpl,
+    metric_value,
+)
+from hookengine_checkpoint import files
+from hookengine_checkpoint.find import FOLDER, find
+from hookengine_checkpoint.preemption import EXIT_CODE, Signals
+from hookengine_checkpoint.rhythm import Rhythm, parse
+from hookengine_checkpoint.snapshot import Snapshot, check_plain
+
+__all__ = ["EXIT_CODE", "Checkpoint"]
+
+
+class Checkpoint(Plugin, name="checkpoint"):
+    """Save the run, and go on from what was saved.
+
+    A checkpoint is a folder in ``checkpoints`` of the run's folder: ``state.pth``, which
+    ``torch.load(weights_only=True)`` reads anywhere, and ``manifest.json``. It is saved at a
+    ``safe_point`` only: at the rhythm of ``every``, at the end, when training is stopped, and on
+    request (``runner.requests["save"] = "why"``). The state is copied to host memory, one copy of
+    it, and written by a thread; at most one write is under way. ``latest`` and ``best`` are links.
+
+    A save that fails is told and training goes on; where the last one fails, ``train()`` ends with
+    the error.
+
+    SIGTERM, SIGINT and SIGUSR1 end training at the next safe point, with a checkpoint and exit code
+    75; a second signal ends the process at once.
+
+    Attributes:
+        best: ``{"metric", "value", "number"}`` of the best checkpoint, or None.
+    """
+
+    every: int | str | None = Field(
+        None,
+        description="'2 epochs', '500 iterations', '10 minutes'; a number counts what the run "
+        "counts; by default every epoch, or 1000 iterations",
+    )
+    keep_last: int | None = Field(1, gt=0, description="how many to keep; None keeps all")
+    keep_best: str | None = Field(
+        None, description="a metric; the checkpoint with its best value is kept, too"
+    )
+    greater_is_better: bool | None = Field(
+        None, description="of that metric; by default told by its name"
+    )
+    asynchronous: bool = Field(True, description="write on a thread, behind the training")
+    allow: list[str] = Field(
+        default_factory=list,
+        description="what may differ from the checkpoint that is resumed: names of plugins, "
+        "'optimizer', 'dataset', 'world_size'",
+    )
+    signals: list[str] = Field(
+        ["SIGTERM", "SIGINT", "SIGUSR1"], description="that end training with a checkpoint"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a rhythm and a metric that say nothing."""
+        parse(self.every, by_epoch=True)
+        if self.keep_best is not None and self.greater_is_better is None:
+            self._greater = greater_is_better(self.keep_best)
+        else:
+            self._greater = bool(self.greater_is_better)
+
+    # -- beginning ------------------------------------------------------------------------------
+
+    def configure(self, runner: Any) -> None:
+        """Find what to go on from, so that the run gets the folder that it had."""
+        self.best: dict[str, Any] | None = None
+        self._snapshot = Snapshot()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write: Future[files.Saved] | None = None
+        self._failed: str | None = None
+        self._position: tuple[Any, ...] | None = None
+        self._candidate: float | None = None
+        self._undo_best: tuple[dict[str, Any] | None, ...] = ()
+        self._preempted: str | None = None
+        self._signals: Signals | None = None
+        self._kept: list[files.Saved] = []
+        self._number = 0
+        self._begun = False
+        self._remarks: list[str] = []
+        self._environment = describe_environment()
+        found = find(runner, self._remarks.append) if dist.is_main_process() else None
+        self._found, name, named = dist.broadcast_object((found, runner.name, runner.named))
+        if named:
+            runner.continue_run(name)
+
+    @hookimpl(trylast=True)  # over what was initialised, before anybody copies or converts it
+    def initialize_model(self, runner: Any, model: nn.Module) -> None:
+        """Load the weights that the run is to begin with."""
+        if runner.load_from is None or self._found is not None:
+            return
+        given = runner.load_from
+        options = dict(given) if isinstance(given, Mapping) else {"checkpoint": given}
+        path = options.get("checkpoint")
+        if isinstance(path, (str, Path)) and (Path(path) / files.STATE).is_file():
+            options["checkpoint"] = Path(path) / files.STATE
+        MODELS.get("load_weights")(model, **options)
+        self._remarks.append(f"begins with the weights of {path}")
+
+    def resume(self, runner: Any) -> None:
+        """Load the state to go on from.
+
+        Raises:
+            ValueError: it is of another run; all that differs is named, and how to allow it.
+        """
+        if self._found is None:
+            return
+        path = self._found.path
+        state = files.read_state(path / files.STATE if self._found.saved is not None else path)
+        if not isinstance(state, dict):
+            raise files.DamagedError(f"{path} is no state of a Runner")
+        ranks = state.pop("ranks", [])
+        try:
+            runner.load_state_dict(state, allow=self.allow)
+        except ValueError as error:
+            error.add_note(
+                f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
+                "allow=[...])"
+            )
+            raise
+        rank = dist.get_rank()
+        if rank < len(ranks):
+            runner.plugins.load_rank_state_dict(ranks[rank]["plugins"])
+        else:
+            self._remarks.append(
+                f"{path.name} holds no random states of rank {rank}: the run is not repeated bit "
+                "for bit"
+            )
+        self._position = _position(runner.progress)
+        self._remarks.append(f"goes on from {path}: {runner.progress}")
+        if dist.is_main_process():
+            self._adopt(runner)
+
+    def _adopt(self, runner: Any) -> None:
+        """Take what the run saved before the checkpoint for its own."""
+        found = self._found
+        if found is None or found.saved is None or found.run_dir != runner.run_dir.resolve():
+            return
+        there = files.published(found.path.parent)
+        self._kept = [saved for saved in there if saved.number <= found.saved.number]
+        if self.best is not None and self.best["number"] not in {saved.number for saved in there}:
+            self.best = None  # the validation that is owed finds the better one again
+
+    def before_run(self, runner: Any) -> None:
+        """Say how the run begins, now that its log is open."""
+        for remark in self._remarks:
+            runner.logger.info(f"checkpoint: {remark}")
+        self._remarks.clear()
+
+    def before_train(self, runner: Any) -> None:
+        """Begin to count, and to take signals; refuse states that could not be saved."""
+        check_plain(runner.plugins.state_dict(), "the state of plugins")
+        check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
+        by_epoch = runner.progress.max_epochs is not None
+        self._rhythm = Rhythm(parse(self.every, by_epoch), runner.progress)
+        self._preempted = None
+        self._signals = Signals(self.signals, lambda name: _ask_to_end(runner, name))
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    @hookimpl(trylast=True)
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+        """See whether it is the best so far, in the validations that training asks for."""
+        if self.keep_best is None or not runner.progress.val_due:
+            return
+        value = metric_value(metrics, self.keep_best)
+        best = None if self.best is None else self.best["value"]
+        if value == value and (best is None or (value > best if self._greater else value < best)):
+            self._candidate = value
+
+    @hookimpl(trylast=True)  # what others do at a safe point is part of what is saved
+    def safe_point(self, runner: Any) -> None:
+        """Save, where it is due."""
+        if self._write is not None and self._write.done():
+            self._settle(runner)
+        progress, rhythm = runner.progress, self._rhythm
+        if rhythm.overdue and dist.is_main_process():
+            runner.requests.setdefault("save", f"every {self.every}")
+        if runner.agreed:
+            self._preempted = runner.agreed.get("preempt", self._preempted)
+            due = True
+        else:
+            due = rhythm.due or _ends(runner)
+        if due and _position(progress) != self._position:
+            self.save(runner)
+        elif self._candidate is not None:
+            self._take_for_best(runner)
+
+    def save(self, runner: Any) -> None:
+        """Save now; within ``safe_point`` the state can be resumed exactly."""
+        self._rhythm.restart()
+        self._finish_write(runner)
+        progress = runner.progress
+        state = runner.state_dict()
+        ranks = dist.gather_objects({"plugins": runner.plugins.rank_state_dict()})
+        self._position = _position(progress)
+        if dist.is_main_process() and not self._begun:
+            self._begin(runner)
+        self._number += 1
+        if self._candidate is not None:
+            self._undo_best = (self.best,)
+            self._call_best(self._number)
+            state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
+        if ranks is None:
+            return
+        try:
+            job = self._prepare(runner, {**state, "ranks": ranks})
+        except (OSError, TypeError) as error:
+            self._report(runner, error)
+            return
+        self._write = self._executor.submit(job)
+        if not self.asynchronous:
+            self._finish_write(runner)
+
+    def _prepare(self, runner: Any, state: dict[str, Any]) -> Callable[[], files.Saved]:
+        """Copy the state; returns what writes it."""
+        progress = runner.progress
+        folder = runner.make_run_dir() / FOLDER
+        by_epoch = progress.max_epochs is not None and progress.batch == 0
+        name = f"epoch_{progress.epoch}" if by_epoch else f"iter_{progress.iter}"
+        path = files.free_path(folder, name)
+        best = None if self.best is None else self.best["number"]
+        check_plain(state, "the state")
+        copied = self._snapshot.take(state)
+        metrics = runner.val_loop.metrics if runner.val_loop is not None else {}
+        manifest = {
+            "number": self._number,
+            "run": runner.name,
+            "progress": copied["progress"],
+            "best": self.best,
+            "metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))},
+            "meta": copied["meta"],
+            "plugins": {n: runner.plugins.source(n) for n in runner.plugins},
+            "environment": self._environment,
+        }
+        parameters = [name for name, _ in runner.bare_model.named_parameters()]
+
+        def job() -> files.Saved:
+            self._snapshot.wait()
+            bad = _nonfinite(copied["state_dict"], parameters)
+            manifest["finite"] = not bad
+            manifest["saved_at"] = datetime.now(UTC).isoformat()
+            with files.publishing(path) as folder:
+                files.write_state(folder, copied)
+                whole = files.write_manifest(folder, manifest)
+            if bad:
+                runner.logger.warning(
+                    f"checkpoint: the weights in {path.name} are not finite ({', '.join(bad)}); "
+                    "the last good one is kept, and latest points to it"
+                )
+            self._kept.append(files.Saved(path, whole))
+            try:
+                self._retire(best, name)
+            except OSError as error:
+                runner.logger.warning(f"checkpoint: old ones could not be removed: {error}")
+            return self._kept[-1]
+
+        return job
+
+    def _begin(self, runner: Any) -> None:
+        """Look at what is in the folder before the first save."""
+        self._begun = True
+        folder = runner.run_dir / FOLDER
+        files.clean(folder)
+        there = files.published(folder)
+        self._number = max((saved.number for saved in there), default=0)
+        if there and not self._kept:
+            runner.logger.warning(
+                f"checkpoint: {folder} holds checkpoints of an earlier run, the newest is "
+                f"{there[-1].name}; they are left alone. resume='auto' would have gone on from it"
+            )
+
+    def _retire(self, best: int | None, name: str | None = None) -> None:
+        """Remove what is not to be kept, now that the newest is published; point the links.
+
+        Args:
+            best: The number of the best.
+            name: What the newest is to be called, once that is free.
+        """
+        newest = self._kept[-1]
+        good = [saved for saved in self._kept if saved.manifest["finite"]]
+        latest = (good or self._kept)[-1]
+        last = self._kept if self.keep_last is None else self._kept[-self.keep_last :]
+        # What was saved before a validation gives way to what is saved after it.
+        last = [saved for saved in last if saved is newest or saved.iter != newest.iter]
+        keep = {saved.number for saved in last} | {best, latest.number}
+        for saved in [saved for saved in self._kept if saved.number not in keep]:
+            self._kept.remove(saved)
+            if saved.path.is_dir():
+                files.remove(saved.path)
+        if name is not None and name != newest.name:
+            self._kept[-1] = files.rename(newest, name)
+        folder = newest.path.parent
+        for saved in self._kept:
+            if saved.number == latest.number:
+                files.link(folder, "latest", saved.name)
+            if saved.number == best:
+                files.link(folder, "best", saved.name)
+
+    def _take_for_best(self, runner: Any) -> None:
+        """Have a better validation's weights kept: those saved before it, or saved now."""
+        self._finish_write(runner)
+        newest = self._kept[-1] if self._kept else None
+        same = newest is not None and newest.iter == runner.progress.iter
+        if (number := dist.broadcast_object(newest.number if newest and same else None)) is None:
+            self.save(runner)
+            return
+        self._call_best(number)
+        if newest is not None:
+            self._write = self._executor.submit(self._mark_best, newest)
+
+    def _call_best(self, number: int) -> None:
+        self.best = {"metric": self.keep_best, "value": self._candidate, "number": number}
+        self._candidate = None
+
+    def _mark_best(self, newest: files.Saved) -> files.Saved:
+        self._retire(newest.number)
+        return newest
+
+    # -- what came of it ------------------------------------------------------------------------
+
+    def wait(self, runner: Any) -> None:
+        """Wait until what was saved is on the disk; tell of an error."""
+        self._finish_write(runner)
+
+    def _finish_write(self, runner: Any) -> None:
+        if self._write is not None:
+            self._settle(runner)
+
+    def _settle(self, runner: Any) -> None:
+        """Take the result of a write; waits for it."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        try:
+            saved = write.result()
+        except Exception as error:
+            self._report(runner, error)
+        else:
+            self._failed = None
+            self._undo_best = ()
+            runner.logger.debug(f"checkpoint: {saved.path} is saved")
+
+    def _report(self, runner: Any, error: Exception) -> None:
+        self._failed = f"{type(error).__name__}: {error}"
+        self._position = None
+        if self._undo_best:
+            self.best, self._undo_best = self._undo_best[0], ()
+        before = f"the one before, {self._kept[-1].name}, is whole" if self._kept else "none is yet"
+        runner.logger.warning(
+            f"checkpoint: it could not be saved ({self._failed}); training goes on, and {before}. "
+            "Make room or mend the folder: the next save tries again"
+        )
+
+    # -- ending ---------------------------------------------------------------------------------
+
+    def after_train(self, runner: Any) -> None:
+        """See that the last one is on the disk.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self._finish_write(runner)
+        if self._failed is not None:
+            self.save(runner)
+            self._finish_write(runner)
+        if self._failed is not None:
+            raise OSError(
+                f"training has ended and its last checkpoint could not be saved: {self._failed}. "
+                "The weights are still in runner.bare_model; when there is room again, "
+                "runner.plugins['checkpoint'].save(runner) saves it"
+            )
+
+    @hookimpl(trylast=True)
+    def after_run(self, runner: Any) -> None:
+        """Put the signals' handlers back; leave, where one had asked for it."""
+        self._finish_write(runner)
+        signals, self._signals = self._signals, None
+        if signals is None:
+            return
+        signals.restore()
+        received = self._preempted or signals.received
+        if received is not None:
+            runner.logger.warning(
+                f"ended by {received} with exit code {EXIT_CODE}; resume='auto' goes on from here"
+            )
+            raise SystemExit(EXIT_CODE)
+
+    def on_exception(self) -> None:
+        """The run ends with its error, whatever was asked for."""
+        if self._signals is not None:
+            self._signals.restore()
+            self._signals = None
+
+    def unconfigure(self) -> None:
+        """Let the thread end."""
+        self._executor.shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best one so far."""
+        return {} if self.best is None else {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        best = state.get("best")
+        if best is not None and self.keep_best in (None, best["metric"]):
+            self.best = dict(best)
+
+
+def _ask_to_end(runner: Any, name: str) -> None:
+    runner.requests["preempt"] = name
+    runner.stop(name)
+
+
+def _position(progress: Any) -> tuple[Any, ...]:
+    return progress.epoch, progress.iter, progress.batch, progress.val_due
+
+
+def _ends(runner: Any) -> bool:
+    """Whether this is the last safe point of training."""
+    progress = runner.progress
+    may_end = progress.batch == 0 or progress.iter == progress.max_iters
+    return may_end and bool(runner.train_loop.done)
+
+
+def _nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:
+    """The parameters with NaN or infinite values."""
+    tensors = {name: state.get(name) for name in names}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+        and (tensor.is_floating_point() or tensor.is_complex())
+        and not torch.isfinite(tensor.sum())  # which a large sum can be too
+        and not bool(torch.isfinite(tensor).all())
+    ]

@@ -1,0 +1,156 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hookengine_checkpoint.files import (
+    MANIFEST,
+    STATE,
+    DamagedError,
+    Saved,
+    published,
+    read_manifest,
+    verify,
+)
+
+FOLDER = "checkpoints"
+"""The folder of the checkpoints in that of a run."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What to go on from.
+
+    Attributes:
+        path: A checkpoint's folder, or a file of ``torch.save(runner.state_dict())``.
+        saved: The checkpoint, where it is one.
+        is_newest: Whether nothing was published after it in its folder.
+    """
+
+    path: Path
+    saved: Saved | None = None
+    is_newest: bool = False
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run that saved it, where it still lies there."""
+        inside = self.saved is not None and self.path.parent.name == FOLDER
+        return self.path.parent.parent if inside else None
+
+
+def newest_under(work_dir: Path, tell: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint of all runs in a folder, or None.
+
+    Args:
+        work_dir: With a folder for each run.
+        tell: Told of damaged ones.
+    """
+    runs = work_dir.iterdir() if work_dir.is_dir() else ()
+    newest = [(saved[-1], run / FOLDER) for run in runs if (saved := published(run / FOLDER))]
+    if not newest:
+        return None
+    _, folder = max(newest, key=lambda pair: str(pair[0].manifest.get("saved_at")))
+    return newest_in(folder, tell)
+
+
+def newest_in(folder: Path, tell: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint in a folder that is whole, finite where there is one; None if empty.
+
+    Raises:
+        DamagedError: there are some, and none is whole.
+    """
+    damaged: list[str] = []
+    there = published(folder, damaged.append)
+    last = there[-1].number if there else 0
+    ordered = sorted(there, key=lambda s: (bool(s.manifest.get("finite", True)), s.number))
+    found = None
+    for saved in reversed(ordered):
+        try:
+            verify(saved)
+        except (DamagedError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        found = Found(saved.path, saved, saved.number == last)
+        break
+    if found is None:
+        if damaged:
+            raise DamagedError(
+                f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. To begin anew, leave "
+                "resume= out or move that folder away"
+            )
+        return None
+    for text in damaged:
+        tell(f"{text}; it is passed over")
+    if found.saved is not None and found.saved.number < last and not damaged:
+        tell(
+            f"the weights in later checkpoints than {found.path.name} are not finite; they are "
+            "passed over"
+        )
+    return found
+
+
+def at(path: Path, tell: Callable[[str], None]) -> Found:
+    """The checkpoint that a path names.
+
+    Args:
+        path: A checkpoint, or its ``state.pth``; the folder of a run or of its checkpoints, or
+            ``latest`` in the latter, for the newest one; or a file of
+            ``torch.save(runner.state_dict())``.
+        tell: Told of damaged ones that were passed over.
+
+    Raises:
+        FileNotFoundError: there is none. DamagedError: it is not whole.
+    """
+    if path.name == "latest" and (path.is_symlink() or not path.exists()):
+        path = path.parent
+    path = path.resolve()
+    if path.is_file() and path.name == STATE and (path.parent / MANIFEST).exists():
+        path = path.parent
+    if path.is_file():
+        return Found(path)
+    if (path / MANIFEST).exists() or (path / STATE).exists():
+        saved = read_manifest(path)
+        verify(saved)
+        return Found(path, saved, published(path.parent)[-1].number == saved.number)
+    for folder in (path, path / FOLDER):
+        if (found := newest_in(folder, tell)) is not None:
+            return found
+    near = path if path.is_dir() else path.parent
+    there = ", ".join(saved.name for saved in published(near)) or "none"
+    raise FileNotFoundError(f"there is no checkpoint {path}; in {near} there are: {there}")
+
+
+def find(runner: Any, tell: Callable[[str], None]) -> Found | None:
+    """What ``Runner(resume=...)`` asks for; the run continues in the folder that it began in.
+
+    An older checkpoint than the newest of its run begins a run of its own, which leaves that one as
+    it is, unless the Runner has the name of that run.
+    """
+    wanted = runner.resume_from
+    if wanted is None:
+        return None
+    work_dir = runner.work_dir.resolve()
+    found: Found | None
+    if wanted != "auto":
+        found = at(Path(wanted).expanduser(), tell)
+    elif runner.named:
+        found = newest_in(runner.run_dir.resolve() / FOLDER, tell)
+    else:
+        found = newest_under(work_dir, tell)
+    if found is None:
+        tell(f"resume='auto': there is no checkpoint in {runner.work_dir} yet: the run begins anew")
+        return None
+    run = found.run_dir
+    if run is not None and run.parent == work_dir and not runner.named:
+        if found.is_newest or wanted == "auto":
+            runner.continue_run(run.name)
+        else:
+            tell(
+                f"{found.path.name} is not the newest checkpoint of {run.name}: what follows is a "
+                f"run of its own (Runner(name={run.name!r}) goes on in the folder of that one)"
+            )
+    return found

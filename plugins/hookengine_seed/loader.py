@@ -1,0 +1,291 @@
+"""Dataloaders whose passes are a pure function of (seed, epoch), from any batch on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hookengine import dist, preserved_random_state
+from hookengine_seed.sample import (
+    SeededDataset,
+    SeededIterable,
+    ShowDataset,
+    derive,
+    nth,
+    seeded,
+)
+
+
+class Wrapped:
+    """A dataloader in place of the user's, which is asked for everything else."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)  # dataset, batch_size, sampler, ...
+
+
+class SeededLoader(Wrapped):
+    """A torch DataLoader, unchanged but for where its random numbers come from.
+
+    The sampler, batch sampler, generator, collate function and ``worker_init_fn`` are the user's.
+    What a sampler draws from the global random state when its pass begins, it draws from a seed of
+    the pass. A pass that begins at a later batch skips the indices of those before, without loading
+    them.
+
+    Args:
+        loader: The user's.
+        seed: Tells the run's seed; asked when a pass begins.
+        phase: ``train``, ``val`` or ``test``.
+        per_sample: Seed each sample; by default where workers read them.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: Callable[[], int],
+        phase: str,
+        per_sample: bool | None = None,
+    ) -> None:
+        super().__init__(loader)
+        self._seed = seed
+        self._phase = phase
+        self._sought: tuple[int, int] | None = None
+        self._iterable = isinstance(loader.dataset, IterableDataset)
+        wanted = loader.num_workers > 0 if per_sample is None else per_sample
+        self._per_sample = wanted and not self._iterable
+        self._isolated = self._per_sample and loader.num_workers == 0
+        # A worker that persists is given its seed once, whatever the epoch: so none of the user's.
+        self._own = loader.generator is None or loader.persistent_workers
+        self._generators = _generators(loader)
+        self._begun = self._states()
+        self._pass_seed = torch.zeros((), dtype=torch.int64)
+        self._inner = self._rebuild(loader)
+
+    def _rebuild(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        # A copy, since the constructor of a subclass may take anything. It goes to the instance's
+        # own dict, because torch refuses to set what a running iterator would not notice.
+        inner = copy.copy(loader)
+        own = vars(inner)
+        own["_iterator"] = None
+        if not self._iterable:
+            samples = "sampler" if loader.batch_sampler is None else "batch_sampler"
+            self._numbered = _Numbered(own[samples], samples == "batch_sampler", self._per_sample)
+            own[samples] = self._numbered
+        if self._per_sample:
+            own["dataset"] = SeededDataset(loader.dataset)
+        elif self._iterable and loader.persistent_workers and _is_plain(loader.dataset):
+            self._pass_seed.share_memory_()  # type: ignore[no-untyped-call]
+            own["dataset"] = SeededIterable(loader.dataset, self._pass_seed)
+        if own["dataset"] is not loader.dataset and loader.num_workers:
+            own["worker_init_fn"] = ShowDataset(loader.worker_init_fn)
+        return inner
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Have the next pass be that of ``epoch``, from ``batch`` on."""
+        self._sought = epoch, batch
+
+    def __iter__(self) -> Iterator[Any]:
+        (epoch, start), self._sought = self._sought or ("other", 0), None
+        seed = derive(self._seed(), self._phase, epoch)
+        for part in _samplers(self.loader):
+            if epoch != "other" and callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+        if self._own:
+            self._inner.generator = torch.Generator().manual_seed(derive(seed, "workers"))
+        self._pass_seed.fill_(derive(seed, "worker", dist.get_rank()))
+        self._begun = self._states()
+        if self._iterable:
+            return self._iterate(seed, start)
+        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start)
+        return _isolated(iter(self._inner)) if self._isolated else iter(self._inner)
+
+    def _iterate(self, seed: int, start: int) -> Iterator[Any]:
+        """Batches of an iterable dataset: those before ``start`` are fetched and dropped."""
+        with seeded(seed):
+            batches = iter(self._inner)
+            first = list(islice(batches, start, start + 1))
+        yield from first
+        yield from batches
+
+    def rank_state_dict(self, within: bool) -> dict[str, Any]:
+        """The states of the user's own generators: where the present, or the next, pass begins.
+
+        Args:
+            within: Whether a pass is open.
+        """
+        states = self._begun if within else self._states()
+        return {"generators": states} if states else {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back, before the pass begins anew."""
+        for generator, saved in zip(self._generators, state.get("generators", ()), strict=False):
+            generator.set_state(saved)
+
+    def _states(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def remarks(self) -> Iterator[str]:
+        """What cannot be made exact."""
+        loader = self.loader
+        if self._iterable:
+            yield (
+                f"{type(loader.dataset).__name__} is an iterable dataset: after a resume within an "
+                "epoch, the batches before are fetched and dropped"
+            )
+            if loader.num_workers == 0:
+                yield (
+                    "what it draws at random after the first sample of an epoch is not repeated; "
+                    "with num_workers=1 it is"
+                )
+        for part in _samplers(loader):
+            module = type(part).__module__
+            known = module.startswith("torch.") or hasattr(part, "set_epoch")
+            if not known and getattr(part, "generator", None) is None:
+                yield (
+                    f"the order of {type(part).__name__} is repeated after a resume if it draws "
+                    "its random numbers when an epoch begins, or has a generator or set_epoch(n)"
+                )
+        if loader.num_workers and not (self._per_sample or self._iterable):
+            yield "per_sample=False: what workers draw at random is not repeated after a resume"
+
+
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
+    """The samplers, from the outermost on."""
+    found = []
+    part: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset):
+        return []
+    while part is not None and part not in found:
+        found.append(part)
+        part = getattr(part, "sampler", None) or getattr(part, "batch_sampler", None)
+    return found
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators that the user gave, each once."""
+    owners = [loader, *_samplers(loader)]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _is_plain(dataset: Any) -> bool:
+    """Whether torch treats it as nothing more than an iterable dataset (no datapipe)."""
+    return not type(dataset).__module__.startswith("torch.utils.data.datapipes") and not hasattr(
+        dataset, "reset"
+    )
+
+
+def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches whose samples are seeded in this process, which draws for itself between them."""
+    while True:
+        with preserved_random_state():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
+class _Numbered:
+    """A sampler's indices from a batch on; each with the seed of its number in the pass."""
+
+    def __init__(self, sampler: Iterable[Any], batched: bool, per_sample: bool) -> None:
+        self.sampler = sampler
+        self.batched = batched
+        self.per_sample = per_sample
+        self.begin(0, 0, 0)
+
+    def begin(self, seed: int, sample_seed: int, start: int) -> None:
+        self.seed, self.sample_seed, self.start = seed, sample_seed, start
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        with seeded(self.seed):  # most samplers draw when they begin
+            indices = iter(self.sampler)
+            skipped = list(islice(indices, self.start))
+            first = list(islice(indices, 1))
+        number = sum(len(item) for item in skipped) if self.batched else len(skipped)
+        del skipped
+        return (
+            self._with_seeds(first, indices, number) if self.per_sample else _chain(first, indices)
+        )
+
+    def _with_seeds(self, first: list[Any], rest: Iterator[Any], number: int) -> Iterator[Any]:
+        seed = self.sample_seed
+        for item in _chain(first, rest):
+            if self.batched:
+                yield [(nth(seed, number + i), index) for i, index in enumerate(item)]
+                number += len(item)
+            else:
+                yield nth(seed, number), item
+                number += 1
+
+
+def _chain(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from first
+    yield from rest
+
+
+class StatefulLoader(Wrapped):
+    """A dataloader that keeps its own state, as ``torchdata.StatefulDataLoader`` does."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader)
+        self._generators = _generators(loader) if isinstance(loader, DataLoader) else []
+        self._saved: Any = None
+        self._start = 0
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Have the next pass begin at ``batch``."""
+        self._start = batch
+        if callable(set_epoch := getattr(self.loader, "set_epoch", None)):
+            set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        saved, self._saved = self._saved, None
+        start, self._start = self._start, 0
+        if start and saved is not None:
+            self.loader.load_state_dict(saved)
+            start = 0
+        batches = iter(self.loader)
+        return islice(batches, start, None) if start else batches
+
+    def rank_state_dict(self, within: bool) -> dict[str, Any]:
+        """Its state, within a pass; the states of its generators between two."""
+        if within:
+            return {"loader": self.loader.state_dict()}
+        states = [generator.get_state() for generator in self._generators]
+        return {"generators": states} if states else {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self._saved = state.get("loader")
+        for generator, saved in zip(self._generators, state.get("generators", ()), strict=False):
+            generator.set_state(saved)
+
+    def remarks(self) -> Iterator[str]:
+        """What cannot be made exact."""
+        if getattr(self.loader, "num_workers", 0):
+            yield (
+                f"{type(self.loader).__name__} is resumed by its own state, which does not hold "
+                "the random states of its workers, unless its dataset keeps them"
+            )
