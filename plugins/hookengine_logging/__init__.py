@@ -77,6 +77,9 @@ class Logging(Plugin, name="logging"):
             return
         folder = runner.make_run_dir()
         self._metrics = MetricsFile(folder / "metrics.jsonl")
+        aside = None
+        if runner.progress.iter == 0:
+            aside = self._metrics.begin(again=runner.resume_from is not None)
         self._output.open(folder / "run.log")
         (folder / "run.json").write_text(json.dumps(_description(runner), indent=2) + "\n")
         blocked = f" (blocked: {', '.join(runner.plugins.blocked)})" * bool(runner.plugins.blocked)
@@ -84,6 +87,8 @@ class Logging(Plugin, name="logging"):
             f"run {runner.name}: files in {folder}, device {runner.device}, plugins "
             f"{', '.join(runner.plugins)}{blocked}"
         )
+        if aside is not None:
+            runner.logger.info(f"the records of an earlier run in this folder are now in {aside}")
         for event, names in runner.plugins.replacements().items():
             value = EVENTS[event].kind.argument
             if EVENTS[event].subject == "build":
@@ -278,11 +283,16 @@ class Logging(Plugin, name="logging"):
 
     def state_dict(self) -> dict[str, Any]:
         """The values that wait for their record, so that a resumed run writes the same one."""
-        return {"meters": self._meters.state_dict(), "stopwatch": self._stopwatch.state_dict()}
+        return {
+            "meters": self._meters.state_dict(),
+            "stopwatch": self._stopwatch.state_dict(),
+            "rates": dict(self._rates),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._losses.clear()
+        self._rates = dict(state["rates"])
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 

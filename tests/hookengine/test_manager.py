@@ -59,7 +59,13 @@ def test_a_plugin_is_a_name_a_dict_an_instance_or_no_name() -> None:
 
 def test_environment_blocks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOOKENGINE_DISABLE", "logging, note")
-    assert PluginManager([Note()]).order == ["seed", "preprocess", "init", "progress_bar", "checkpoint"]
+    assert PluginManager([Note()]).order == [
+        "seed",
+        "preprocess",
+        "init",
+        "progress_bar",
+        "checkpoint",
+    ]
 
 
 @pytest.mark.parametrize(
