@@ -76,6 +76,8 @@ def iterate_from(
     if (seek := getattr(dataloader, "seek", None)) is not None:
         seek(epoch, batch)
         return iter(dataloader), 0
+    if isinstance(dataloader, (list, tuple)):
+        return iter(dataloader[batch:]), 0
     iterator = iter(dataloader)
     dropped = behind if iterator is dataloader else batch
     if dropped:

@@ -87,6 +87,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._snapshot = Snapshot()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[files.Saved] | None = None
+        self._retiring: Future[None] | None = None
         self._failed: str | None = None
         self._position: tuple[Any, ...] | None = None
         self._candidate: float | None = None
@@ -128,6 +129,10 @@ class Checkpoint(Plugin, name="checkpoint"):
         state = files.read_state(path / files.STATE if self._found.saved is not None else path)
         if not isinstance(state, dict):
             raise files.DamagedError(f"{path} is no state of a Runner")
+        if (path / files.METADATA).exists():
+            from hookengine_checkpoint import sharded  # takes a while, and few need it
+
+            state = sharded.load(path, state, runner)
         ranks = state.pop("ranks", [])
         try:
             runner.load_state_dict(state, allow=self.allow)
@@ -220,10 +225,11 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._undo_best = (self.best,)
             self._call_best(self._number)
             state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
-        if ranks is None:
-            return
         try:
-            job = self._prepare(runner, {**state, "ranks": ranks})
+            state, shards = self._write_shards(runner, state)
+            if ranks is None:
+                return
+            job = self._prepare(runner, {**state, "ranks": ranks}, shards)
         except (OSError, TypeError) as error:
             self._report(runner, error)
             return
@@ -231,7 +237,25 @@ class Checkpoint(Plugin, name="checkpoint"):
         if not self.asynchronous:
             self._finish_write(runner)
 
-    def _prepare(self, runner: Any, state: dict[str, Any]) -> Callable[[], files.Saved]:
+    def _write_shards(self, runner: Any, state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Write tensors that are spread over ranks; returns the rest, and where they are."""
+        if not dist.is_distributed():
+            return state, None
+        from hookengine_checkpoint import sharded
+
+        whole, tensors = sharded.split(state)
+        if not tensors:
+            return state, None
+        folder = Path()
+        if dist.is_main_process():
+            folder = files.make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
+        folder = dist.broadcast_object(folder)
+        sharded.save(tensors, folder)
+        return whole, folder
+
+    def _prepare(
+        self, runner: Any, state: dict[str, Any], shards: Path | None
+    ) -> Callable[[], files.Saved]:
         """Copy the state; returns what writes it."""
         progress = runner.progress
         folder = runner.make_run_dir() / FOLDER
@@ -261,18 +285,19 @@ class Checkpoint(Plugin, name="checkpoint"):
             manifest["saved_at"] = datetime.now(UTC).isoformat()
             with files.publishing(path) as folder:
                 files.write_state(folder, copied)
+                if shards is not None:
+                    files.move_all(shards, folder)
                 whole = files.write_manifest(folder, manifest)
             if bad:
                 runner.logger.warning(
                     f"checkpoint: the weights in {path.name} are not finite ({', '.join(bad)}); "
                     "the last good one is kept, and latest points to it"
                 )
-            self._kept.append(files.Saved(path, whole))
-            try:
-                self._retire(best, name)
-            except OSError as error:
-                runner.logger.warning(f"checkpoint: old ones could not be removed: {error}")
-            return self._kept[-1]
+            saved = files.Saved(path, whole)
+            self._kept.append(saved)
+            # Freeing the space of old ones takes a while: what waits for this one need not.
+            self._retiring = self._executor.submit(self._retire, runner, best, name)
+            return saved
 
         return job
 
@@ -289,7 +314,13 @@ class Checkpoint(Plugin, name="checkpoint"):
                 f"{there[-1].name}; they are left alone. resume='auto' would have gone on from it"
             )
 
-    def _retire(self, best: int | None, name: str | None = None) -> None:
+    def _retire(self, runner: Any, best: int | None, name: str | None = None) -> None:
+        try:
+            self._keep_only(best, name)
+        except OSError as error:
+            runner.logger.warning(f"checkpoint: old ones could not be removed: {error}")
+
+    def _keep_only(self, best: int | None, name: str | None) -> None:
         """Remove what is not to be kept, now that the newest is published; point the links.
 
         Args:
@@ -326,25 +357,28 @@ class Checkpoint(Plugin, name="checkpoint"):
             return
         self._call_best(number)
         if newest is not None:
-            self._write = self._executor.submit(self._mark_best, newest)
+            self._retiring = self._executor.submit(self._retire, runner, number)
 
     def _call_best(self, number: int) -> None:
         self.best = {"metric": self.keep_best, "value": self._candidate, "number": number}
         self._candidate = None
 
-    def _mark_best(self, newest: files.Saved) -> files.Saved:
-        self._retire(newest.number)
-        return newest
-
     # -- what came of it ------------------------------------------------------------------------
 
     def wait(self, runner: Any) -> None:
         """Wait until what was saved is on the disk; tell of an error."""
-        self._finish_write(runner)
-
-    def _finish_write(self, runner: Any) -> None:
         if self._write is not None:
             self._settle(runner)
+
+    @property
+    def written(self) -> bool:
+        """Whether nothing is being written at the moment."""
+        return self._write is None or self._write.done()
+
+    def _finish_write(self, runner: Any) -> None:
+        self.wait(runner)
+        if self._retiring is not None:
+            self._retiring.result()
 
     def _settle(self, runner: Any) -> None:
         """Take the result of a write; waits for it."""

@@ -24,6 +24,8 @@ import torch
 FORMAT = 1
 STATE = "state.pth"
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
+"""Of ``torch.distributed.checkpoint``, where tensors are sharded."""
 
 
 class DamagedError(ValueError):
@@ -68,10 +70,7 @@ def publishing(path: Path) -> Iterator[Path]:
     Args:
         path: It must not exist.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.saving")
-    remove(temporary)  # what a kill has left
-    temporary.mkdir()
+    temporary = make_folder(path.with_name(f".{path.name}.saving"))
     try:
         yield temporary
         sync_folder(temporary)
@@ -80,6 +79,20 @@ def publishing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> Path:
+    """Make an empty folder, whatever a kill has left there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def move_all(source: Path, folder: Path) -> None:
+    """Move the files of one folder to another."""
+    for path in source.iterdir():
+        path.rename(folder / path.name)
+    source.rmdir()
 
 
 def write_state(folder: Path, state: Any) -> None:
@@ -152,9 +165,6 @@ def sync_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; under its name it is there whole, or not at all."""
-    if path.name.startswith("."):
-        shutil.rmtree(path, ignore_errors=True)
-        return
     leaving = path.with_name(f".{path.name}.leaving")
     shutil.rmtree(leaving, ignore_errors=True)
     os.rename(path, leaving)

@@ -4,8 +4,8 @@
     python tests/soak/killing.py --kills 200 --workers 2
 
 The run has dropout, random augmentation, AMP in float16, accumulation, clipping, an average, a
-schedule and keep_best. Each attempt is a process of its own, forked from one that has imported torch
-already, and is killed by SIGKILL: at the n-th call of some hook, at the n-th file operation
+schedule and keep_best. Each attempt is a process of its own, forked from one that has imported
+torch already, and is killed by SIGKILL: at the n-th call of some hook, at the n-th file operation
 of a save (seen by an audit hook), or, with ``--clock``, after a random time.
 """
 

@@ -1,0 +1,143 @@
+"""Tensors that are spread over ranks (FSDP), by ``torch.distributed.checkpoint``.
+
+Each rank writes its shards; everything else of the state goes to ``state.pth`` as ever, where the
+place of a sharded tensor holds its name. Read at another number of ranks, torch reshards them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
+
+from hookengine_checkpoint.files import METADATA, DamagedError
+
+_MARK = "hookengine.sharded"
+
+
+def split(state: Any) -> tuple[Any, dict[str, DTensor]]:
+    """The state without its sharded tensors, and these by name."""
+    tensors: dict[str, DTensor] = {}
+
+    def take(value: Any, path: str) -> Any:
+        if isinstance(value, DTensor):
+            tensors[path] = value
+            return {_MARK: path, "shape": list(value.shape)}
+        return value
+
+    return _mapped(state, take), tensors
+
+
+def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
+    """The same containers, with ``leaf(value, path)`` in the place of what is no container."""
+    kind = type(value)
+    if kind in (dict, OrderedDict) and _MARK not in value:
+        items = ((key, _mapped(item, leaf, f"{path}/{key}")) for key, item in value.items())
+        mapped = kind(items)
+        if kind is OrderedDict:
+            vars(mapped).update(vars(value))
+        return mapped
+    if kind in (list, tuple):
+        return kind(_mapped(item, leaf, f"{path}/{i}") for i, item in enumerate(value))
+    return leaf(value, path)
+
+
+def save(tensors: dict[str, DTensor], folder: Path) -> None:
+    """Write the shards of this rank; all ranks call it together.
+
+    Raises:
+        OSError: they could not be written, on whatever rank.
+    """
+    try:
+        save_shards(dict(tensors), storage_writer=FileSystemWriter(folder))
+    except Exception as error:
+        raise OSError(f"the shards could not be written: {error}") from error
+
+
+def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
+    """The state with its sharded tensors, as this Runner's ranks hold them; all call it together.
+
+    Args:
+        folder: With the shards.
+        state: What ``split`` returned first.
+        runner: Its own tensors tell how they are spread; they are loaded into.
+
+    Raises:
+        ValueError: the Runner has none of that name. DamagedError: they cannot be read.
+    """
+    for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
+        get_optimizer_state_dict(runner.bare_model, wrapper.optimizer)  # makes what steps make
+    _, own = split(runner.state_dict())
+    wanted: dict[str, DTensor] = {}
+
+    def find(value: Any, path: str) -> Any:
+        if isinstance(value, dict) and _MARK in value:
+            name = value[_MARK]
+            if name not in own or list(own[name].shape) != value["shape"]:
+                here = list(own[name].shape) if name in own else "nothing sharded"
+                raise ValueError(
+                    f"the checkpoint has {name} sharded, of shape {value['shape']}; here it is "
+                    f"{here}: wrap the model as it was, or begin with the exported weights"
+                )
+            wanted[name] = own[name]
+            return own[name]
+        return value
+
+    whole: dict[str, Any] = _mapped(state, find)
+    load_shards(wanted, storage_reader=_Reader(folder))
+    return whole
+
+
+class _Reader(FileSystemReader):
+    """torch's, which reads the metadata by pickle: here by what metadata consist of, alone."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
+            metadata = _Metadata(file).load()
+        if not isinstance(metadata, Metadata):
+            raise DamagedError(f"{self.path} holds no metadata of torch.distributed.checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        return metadata
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the classes of ``torch.distributed.checkpoint``'s metadata, and nothing else."""
+
+    MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+    )
+    NAMES = (
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+        ("pathlib._local", "PosixPath"),
+        ("pathlib._local", "WindowsPath"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if self._may(module, name) else None
+        is_dtype = module == "torch" and type(found).__name__ == "dtype"
+        own = isinstance(found, type) and found.__module__ in self.MODULES
+        if own or is_dtype or (module, name) in self.NAMES:
+            return found
+        raise pickle.UnpicklingError(
+            f"{METADATA} refers to {module}.{name}, which could run code; nothing was run"
+        )
+
+    def _may(self, module: str, name: str) -> bool:
+        return "." not in name and (
+            module in self.MODULES or (module, name) in self.NAMES or module == "torch"
+        )
