@@ -1,6 +1,6 @@
 """What a checkpoint costs beside a plain ``torch.save``: a ResNet-50 with SGD momentum.
 
-*blocked* is how long the loop stands still, *complete* how long until the checkpoint is on the disk,
+*blocked* is how long the loop stands still, *complete* how long until the checkpoint is on disk,
 checksum and fsync included, *lost* what a loop of small steps loses until then; each as a multiple
 of the ``torch.save`` (which does neither) of the same round.
 """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -67,17 +67,22 @@ class Checkpoint(Plugin, name="checkpoint"):
         description="what may differ from the checkpoint that is resumed: names of plugins, "
         "'optimizer', 'dataset', 'world_size'",
     )
-    signals: list[str] = Field(
+    signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = Field(
         ["SIGTERM", "SIGINT", "SIGUSR1"], description="that end training with a checkpoint"
     )
 
     def __post_init__(self) -> None:
         """Refuse a rhythm and a metric that say nothing."""
         parse(self.every, by_epoch=True)
-        if self.keep_best is not None and self.greater_is_better is None:
-            self._greater = greater_is_better(self.keep_best)
-        else:
-            self._greater = bool(self.greater_is_better)
+        greater = self.greater_is_better
+        if self.keep_best is not None and greater is None:
+            greater = greater_is_better(self.keep_best)
+            if greater is None:
+                raise TypeError(
+                    f"checkpoint: whether more of {self.keep_best!r} is better cannot be told from "
+                    "its name: give greater_is_better=True or False"
+                )
+        self._greater = bool(greater)
 
     # -- beginning ------------------------------------------------------------------------------
 

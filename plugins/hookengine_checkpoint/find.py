@@ -116,9 +116,9 @@ def at(path: Path, tell: Callable[[str], None]) -> Found:
         saved = read_manifest(path)
         verify(saved)
         return Found(path, saved, published(path.parent)[-1].number == saved.number)
-    for folder in (path, path / FOLDER):
-        if (found := newest_in(folder, tell)) is not None:
-            return found
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if (found := newest_in(folder, tell)) is not None:
+        return found
     near = path if path.is_dir() else path.parent
     there = ", ".join(saved.name for saved in published(near)) or "none"
     raise FileNotFoundError(f"there is no checkpoint {path}; in {near} there are: {there}")

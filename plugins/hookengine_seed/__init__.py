@@ -62,7 +62,9 @@ class Seed(Plugin, name="seed"):
         self._was = _deterministic(self.deterministic) if self.deterministic else None
 
     def unconfigure(self) -> None:
-        """Leave the switches of torch as they were."""
+        """Let workers go; leave the switches of torch as they were."""
+        for loader in self._loaders.values():
+            loader.close()
         if self._was is not None:
             mode, benchmark, workspace = self._was
             torch.set_deterministic_debug_mode(mode)

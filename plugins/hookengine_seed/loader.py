@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -95,6 +95,10 @@ class SeededLoader(Wrapped):
     def seek(self, epoch: int, batch: int) -> None:
         """Have the next pass be that of ``epoch``, from ``batch`` on."""
         self._sought = epoch, batch
+
+    def close(self) -> None:
+        """Let workers that persist go."""
+        vars(self._inner)["_iterator"] = None
 
     def __iter__(self) -> Iterator[Any]:
         (epoch, start), self._sought = self._sought or ("other", 0), None
@@ -219,30 +223,25 @@ class _Numbered:
         return getattr(self.sampler, name)
 
     def __iter__(self) -> Iterator[Any]:
+        # A generator, so that it begins when torch has drawn the workers' seed, as its own would.
         with seeded(self.seed):  # most samplers draw when they begin
             indices = iter(self.sampler)
             skipped = list(islice(indices, self.start))
             first = list(islice(indices, 1))
         number = sum(len(item) for item in skipped) if self.batched else len(skipped)
         del skipped
-        return (
-            self._with_seeds(first, indices, number) if self.per_sample else _chain(first, indices)
-        )
+        items = chain(first, indices)
+        yield from self._with_seeds(items, number) if self.per_sample else items
 
-    def _with_seeds(self, first: list[Any], rest: Iterator[Any], number: int) -> Iterator[Any]:
+    def _with_seeds(self, items: Iterable[Any], number: int) -> Iterator[Any]:
         seed = self.sample_seed
-        for item in _chain(first, rest):
+        for item in items:
             if self.batched:
                 yield [(nth(seed, number + i), index) for i, index in enumerate(item)]
                 number += len(item)
             else:
                 yield nth(seed, number), item
                 number += 1
-
-
-def _chain(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from rest
 
 
 class StatefulLoader(Wrapped):
@@ -253,6 +252,9 @@ class StatefulLoader(Wrapped):
         self._generators = _generators(loader) if isinstance(loader, DataLoader) else []
         self._saved: Any = None
         self._start = 0
+
+    def close(self) -> None:
+        """Nothing is held: the dataloader is the user's."""
 
     def seek(self, epoch: int, batch: int) -> None:
         """Have the next pass begin at ``batch``."""
@@ -288,4 +290,10 @@ class StatefulLoader(Wrapped):
             yield (
                 f"{type(self.loader).__name__} is resumed by its own state, which does not hold "
                 "the random states of its workers, unless its dataset keeps them"
+            )
+        if self._generators:
+            yield (
+                f"{type(self.loader).__name__} with a generator of its own goes on exactly in the "
+                "epoch that is resumed, and in another order in those after it; without one in the "
+                "same"
             )

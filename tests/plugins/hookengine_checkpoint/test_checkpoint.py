@@ -1,0 +1,594 @@
+"""When checkpoints are saved, what is in them, which are kept, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hookengine import Plugin
+
+
+def names(runner: Any) -> list[str]:
+    """The checkpoints that are there, by number."""
+    folder = runner.run_dir / "checkpoints"
+    found = [p for p in folder.iterdir() if not p.is_symlink()]
+    assert all((p / "manifest.json").exists() for p in found)
+    return [p.name for p in sorted(found, key=lambda p: manifest(p)["number"])]
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    return loaded
+
+
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(path / "state.pth", weights_only=True)
+    return loaded
+
+
+class Scores(Plugin):
+    """Sets what validations come to, before anybody reads it."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def before_val_iter(self, runner: Any) -> None:
+        epoch = runner.progress.epoch
+        runner.val_loop.evaluator.metrics[0].compute_metrics = lambda results: {
+            "accuracy": self.values[epoch - 1]
+        }
+
+
+# -- when ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "cfg", "expected"),
+    [
+        (None, dict(max_epochs=3), ["epoch_1", "epoch_2", "epoch_3"]),
+        (2, dict(max_epochs=3), ["epoch_2", "epoch_3"]),
+        ("2 epochs", dict(max_epochs=5), ["epoch_2", "epoch_4", "epoch_5"]),
+        ("4 iterations", dict(max_epochs=2), ["iter_4", "iter_8", "epoch_2"]),
+        (4, dict(max_iters=9), ["iter_4", "iter_8", "iter_9"]),
+        (None, dict(max_iters=9), ["iter_9"]),
+        ("1 epoch", dict(max_iters=9), ["iter_5", "iter_9"]),
+        ("1000 minutes", dict(max_epochs=2), ["epoch_2"]),
+        ("0.0000001 minutes", dict(max_iters=3), ["iter_2", "iter_3"]),
+    ],
+)
+def test_it_saves_at_its_rhythm_and_at_the_end(
+    make: Any, every: Any, cfg: Any, expected: list[str]
+) -> None:
+    plugin = dict(type="checkpoint", every=every, keep_last=None)
+    runner = make(plugins=[plugin], train_cfg=cfg)
+    runner.train()
+    assert names(runner) == expected
+    assert (runner.run_dir / "checkpoints" / "latest").resolve().name == expected[-1]
+
+
+def test_it_saves_on_request_and_where_training_is_stopped(make: Any) -> None:
+    runner = make(plugins=[dict(type="checkpoint", keep_last=None)])
+
+    @runner.on("after_train_iter")
+    def ask(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            runner.requests["save"] = "before the experiment"
+        if runner.progress.iter == 8:
+            runner.stop("enough")
+
+    runner.train()
+    assert names(runner) == ["iter_2", "epoch_1", "iter_8"]
+
+
+def test_it_never_saves_within_a_window_of_accumulation(make: Any) -> None:
+    plugins = [
+        dict(type="accumulate", steps=3),
+        dict(type="checkpoint", every="1 iterations", keep_last=None),
+    ]
+    runner = make(plugins=plugins)
+    runner.train()
+    iters = [
+        manifest(runner.run_dir / "checkpoints" / n)["progress"]["iter"] for n in names(runner)
+    ]
+    assert iters == [3, 5, 8, 10]
+
+
+def test_the_last_one_includes_the_validation(make: Any) -> None:
+    runner = make(plugins=["checkpoint"], validate=True)
+    runner.train()
+    assert names(runner) == ["epoch_2"]
+    state = load(runner.run_dir / "checkpoints" / "epoch_2")
+    assert state["progress"]["val_due"] is False
+    assert manifest(runner.run_dir / "checkpoints" / "epoch_2")["metrics"].keys() == {"accuracy"}
+
+
+def test_the_epoch_is_saved_before_a_validation_that_fails(make: Any) -> None:
+    runner = make(plugins=["checkpoint"], validate=True)
+
+    @runner.on("after_val_iter")
+    def fail() -> None:
+        raise RuntimeError("a bug in a metric")
+
+    with pytest.raises(RuntimeError, match="a bug in a metric"):
+        runner.train()
+    assert names(runner) == ["epoch_1"]
+    assert load(runner.run_dir / "checkpoints" / "epoch_1")["progress"]["val_due"] is True
+
+
+# -- what ---------------------------------------------------------------------------------------
+
+
+def test_what_a_checkpoint_holds(make: Any, toy: Any) -> None:
+    class Kept(Plugin):
+        def after_train_iter(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"list": [1, (2.5, "x")], "tensor": torch.arange(3)}
+
+        def rank_state_dict(self) -> dict[str, Any]:
+            return {"mine": True}
+
+    runner = make(plugins=["checkpoint", dict(type="seed", seed=7), Kept(), "ema"])
+    runner.train()
+    path = runner.run_dir / "checkpoints" / "epoch_2"
+    state = load(path)
+    assert {*state} == {
+        *("state_dict", "optimizer", "progress", "plugins", "ranks", "meta", "ema_state_dict")
+    }
+    for name, value in runner.bare_model.state_dict().items():
+        assert torch.equal(state["state_dict"][name], value)
+    toy().load_state_dict(state["state_dict"])  # outside of hookengine
+    assert state["progress"]["iter"] == 10
+    assert state["plugins"]["kept"]["list"] == [1, (2.5, "x")]
+    assert torch.equal(state["plugins"]["kept"]["tensor"], torch.arange(3))
+    (rank,) = state["ranks"]
+    assert rank["plugins"]["kept"] == {"mine": True}
+    assert {"python", "numpy", "torch"} <= rank["plugins"]["seed"]["random"].keys()
+    assert state["plugins"]["seed"] == {"seed": 7}
+    assert state["meta"]["optimizers"]["optimizer"]["type"] == "SGD"
+    assert state["meta"]["dataset"]["train"] == {"samples": 20, "batches": 5}
+
+    written = manifest(path)
+    assert written["format"] == 1
+    assert written["progress"]["epoch"] == 2
+    assert written["plugins"]["checkpoint"].startswith("hookengine ")
+    assert written["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert written["files"]["state.pth"]["size"] == (path / "state.pth").stat().st_size
+    assert written["finite"] is True
+
+
+def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+            self.register_buffer("wide", torch.arange(12.0).view(3, 4).t())
+            self.register_buffer("none", torch.empty(0, 3))
+
+        def forward(self, x: Any) -> Any:
+            return self.b(self.a(self.norm(x)))[:, :3]
+
+    loss = nn.functional.cross_entropy
+    runner = make(model=Tied(), loss=loss, plugins=["checkpoint"])
+    runner.train()
+    state = load(runner.run_dir / "checkpoints" / "epoch_2")["state_dict"]
+    assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
+    assert state._metadata["norm"]["version"] == 2  # type: ignore[attr-defined]
+    for name, value in runner.bare_model.state_dict().items():
+        assert torch.equal(state[name], value)
+
+
+def test_a_state_that_only_code_could_restore_is_refused_before_training(make: Any) -> None:
+    class Careless(Plugin):
+        def after_train_iter(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": [0, np.float64(0.5)]}
+
+    runner = make(plugins=["checkpoint", Careless()])
+    with pytest.raises(TypeError, match=r"\['careless'\]\['best'\]\[1\] is a numpy.float64.*float"):
+        runner.train()
+    assert runner.progress.iter == 0
+
+
+def test_a_change_in_the_iteration_of_the_save_is_saved_wherever_the_plugin_stands(
+    make: Any,
+) -> None:
+    class Counter(Plugin):
+        def __post_init__(self) -> None:
+            self.iterations = self.points = 0
+
+        def after_train_iter(self) -> None:
+            self.iterations += 1
+
+        def safe_point(self) -> None:
+            self.points += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"iterations": self.iterations, "points": self.points}
+
+    class First(Counter):
+        before = ("checkpoint",)
+
+    class Last(Counter):
+        after = ("checkpoint",)
+
+    saving = dict(type="checkpoint", every="3 iterations", keep_last=None)
+    runner = make(plugins=[saving, First(), Last()])
+    runner.train()
+    for number in (3, 6, 9):
+        state = load(runner.run_dir / "checkpoints" / f"iter_{number}")["plugins"]
+        assert state["first"] == state["last"]
+        assert state["first"]["iterations"] == number
+        assert state["first"]["points"] >= number
+
+
+def test_what_is_written_is_the_state_of_the_save_not_of_later_iterations(make: Any) -> None:
+    """The copy is taken before training goes on."""
+    kept = {}
+
+    class Watch(Plugin):
+        def before_save_checkpoint(self, runner: Any) -> None:
+            weights = runner.bare_model.state_dict()
+            kept[runner.progress.iter] = {n: v.clone() for n, v in weights.items()}
+
+    saving = dict(type="checkpoint", every="1 iterations", keep_last=None)
+    runner = make(plugins=[saving, Watch()])
+    runner.train()
+    for number, expected in kept.items():
+        path = runner.run_dir / "checkpoints" / f"iter_{number}"
+        if path.exists():
+            for name, value in load(path)["state_dict"].items():
+                assert torch.equal(value, expected[name])
+    assert len(kept) >= 10
+
+
+@pytest.mark.parametrize("val_interval", [1, 2])
+def test_saving_never_changes_training(make: Any, val_interval: int) -> None:
+    def weights(*plugins: Any, validate: bool = True) -> Any:
+        class Dropping(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))
+
+            def forward(self, x: Any) -> Any:
+                return self.net(x)
+
+        cfg = dict(max_epochs=3, **dict(val_interval=val_interval) if validate else {})
+        runner = make(
+            model=Dropping,
+            loss=nn.functional.cross_entropy,
+            plugins=[dict(type="seed", seed=1), *plugins],
+            train_cfg=cfg,
+            validate=validate,
+        )
+        runner.train()
+        return runner.bare_model.net[1].weight
+
+    expected = weights(validate=False)
+    often = dict(type="checkpoint", every="1 iterations", keep_best="accuracy")
+    for plugins in ([], ["checkpoint"], [often], [{**often, "asynchronous": False}]):
+        assert torch.equal(weights(*plugins), expected)
+
+
+# -- which are kept -----------------------------------------------------------------------------
+
+
+def test_the_last_and_the_best_are_kept(make: Any) -> None:
+    values = [0.5, 0.8, 0.7, 0.6]
+    best = dict(type="checkpoint", keep_best="accuracy", keep_last=1)
+    cfg = dict(max_epochs=4)
+    runner = make(plugins=[best, Scores(values)], validate=True, train_cfg=cfg)
+    runner.train()
+    folder = runner.run_dir / "checkpoints"
+    assert names(runner) == ["epoch_2", "epoch_4"]
+    assert (folder / "best").resolve().name == "epoch_2"
+    assert (folder / "latest").resolve().name == "epoch_4"
+    assert runner.plugins["checkpoint"].best["value"] == 0.8
+    assert load(folder / "epoch_4")["plugins"]["checkpoint"]["best"]["value"] == 0.8
+
+
+def test_less_is_better_where_it_is_stated_or_known(make: Any) -> None:
+    values = [0.5, 0.3, 0.7]
+    options = dict(validate=True, train_cfg=dict(max_epochs=3))
+    stated = dict(type="checkpoint", keep_best="accuracy", greater_is_better=False)
+    runner = make(plugins=[stated, Scores(values)], **options)
+    runner.train()
+    assert runner.plugins["checkpoint"].best["value"] == 0.3
+    known = make(
+        plugins=[dict(type="checkpoint", keep_best="loss")], val_cfg=dict(loss=True), **options
+    )
+    known.train()
+    assert known.plugins["checkpoint"].best["metric"] == "loss"
+    with pytest.raises(TypeError, match="greater_is_better"):
+        make(plugins=[dict(type="checkpoint", keep_best="happiness")])
+
+
+def test_the_best_is_saved_where_nothing_else_is_due(make: Any) -> None:
+    best = dict(type="checkpoint", every=10, keep_best="accuracy")
+    options = dict(validate=True, train_cfg=dict(max_epochs=3))
+    runner = make(plugins=[best, Scores([0.5, 0.8, 0.7])], **options)
+    runner.train()
+    assert names(runner) == ["epoch_2", "epoch_3"]
+    assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_2"
+
+
+def test_the_best_survives_a_resume(make: Any) -> None:
+    best = dict(type="checkpoint", keep_best="accuracy")
+    values = [0.5, 0.8, 0.6, 0.7, 0.9]
+
+    def run(epochs: int) -> Any:
+        runner = make(
+            plugins=[best, Scores(values)],
+            validate=True,
+            train_cfg=dict(max_epochs=epochs),
+            name="run",
+            resume="auto",
+        )
+        runner.train()
+        return runner
+
+    run(3)
+    runner = run(4)
+    assert names(runner) == ["epoch_2", "epoch_4"]
+    assert runner.plugins["checkpoint"].best["value"] == 0.8
+    runner = run(5)
+    assert names(runner) == ["epoch_5"]
+    assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_5"
+
+
+def test_keep_last(make: Any) -> None:
+    runner = make(plugins=[dict(type="checkpoint", keep_last=2)], train_cfg=dict(max_epochs=5))
+    runner.train()
+    assert names(runner) == ["epoch_4", "epoch_5"]
+
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
+    make: Any, capsys: Any
+) -> None:
+    runner = make(
+        plugins=["checkpoint", dict(type="logging", nonfinite="warn")],
+        train_cfg=dict(max_epochs=4),
+        name="run",
+    )
+
+    @runner.on("after_train_epoch")
+    def spoil(runner: Any) -> None:
+        if runner.progress.epoch == 3:
+            with torch.no_grad():
+                runner.bare_model.net.bias[0] = torch.nan
+
+    runner.train()
+    assert names(runner) == ["epoch_2", "epoch_4"]
+    assert (runner.run_dir / "checkpoints" / "latest").resolve().name == "epoch_2"
+    assert manifest(runner.run_dir / "checkpoints" / "epoch_4")["finite"] is False
+    assert "the weights in epoch_3 are not finite (net." in capsys.readouterr().out
+    options = dict(train_cfg=dict(max_epochs=4), name="run", resume="auto")
+    again = make(plugins=["checkpoint", "logging"], **options)
+    assert again.progress.epoch == 2
+
+
+# -- going on -----------------------------------------------------------------------------------
+
+
+def test_auto_goes_on_from_the_newest_run_in_its_folder(make: Any, capsys: Any) -> None:
+    options = dict(plugins=["checkpoint", "logging"], resume="auto")
+    first = make(**options)
+    first.train()
+    assert "there is no checkpoint in" in capsys.readouterr().out
+    second = make(train_cfg=dict(max_epochs=3), **options)
+    assert second.progress.epoch == 2
+    second.train()
+    assert second.run_dir == first.run_dir
+    assert f"goes on from {first.run_dir.resolve()}" in capsys.readouterr().out
+    records = [json.loads(x) for x in (first.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iter"] for record in records] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "state.pth", "latest", "checkpoints", "run", "str"])
+def test_a_path_of_any_form(make: Any, form: str) -> None:
+    first = make(plugins=["checkpoint"])
+    first.train()
+    folder = first.run_dir / "checkpoints"
+    paths: dict[str, Any] = {
+        "checkpoint": folder / "epoch_2",
+        "state.pth": folder / "epoch_2" / "state.pth",
+        "latest": folder / "latest",
+        "checkpoints": folder,
+        "run": first.run_dir,
+        "str": str(folder / "epoch_2"),
+    }
+    second = make(plugins=["checkpoint"], resume=paths[form])
+    assert second.progress.epoch == 2
+    assert second.name == first.name
+    third = make(plugins=["checkpoint"], resume=True, load_from=paths[form])  # MMEngine's way
+    assert third.progress.epoch == 2
+
+
+def test_a_file_of_ones_own_saving(make: Any, tmp_path: Path) -> None:
+    first = make()
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "mine.pth")
+    second = make(plugins=["checkpoint"], resume=tmp_path / "mine.pth")
+    assert second.progress.epoch == 2
+
+
+def test_an_older_checkpoint_begins_a_run_of_its_own(make: Any) -> None:
+    keeping = dict(type="checkpoint", keep_last=None)
+    first = make(plugins=[keeping, "logging"], train_cfg=dict(max_epochs=3))
+    first.train()
+    records = (first.run_dir / "metrics.jsonl").read_text()
+    older = first.run_dir / "checkpoints" / "epoch_1"
+    second = make(plugins=["checkpoint", "logging"], resume=older, name="branch")
+    second.train()
+    third = make(plugins=["checkpoint", "logging"], resume=older)
+    third.train()
+    assert len({first.name, second.name, third.name}) == 3
+    assert names(first) == ["epoch_1", "epoch_2", "epoch_3"]
+    assert (first.run_dir / "metrics.jsonl").read_text() == records
+
+
+def test_under_the_same_name_an_older_one_leaves_the_newer_alone(make: Any) -> None:
+    options = dict(name="run", train_cfg=dict(max_epochs=3))
+    first = make(plugins=[dict(type="checkpoint", keep_last=None)], **options)
+    first.train()
+    older = first.run_dir / "checkpoints" / "epoch_1"
+    second = make(plugins=["checkpoint"], resume=older, **options)
+    second.train()
+    assert {"epoch_2", "epoch_3"} < {*names(second)}
+    third = make(plugins=["checkpoint"], resume="auto", **options)
+    found = third.plugins["checkpoint"]._found
+    assert found.saved.manifest["number"] == max(
+        manifest(first.run_dir / "checkpoints" / name)["number"] for name in names(first)
+    )
+
+
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_left_alone(make: Any, capsys: Any) -> None:
+    make(plugins=["checkpoint"], name="run").train()
+    second = make(plugins=["checkpoint", "logging"], name="run", train_cfg=dict(max_epochs=3))
+    second.train()
+    assert names(second) == ["epoch_2", "epoch_3"]
+    assert "holds checkpoints of an earlier run, the newest is epoch_2" in capsys.readouterr().out
+
+
+def test_weights_alone(make: Any) -> None:
+    first = make(plugins=["checkpoint"])
+    first.train()
+    path = first.run_dir / "checkpoints" / "epoch_2"
+    weight = first.bare_model.net.weight
+    for given in (path, path / "state.pth", dict(checkpoint=path / "state.pth", strict=True)):
+        runner = make(plugins=["checkpoint", "ema"], load_from=given)
+        assert torch.equal(runner.bare_model.net.weight, weight)
+        assert torch.equal(runner.plugins["ema"].averaged.module.net.weight, weight)
+        assert runner.progress.iter == 0
+    runner = make(plugins=["checkpoint"], load_from="nowhere.pth", resume="auto")
+    assert runner.progress.epoch == 2  # beside resume='auto' they are for the first start
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        make(plugins=["checkpoint"], load_from="nowhere.pth")
+
+
+def test_all_that_differs_is_said_at_once_and_can_be_allowed(make: Any, data: Any) -> None:
+    class Kept(Plugin):
+        def after_train_iter(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"x": 1}
+
+    first = make(plugins=["checkpoint", Kept()])
+    first.train()
+    other: dict[str, Any] = dict(
+        resume=first.run_dir,
+        train_dataloader=DataLoader(data(12), batch_size=4),
+        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.1)),
+        train_cfg=dict(max_epochs=3),
+    )
+    with pytest.raises(ValueError, match="does not fit this Runner") as caught:
+        make(plugins=["checkpoint", dict(type="amp", dtype="float16")], **other)
+    text = str(caught.value)
+    assert "optimizer: is AdamW here, SGD in the checkpoint" in text
+    assert "kept: there is a state of 'kept', which is not on" in text
+    assert "amp: there is no state for 'amp', which is on" in text
+    assert "dataset: train has 12 samples in 3 batches here, 20 samples in 5 batches" in text
+    assert "allow=['optimizer', 'kept', 'amp', 'dataset']" in text
+    assert any("dict(type='checkpoint', allow=[...])" in n for n in caught.value.__notes__)
+    allowed = dict(type="checkpoint", allow=["optimizer", "kept", "amp", "dataset"])
+    runner = make(plugins=[allowed, dict(type="amp", dtype="float16")], **other)
+    assert runner.progress.epoch == 2
+    assert not runner.optim_wrapper.optimizer.state
+    runner.train()
+
+
+def test_another_model_is_refused_with_the_way_to_its_weights(make: Any) -> None:
+    loss = nn.functional.cross_entropy
+    first = make(model=nn.Sequential(nn.Linear(4, 3)), loss=loss, plugins=["checkpoint"])
+    first.train()
+    other = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match=r"state_dict: missing: 1.weight, 1.bias") as caught:
+        make(model=other, loss=loss, plugins=["checkpoint"], resume=first.run_dir)
+    assert "0.weight [5, 4] here, [3, 4] there" in str(caught.value)
+    assert "Runner(load_from=dict(checkpoint=" in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_parameters_in_another_order_are_refused(make: Any) -> None:
+    def runner(order: int, **options: Any) -> Any:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        parameters = [*model.parameters()][::order]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        loss = nn.functional.cross_entropy
+        return make(
+            model=model, loss=loss, plugins=["checkpoint"], optim_wrapper=optimizer, **options
+        )
+
+    first = runner(1)
+    first.train()
+    with pytest.raises(ValueError, match="other parameters in its groups, or in another order"):
+        runner(-1, resume=first.run_dir)
+
+
+@pytest.mark.parametrize("how", [dict(resume="auto"), dict(load_from="x.pth")])
+def test_without_the_plugin_resume_is_refused(make: Any, how: Any) -> None:
+    with pytest.raises(ValueError, match="plugin that answers the event 'resume'"):
+        make(**how)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(every="often"), "every='often'"),
+        (dict(every="1.5 epochs"), "every='1.5 epochs'"),
+        (dict(every=0), "every=0"),
+        (dict(keep_last=0), "keep_last"),
+        (dict(every_n=3), "every_n"),
+        (dict(signals=["SIGTRM"]), "signals"),
+    ],
+)
+def test_bad_options_are_refused(make: Any, options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(plugins=[dict(type="checkpoint", **options)])
+
+
+def test_bad_arguments_of_the_runner(make: Any) -> None:
+    with pytest.raises(TypeError, match="resume takes 'auto' or the path"):
+        make(plugins=["checkpoint"], resume=3)
+    with pytest.raises(TypeError, match="load_from takes a path"):
+        make(plugins=["checkpoint"], load_from=["x"])
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*nowhere"):
+        make(plugins=["checkpoint"], resume="nowhere")
+
+
+def test_host_memory_holds_one_copy_which_is_used_again(make: Any) -> None:
+    saving = dict(type="checkpoint", every="2 iterations")
+    runner = make(plugins=[saving])
+    pointers = set()
+    snapshot = runner.plugins["checkpoint"]._snapshot
+
+    @runner.on("before_train_iter")
+    def look() -> None:
+        pointers.add(tuple(b.data_ptr() for p, b in snapshot._buffers.items() if "ranks" not in p))
+
+    runner.train()
+    assert len(pointers - {()}) == 1
+
+
+def test_it_imports_neither_distributed_checkpoint_nor_wandb() -> None:
+    """They take a while, and few need them."""
+    script = (
+        "import sys, hookengine_checkpoint; "
+        "print([m for m in sys.modules if m.startswith(('wandb', 'torch.distributed.checkpoint'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n"
