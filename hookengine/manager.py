@@ -390,11 +390,18 @@ class PluginManager(pluggy.PluginManager):
             if name in self._declared:
                 self[name].load_state_dict(state)
 
-    def differences(self, states: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """The plugins that have a state on one side only, and what there is to say."""
+    def differences(
+        self, states: Mapping[str, Any], were_on: Iterable[str] = ()
+    ) -> Iterator[tuple[str, str]]:
+        """The plugins that have a state on one side only, and what there is to say.
+
+        Args:
+            states: What ``state_dict`` returned.
+            were_on: Plugins that were on then: one of them may have had nothing to keep yet.
+        """
         for name in sorted({*states} - {*self}):
             yield name, f"there is a state of {name!r}, which is not on: switch it on"
-        for name in sorted({*self.state_dict()} - {*states}):
+        for name in sorted({*self.state_dict()} - {*states} - {*were_on}):
             yield name, f"there is no state for {name!r}, which is on: switch it off"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ def describe(runner: Runner) -> dict[str, Any]:
     return {
         "hookengine": release,
         "model": type(runner.bare_model).__name__,
+        "plugins": [*runner.plugins],
         "optimizers": {
             name: {
                 "type": type(wrapper.optimizer).__name__,
@@ -85,7 +86,8 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(checkpoint["progress"])
-    runner.plugins.load_state_dict(checkpoint["plugins"], allow=differing & allowed)
+    were_on = checkpoint.get("meta", {}).get("plugins", ())
+    runner.plugins.load_state_dict(checkpoint["plugins"], allow={*were_on, *(differing & allowed)})
 
 
 def _report(refused: list[tuple[str, str]]) -> str:
@@ -107,7 +109,7 @@ def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple
         yield "state_dict", text
     if runner.optim_wrapper is not None and (text := _optimizers(runner, checkpoint, meta)):
         yield "optimizer", f"{text}; allowed, the optimizer begins anew"
-    yield from runner.plugins.differences(checkpoint["plugins"])
+    yield from runner.plugins.differences(checkpoint["plugins"], meta.get("plugins", ()))
     here = describe(runner)
     for phase, then in meta.get("dataset", {}).items():
         now = here["dataset"].get(phase, then)

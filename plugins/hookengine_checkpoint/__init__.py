@@ -22,9 +22,10 @@ from hookengine import (
     metric_value,
 )
 from hookengine_checkpoint import files
-from hookengine_checkpoint.find import FOLDER, find
+from hookengine_checkpoint.find import FOLDER, at, find
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
 from hookengine_checkpoint.rhythm import Rhythm, parse
+from hookengine_checkpoint.shelf import Shelf
 from hookengine_checkpoint.snapshot import Snapshot, check_plain
 
 __all__ = ["EXIT_CODE", "Checkpoint"]
@@ -99,7 +100,9 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._undo_best: tuple[dict[str, Any] | None, ...] = ()
         self._preempted: str | None = None
         self._signals: Signals | None = None
-        self._kept: list[files.Saved] = []
+        self._shelf = Shelf(self.keep_last)
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
+        self._training = False
         self._number = 0
         self._begun = False
         self._remarks: list[str] = []
@@ -117,8 +120,8 @@ class Checkpoint(Plugin, name="checkpoint"):
         given = runner.load_from
         options = dict(given) if isinstance(given, Mapping) else {"checkpoint": given}
         path = options.get("checkpoint")
-        if isinstance(path, (str, Path)) and (Path(path) / files.STATE).is_file():
-            options["checkpoint"] = Path(path) / files.STATE
+        if isinstance(path, (str, Path)) and _is_ours(Path(path)):
+            options["checkpoint"] = at(Path(path), self._remarks.append).state
         MODELS.get("load_weights")(model, **options)
         self._remarks.append(f"begins with the weights of {path}")
 
@@ -131,7 +134,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self._found is None:
             return
         path = self._found.path
-        state = files.read_state(path / files.STATE if self._found.saved is not None else path)
+        state = files.read_state(self._found.state)
         if not isinstance(state, dict):
             raise files.DamagedError(f"{path} is no state of a Runner")
         if (path / files.METADATA).exists():
@@ -139,36 +142,39 @@ class Checkpoint(Plugin, name="checkpoint"):
 
             state = sharded.load(path, state, runner)
         ranks = state.pop("ranks", [])
+        goes_on = (
+            runner.named
+            and self._found.saved is not None
+            and self._found.path.parent.resolve() == (runner.run_dir / FOLDER).resolve()
+        )
+        undo = self._shelf.adopt(self._found) if goes_on and dist.is_main_process() else None
         try:
             runner.load_state_dict(state, allow=self.allow)
         except ValueError as error:
+            if undo is not None:
+                undo()
             error.add_note(
                 f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
                 "allow=[...])"
             )
             raise
         rank = dist.get_rank()
-        if rank < len(ranks):
-            runner.plugins.load_rank_state_dict(ranks[rank]["plugins"])
-        else:
+        of_rank = ranks[rank]["plugins"] if rank < len(ranks) else {}
+        runner.plugins.load_rank_state_dict(of_rank)
+        if "seed" not in of_rank:
             self._remarks.append(
-                f"{path.name} holds no random states of rank {rank}: the run is not repeated bit "
-                "for bit"
+                f"{path.name} holds no random states of rank {rank}, which the plugin 'seed' keeps:"
+                " what is random is not repeated"
             )
+        if runner.val_loop is not None:
+            runner.val_loop.metrics = dict(state.get("metrics", {}))
+        best_is_here = self.best is not None and self._shelf.holds(self.best["number"])
+        if not dist.broadcast_object(best_is_here):
+            self.best = None  # the validation that is owed finds a better one again
         self._position = _position(runner.progress)
         self._remarks.append(f"goes on from {path}: {runner.progress}")
-        if dist.is_main_process():
-            self._adopt(runner)
-
-    def _adopt(self, runner: Any) -> None:
-        """Take what the run saved before the checkpoint for its own."""
-        found = self._found
-        if found is None or found.saved is None or found.run_dir != runner.run_dir.resolve():
-            return
-        there = files.published(found.path.parent)
-        self._kept = [saved for saved in there if saved.number <= found.saved.number]
-        if self.best is not None and self.best["number"] not in {saved.number for saved in there}:
-            self.best = None  # the validation that is owed finds the better one again
+        if (aside := path.parent / files.ABANDONED).is_dir():
+            self._remarks.append(f"what was saved after it, or is damaged, is in {aside}")
 
     def before_run(self, runner: Any) -> None:
         """Say how the run begins, now that its log is open."""
@@ -183,6 +189,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         by_epoch = runner.progress.max_epochs is not None
         self._rhythm = Rhythm(parse(self.every, by_epoch), runner.progress)
         self._preempted = None
+        self._training = True
         self._signals = Signals(self.signals, lambda name: _ask_to_end(runner, name))
 
     # -- saving ---------------------------------------------------------------------------------
@@ -190,6 +197,8 @@ class Checkpoint(Plugin, name="checkpoint"):
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """See whether it is the best so far, in the validations that training asks for."""
+        numbers = {n: float(v) for n, v in metrics.items() if isinstance(v, (int, float))}
+        self._validated = runner.progress.iter, numbers
         if self.keep_best is None or not runner.progress.val_due:
             return
         value = metric_value(metrics, self.keep_best)
@@ -205,20 +214,34 @@ class Checkpoint(Plugin, name="checkpoint"):
         progress, rhythm = runner.progress, self._rhythm
         if rhythm.overdue and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self.every}")
-        if runner.agreed:
+        if runner.agreed.keys() & {"save", "stop"}:
             self._preempted = runner.agreed.get("preempt", self._preempted)
             due = True
         else:
             due = rhythm.due or _ends(runner)
         if due and _position(progress) != self._position:
-            self.save(runner)
+            self._begin_save(runner)
+            if not self.asynchronous:
+                self._finish_write(runner)
         elif self._candidate is not None:
             self._take_for_best(runner)
 
     def save(self, runner: Any) -> None:
-        """Save now; within ``safe_point`` the state can be resumed exactly."""
-        self._rhythm.restart()
+        """Save now; within ``safe_point`` the state can be resumed exactly.
+
+        Raises:
+            OSError: it could not be saved, when training is over; within it, that is told later.
+        """
+        self._begin_save(runner)
+        if not (self.asynchronous and self._training):
+            self._finish_write(runner)
+        if self._failed is not None and not self._training:
+            raise OSError(self._failed)
+
+    def _begin_save(self, runner: Any) -> None:
         self._finish_write(runner)
+        if self._training:
+            self._rhythm.restart()
         progress = runner.progress
         state = runner.state_dict()
         ranks = dist.gather_objects({"plugins": runner.plugins.rank_state_dict()})
@@ -239,8 +262,6 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._report(runner, error)
             return
         self._write = self._executor.submit(job)
-        if not self.asynchronous:
-            self._finish_write(runner)
 
     def _write_shards(self, runner: Any, state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Write tensors that are spread over ranks; returns the rest, and where they are."""
@@ -270,13 +291,13 @@ class Checkpoint(Plugin, name="checkpoint"):
         best = None if self.best is None else self.best["number"]
         check_plain(state, "the state")
         copied = self._snapshot.take(state)
-        metrics = runner.val_loop.metrics if runner.val_loop is not None else {}
+        validated, metrics = self._validated
         manifest = {
             "number": self._number,
             "run": runner.name,
             "progress": copied["progress"],
             "best": self.best,
-            "metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float))},
+            "metrics": metrics if validated == progress.iter else {},
             "meta": copied["meta"],
             "plugins": {n: runner.plugins.source(n) for n in runner.plugins},
             "environment": self._environment,
@@ -299,7 +320,7 @@ class Checkpoint(Plugin, name="checkpoint"):
                     "the last good one is kept, and latest points to it"
                 )
             saved = files.Saved(path, whole)
-            self._kept.append(saved)
+            self._shelf.put(saved)
             # Freeing the space of old ones takes a while: what waits for this one need not.
             self._retiring = self._executor.submit(self._retire, runner, best, name)
             return saved
@@ -313,7 +334,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         files.clean(folder)
         there = files.published(folder)
         self._number = max((saved.number for saved in there), default=0)
-        if there and not self._kept:
+        if there and not self._shelf.kept:
             runner.logger.warning(
                 f"checkpoint: {folder} holds checkpoints of an earlier run, the newest is "
                 f"{there[-1].name}; they are left alone. resume='auto' would have gone on from it"
@@ -321,44 +342,17 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     def _retire(self, runner: Any, best: int | None, name: str | None = None) -> None:
         try:
-            self._keep_only(best, name)
+            self._shelf.keep_only(best, name)
         except OSError as error:
             runner.logger.warning(f"checkpoint: old ones could not be removed: {error}")
-
-    def _keep_only(self, best: int | None, name: str | None) -> None:
-        """Remove what is not to be kept, now that the newest is published; point the links.
-
-        Args:
-            best: The number of the best.
-            name: What the newest is to be called, once that is free.
-        """
-        newest = self._kept[-1]
-        good = [saved for saved in self._kept if saved.manifest["finite"]]
-        latest = (good or self._kept)[-1]
-        last = self._kept if self.keep_last is None else self._kept[-self.keep_last :]
-        # What was saved before a validation gives way to what is saved after it.
-        last = [saved for saved in last if saved is newest or saved.iter != newest.iter]
-        keep = {saved.number for saved in last} | {best, latest.number}
-        for saved in [saved for saved in self._kept if saved.number not in keep]:
-            self._kept.remove(saved)
-            if saved.path.is_dir():
-                files.remove(saved.path)
-        if name is not None and name != newest.name:
-            self._kept[-1] = files.rename(newest, name)
-        folder = newest.path.parent
-        for saved in self._kept:
-            if saved.number == latest.number:
-                files.link(folder, "latest", saved.name)
-            if saved.number == best:
-                files.link(folder, "best", saved.name)
 
     def _take_for_best(self, runner: Any) -> None:
         """Have a better validation's weights kept: those saved before it, or saved now."""
         self._finish_write(runner)
-        newest = self._kept[-1] if self._kept else None
+        newest = self._shelf.newest
         same = newest is not None and newest.iter == runner.progress.iter
         if (number := dist.broadcast_object(newest.number if newest and same else None)) is None:
-            self.save(runner)
+            self._begin_save(runner)
             return
         self._call_best(number)
         if newest is not None:
@@ -401,10 +395,13 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     def _report(self, runner: Any, error: Exception) -> None:
         self._failed = f"{type(error).__name__}: {error}"
-        self._position = None
+        tried, self._position = self._position, None
         if self._undo_best:
+            if self.best is not None and tried == _position(runner.progress):
+                self._candidate = self.best["value"]  # the weights are those still
             self.best, self._undo_best = self._undo_best[0], ()
-        before = f"the one before, {self._kept[-1].name}, is whole" if self._kept else "none is yet"
+        newest = self._shelf.newest
+        before = f"the one before, {newest.name}, is whole" if newest else "none is yet"
         runner.logger.warning(
             f"checkpoint: it could not be saved ({self._failed}); training goes on, and {before}. "
             "Make room or mend the folder: the next save tries again"
@@ -420,8 +417,9 @@ class Checkpoint(Plugin, name="checkpoint"):
         """
         self._finish_write(runner)
         if self._failed is not None:
-            self.save(runner)
+            self._begin_save(runner)
             self._finish_write(runner)
+        self._training = False
         if self._failed is not None:
             raise OSError(
                 f"training has ended and its last checkpoint could not be saved: {self._failed}. "
@@ -432,6 +430,7 @@ class Checkpoint(Plugin, name="checkpoint"):
     @hookimpl(trylast=True)
     def after_run(self, runner: Any) -> None:
         """Put the signals' handlers back; leave, where one had asked for it."""
+        self._training = False
         self._finish_write(runner)
         signals, self._signals = self._signals, None
         if signals is None:
@@ -450,8 +449,9 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._signals.restore()
             self._signals = None
 
-    def unconfigure(self) -> None:
-        """Let the thread end."""
+    def unconfigure(self, runner: Any) -> None:
+        """Let the thread end, with what it has to write."""
+        self._finish_write(runner)
         self._executor.shutdown()
 
     def state_dict(self) -> dict[str, Any]:
@@ -479,6 +479,11 @@ def _ends(runner: Any) -> bool:
     progress = runner.progress
     may_end = progress.batch == 0 or progress.iter == progress.max_iters
     return may_end and bool(runner.train_loop.done)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path of weights is one of our checkpoints, or a folder of them."""
+    return path.is_dir() or (path.parent / files.MANIFEST).is_file()
 
 
 def _nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:

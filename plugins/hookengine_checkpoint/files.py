@@ -13,7 +13,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 FORMAT = 1
 STATE = "state.pth"
 MANIFEST = "manifest.json"
+ABANDONED = "abandoned"
 METADATA = ".metadata"
 """Of ``torch.distributed.checkpoint``, where tensors are sharded."""
 
@@ -275,6 +276,18 @@ def verify(saved: Saved) -> None:
             raise DamagedError(f"{path} is damaged: its checksum differs")
 
 
+def verify_archive(path: Path) -> None:
+    """Compare the records of a file of ``torch.save`` with their CRC-32s.
+
+    Raises:
+        DamagedError: one differs.
+    """
+    if zipfile.is_zipfile(path):
+        with _archive(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise DamagedError(f"{path} is damaged: the checksum of {bad} differs")
+
+
 # -- reading ------------------------------------------------------------------------------------
 
 
@@ -300,6 +313,27 @@ def read_manifest(path: Path) -> Saved:
     return Saved(path, manifest)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether it is a folder that has the name of a checkpoint."""
+    named = re.fullmatch(r"(epoch|iter)_\d+(_\d+)?", path.name)
+    return named is not None and not path.is_symlink() and path.is_dir()
+
+
+def set_aside(folder: Path, kept: Iterable[str]) -> dict[Path, Path]:
+    """Move all checkpoints but those of the names given to ``abandoned``.
+
+    Returns:
+        Where each is now, by where it was.
+    """
+    names, moved = set(kept), {}
+    for path in sorted(folder.iterdir()):
+        if is_ours(path) and path.name not in names:
+            (folder / ABANDONED).mkdir(exist_ok=True)
+            moved[path] = free_path(folder / ABANDONED, path.name)
+            path.rename(moved[path])
+    return moved
+
+
 def published(folder: Path, damaged: Callable[[str], None] | None = None) -> list[Saved]:
     """The checkpoints in a folder, in the order of their publication.
 
@@ -309,7 +343,7 @@ def published(folder: Path, damaged: Callable[[str], None] | None = None) -> lis
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
+        if not is_ours(path):
             continue
         try:
             found.append(read_manifest(path))
@@ -320,13 +354,13 @@ def published(folder: Path, damaged: Callable[[str], None] | None = None) -> lis
 
 
 def read_state(path: Path) -> Any:
-    """What a file of ``torch.save`` holds; tensors are read from the disk when they are used.
+    """What a file of ``torch.save`` holds.
 
     Raises:
         DamagedError: it cannot be read, or holds objects that only code could restore.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in every way there is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from hookengine_checkpoint.files import (
     STATE,
     DamagedError,
     Saved,
+    is_ours,
     published,
     read_manifest,
     verify,
+    verify_archive,
 )
 
 FOLDER = "checkpoints"
@@ -41,6 +44,11 @@ class Found:
         inside = self.saved is not None and self.path.parent.name == FOLDER
         return self.path.parent.parent if inside else None
 
+    @property
+    def state(self) -> Path:
+        """The file of the state."""
+        return self.path if self.saved is None else self.path / STATE
+
 
 def newest_under(work_dir: Path, tell: Callable[[str], None]) -> Found | None:
     """The newest checkpoint of all runs in a folder, or None.
@@ -50,11 +58,22 @@ def newest_under(work_dir: Path, tell: Callable[[str], None]) -> Found | None:
         tell: Told of damaged ones.
     """
     runs = work_dir.iterdir() if work_dir.is_dir() else ()
-    newest = [(saved[-1], run / FOLDER) for run in runs if (saved := published(run / FOLDER))]
-    if not newest:
-        return None
-    _, folder = max(newest, key=lambda pair: str(pair[0].manifest.get("saved_at")))
-    return newest_in(folder, tell)
+    times = {run / FOLDER: _saved_at(run / FOLDER) for run in runs}
+    newest = max(times, key=times.__getitem__, default=None)
+    return None if newest is None or not times[newest] else newest_in(newest, tell)
+
+
+def _saved_at(folder: Path) -> str:
+    """When the newest checkpoint of a folder was saved, damaged ones included; "" for none."""
+    times = [""]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_ours(path):
+            try:
+                times.append(str(read_manifest(path).manifest["saved_at"]))
+            except DamagedError:
+                changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                times.append(changed.isoformat())
+    return max(times)
 
 
 def newest_in(folder: Path, tell: Callable[[str], None]) -> Found | None:
@@ -107,10 +126,13 @@ def at(path: Path, tell: Callable[[str], None]) -> Found:
     """
     if path.name == "latest" and (path.is_symlink() or not path.exists()):
         path = path.parent
-    path = path.resolve()
+    if path.is_symlink():  # best, say: it is a name of the checkpoint beside it
+        target = path.resolve()
+        path = path.parent / target.name if target.parent == path.parent.resolve() else target
     if path.is_file() and path.name == STATE and (path.parent / MANIFEST).exists():
         path = path.parent
     if path.is_file():
+        verify_archive(path)
         return Found(path)
     if (path / MANIFEST).exists() or (path / STATE).exists():
         saved = read_manifest(path)
@@ -138,14 +160,14 @@ def find(runner: Any, tell: Callable[[str], None]) -> Found | None:
     if wanted != "auto":
         found = at(Path(wanted).expanduser(), tell)
     elif runner.named:
-        found = newest_in(runner.run_dir.resolve() / FOLDER, tell)
+        found = newest_in(runner.run_dir / FOLDER, tell)
     else:
-        found = newest_under(work_dir, tell)
+        found = newest_under(runner.work_dir, tell)
     if found is None:
         tell(f"resume='auto': there is no checkpoint in {runner.work_dir} yet: the run begins anew")
         return None
     run = found.run_dir
-    if run is not None and run.parent == work_dir and not runner.named:
+    if run is not None and run.parent.resolve() == work_dir and not runner.named:
         if found.is_newest or wanted == "auto":
             runner.continue_run(run.name)
         else:

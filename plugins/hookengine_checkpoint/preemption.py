@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ class Signals:
     def __init__(self, names: Iterable[str], request: Callable[[str], None]) -> None:
         self.received: str | None = None
         self._request = request
+        self._since = 0.0
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return  # only there can signals be taken
@@ -34,11 +36,16 @@ class Signals:
                 self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        # A launcher may turn one Ctrl-C into two signals: those are one wish.
+        at_once = time.monotonic() - self._since < 1 and name != self.received
+        if self.received is not None and at_once:
+            return
         if self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = signal.Signals(number).name
+        self.received, self._since = name, time.monotonic()
         self._request(self.received)
         before = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -93,7 +94,7 @@ def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
         return value
 
     whole: dict[str, Any] = _mapped(state, find)
-    load_shards(wanted, storage_reader=_Reader(folder))
+    load_shards(wanted, storage_reader=_Reader(folder), planner=_Planner())
     return whole
 
 
@@ -105,8 +106,24 @@ class _Reader(FileSystemReader):
             metadata = _Metadata(file).load()
         if not isinstance(metadata, Metadata):
             raise DamagedError(f"{self.path} holds no metadata of torch.distributed.checkpoint")
+        if odd := [
+            name
+            for name, kind in metadata.state_dict_metadata.items()
+            if not isinstance(kind, TensorStorageMetadata)
+        ]:
+            raise DamagedError(f"{self.path} holds {odd[0]}, which is no tensor; it is not read")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise DamagedError(f"{self.path} refers to {info.relative_path}, outside of it")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's, which unpickles what is no tensor: here there is nothing of that kind."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise DamagedError(f"{read_item.storage_index.fqn} is no tensor; it is not read")
 
 
 class _Metadata(pickle.Unpickler):

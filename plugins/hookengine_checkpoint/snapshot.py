@@ -87,7 +87,8 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """What is equal for two tensors that are one and the same memory."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return (id(tensor),)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    views = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), *views
 
 
 def check_plain(state: Any, where: str) -> None:

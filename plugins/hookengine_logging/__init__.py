@@ -79,7 +79,7 @@ class Logging(Plugin, name="logging"):
         self._metrics = MetricsFile(folder / "metrics.jsonl")
         aside = None
         if runner.progress.iter == 0:
-            aside = self._metrics.begin(again=runner.resume_from is not None)
+            aside = self._metrics.begin()
         self._output.open(folder / "run.log")
         (folder / "run.json").write_text(json.dumps(_description(runner), indent=2) + "\n")
         blocked = f" (blocked: {', '.join(runner.plugins.blocked)})" * bool(runner.plugins.blocked)

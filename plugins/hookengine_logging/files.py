@@ -31,20 +31,13 @@ class MetricsFile:
         self._warned = False
         self._closed = False
 
-    def begin(self, again: bool) -> Path | None:
+    def begin(self) -> Path | None:
         """Begin the history of a run in a folder that may hold that of another.
-
-        Args:
-            again: Whether it is the same run, cut before there was anything to go on from: it
-                writes the same records once more.
 
         Returns:
             Where the records of another run are now, or None where there are none.
         """
         if not self.path.exists() or self.path.stat().st_size == 0:
-            return None
-        if again:
-            self.path.unlink()
             return None
         number = 1
         while (aside := self.path.with_name(f"metrics_{number}.jsonl")).exists():
@@ -136,6 +129,7 @@ class MetricsFile:
             again = now and (
                 (record["phase"] == "val" and not validated)
                 or (record["phase"] == "train" and waiting)  # what a stop or an error had written
+                or record["phase"] == "test"  # a script that is started again tests again
             )
             if record["iter"] <= progress.iter and not again:
                 yield line + b"\n"

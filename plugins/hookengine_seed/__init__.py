@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -153,10 +154,11 @@ class Seed(Plugin, name="seed"):
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back: the random states when training begins."""
-        self._random = state["random"]
-        for phase, kept in state.get("loaders", {}).items():
-            if phase in self._loaders:
-                self._loaders[phase].load_rank_state_dict(kept)
+        self._random = state.get("random")
+        owners = Counter(id(g) for loader in self._loaders.values() for g in loader.generators)
+        shared = {key for key, count in owners.items() if count > 1}
+        for phase, loader in reversed(self._loaders.items()):  # train last: it begins anew
+            loader.load_rank_state_dict(state.get("loaders", {}).get(phase, {}), shared)
 
 
 def _reads_ahead(dataloader: Any, loader: SeededLoader | StatefulLoader) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -70,6 +70,7 @@ class SeededLoader(Wrapped):
         self._own = loader.generator is None or loader.persistent_workers
         self._generators = _generators(loader)
         self._begun = self._states()
+        self._rewind: list[tuple[torch.Generator, torch.Tensor]] = []
         self._pass_seed = torch.zeros((), dtype=torch.int64)
         self._inner = self._rebuild(loader)
 
@@ -109,10 +110,19 @@ class SeededLoader(Wrapped):
         if self._own:
             self._inner.generator = torch.Generator().manual_seed(derive(seed, "workers"))
         self._pass_seed.fill_(derive(seed, "worker", dist.get_rank()))
+        rewind, self._rewind = self._rewind, []
+        later = [(generator, generator.get_state()) for generator, _ in rewind]
+        for generator, state in rewind:
+            generator.set_state(state)
         self._begun = self._states()
         if self._iterable:
             return self._iterate(seed, start)
-        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start)
+
+        def begun() -> None:
+            for generator, state in later:
+                generator.set_state(state)
+
+        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start, begun)
         return _isolated(iter(self._inner)) if self._isolated else iter(self._inner)
 
     def _iterate(self, seed: int, start: int) -> Iterator[Any]:
@@ -124,18 +134,37 @@ class SeededLoader(Wrapped):
         yield from batches
 
     def rank_state_dict(self, within: bool) -> dict[str, Any]:
-        """The states of the user's own generators: where the present, or the next, pass begins.
+        """The states of the user's own generators: now, and where the present pass began.
 
         Args:
             within: Whether a pass is open.
         """
-        states = self._begun if within else self._states()
-        return {"generators": states} if states else {}
+        if not self._generators:
+            return {}
+        state = {"generators": self._states()}
+        return {**state, "begun": self._begun} if within else state
 
-    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back, before the pass begins anew."""
-        for generator, saved in zip(self._generators, state.get("generators", ()), strict=False):
-            generator.set_state(saved)
+    def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
+        """Take them back.
+
+        Args:
+            state: What ``rank_state_dict`` returned.
+            shared: The ids of generators that another dataloader draws from too. They begin the
+                pass as it began, and then are where they were.
+        """
+        now = state.get("generators", ())
+        self._rewind = []
+        for generator, here, begun in zip(
+            self._generators, now, state.get("begun", now), strict=False
+        ):
+            generator.set_state(here if id(generator) in shared else begun)
+            if id(generator) in shared and "begun" in state:
+                self._rewind.append((generator, begun))
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The user's own generators."""
+        return self._generators
 
     def _states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators]
@@ -163,6 +192,11 @@ class SeededLoader(Wrapped):
                 )
         if loader.num_workers and not (self._per_sample or self._iterable):
             yield "per_sample=False: what workers draw at random is not repeated after a resume"
+
+
+def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
 
 
 def _samplers(loader: DataLoader[Any]) -> list[Any]:
@@ -209,10 +243,10 @@ class _Numbered:
         self.sampler = sampler
         self.batched = batched
         self.per_sample = per_sample
-        self.begin(0, 0, 0)
+        self.begin(0, 0, 0, lambda: None)
 
-    def begin(self, seed: int, sample_seed: int, start: int) -> None:
-        self.seed, self.sample_seed, self.start = seed, sample_seed, start
+    def begin(self, seed: int, sample_seed: int, start: int, begun: Callable[[], object]) -> None:
+        self.seed, self.sample_seed, self.start, self.begun = seed, sample_seed, start, begun
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -228,6 +262,7 @@ class _Numbered:
             indices = iter(self.sampler)
             skipped = list(islice(indices, self.start))
             first = list(islice(indices, 1))
+        self.begun()
         number = sum(len(item) for item in skipped) if self.batched else len(skipped)
         del skipped
         items = chain(first, indices)
@@ -252,6 +287,11 @@ class StatefulLoader(Wrapped):
         self._generators = _generators(loader) if isinstance(loader, DataLoader) else []
         self._saved: Any = None
         self._start = 0
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The user's own generators."""
+        return self._generators
 
     def close(self) -> None:
         """Nothing is held: the dataloader is the user's."""
@@ -278,22 +318,21 @@ class StatefulLoader(Wrapped):
         states = [generator.get_state() for generator in self._generators]
         return {"generators": states} if states else {}
 
-    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+    def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
         """Take them back."""
         self._saved = state.get("loader")
-        for generator, saved in zip(self._generators, state.get("generators", ()), strict=False):
-            generator.set_state(saved)
+        _set(self._generators, state.get("generators", ()))
 
     def remarks(self) -> Iterator[str]:
         """What cannot be made exact."""
-        if getattr(self.loader, "num_workers", 0):
-            yield (
-                f"{type(self.loader).__name__} is resumed by its own state, which does not hold "
-                "the random states of its workers, unless its dataset keeps them"
-            )
-        if self._generators:
+        if getattr(self.loader, "generator", None) is not None:
             yield (
                 f"{type(self.loader).__name__} with a generator of its own goes on exactly in the "
                 "epoch that is resumed, and in another order in those after it; without one in the "
                 "same"
+            )
+        if getattr(self.loader, "num_workers", 0):
+            yield (
+                f"{type(self.loader).__name__} is resumed by its own state, which does not hold "
+                "the random states of its workers, unless its dataset keeps them"
             )

@@ -174,8 +174,9 @@ def test_runs_without_a_name_never_share_a_folder(make: Any) -> None:
     for runner in runners:
         assert len(lines(runner)) == 6
     again = logging(make, name=runners[0].name)
-    again.train()  # a name of one's own goes on in its folder
-    assert len(lines(again)) == 12
+    again.train()  # a name of one's own shares the folder, and the history of each is whole
+    assert len(lines(again)) == 6
+    assert len((again.run_dir / "metrics_1.jsonl").read_text().splitlines()) == 6
 
 
 def test_the_level_holds_for_console_and_file(make: Any, capsys: Any) -> None:

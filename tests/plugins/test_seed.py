@@ -327,6 +327,26 @@ def test_cut_anywhere_the_batches_are_the_same(make: Any, name: str, tmp_path: P
             assert torch.equal(value, resumed.bare_model.state_dict()[key]), cut
 
 
+def test_a_generator_that_training_and_validation_share(make: Any) -> None:
+    def run(**options: Any) -> tuple[Any, list[Any]]:
+        own, batches = generator_of_my_own(), Batches()
+        runner = make(
+            train_dataloader=DataLoader(Noisy(), 4, shuffle=True, generator=own),
+            val_dataloader=DataLoader(Noisy(10), 4, shuffle=True, generator=own),
+            validate=True,
+            train_cfg=dict(max_iters=14, val_interval=2),
+            plugins=[dict(type="checkpoint", every=3, keep_last=None), "seed", batches],
+            **options,
+        )
+        runner.train()
+        return runner, batches.seen
+
+    straight, expected = run()
+    for cut in (3, 6, 9):
+        _, rest = run(resume=straight.run_dir / "checkpoints" / f"iter_{cut}")
+        assert same(rest, expected[cut:]), cut
+
+
 def test_with_a_seed_everything_is_seeded_before_the_model_is_built(make: Any, toy: Any) -> None:
     draws = []
 
