@@ -1,0 +1,355 @@
+"""Disks that fail and files that are not what was written: nothing good is lost, nothing is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hookengine_checkpoint.files import DamagedError, published, publishing, verify
+from torch import nn
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Writes beyond a megabyte fail in the kernel, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Big(nn.Module):
+    """With two megabytes of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.register_buffer("ballast", torch.randn(1 << 19))
+
+    def forward(self, inputs: Any) -> Any:
+        return self.net(inputs)
+
+
+BIG: dict[str, Any] = dict(model=Big, loss=nn.functional.cross_entropy)
+
+
+@pytest.fixture
+def trained(make: Any) -> Any:
+    """A run of two epochs with both of its checkpoints."""
+    plugins = [dict(type="checkpoint", keep_last=None), "seed", "logging"]
+    runner = make(plugins=plugins, name="run")
+    runner.train()
+    runner.close()
+    return runner
+
+
+def resume(make: Any, **options: Any) -> Any:
+    plugins = ["checkpoint", "seed", "logging"]
+    options = dict(name="run", resume="auto", train_cfg=dict(max_epochs=3), **options)
+    return make(plugins=plugins, **options)
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_does_not_end_training(make: Any, capsys: Any) -> None:
+    """It is told, the checkpoint before stays whole, and the next save succeeds."""
+    runner = make(plugins=["checkpoint", "logging"], train_cfg=dict(max_epochs=4), **BIG)
+    contexts: list[Any] = []
+
+    @runner.on("after_train_epoch")
+    def fill(runner: Any) -> None:
+        if runner.progress.epoch == 2:
+            runner.plugins["checkpoint"].wait(runner)
+            contexts.append(full_disk())
+            contexts[0].__enter__()
+        if runner.progress.epoch == 3:
+            runner.plugins["checkpoint"].wait(runner)
+            contexts[0].__exit__(None, None, None)
+            (whole,) = published(runner.run_dir / "checkpoints")
+            assert whole.name == "epoch_1"
+            verify(whole)
+
+    runner.train()
+    printed = capsys.readouterr().out
+    assert "checkpoint: it could not be saved (OSError: [Errno 27] File too large)" in printed
+    assert "training goes on, and the one before, epoch_1, is whole" in printed
+    (saved,) = published(runner.run_dir / "checkpoints")
+    assert saved.name == "epoch_4"
+    verify(saved)
+    assert not [*saved.path.parent.glob(".*")]  # nothing half written is left
+
+
+def test_where_the_last_one_fails_training_ends_with_the_error(make: Any) -> None:
+    runner = make(plugins=["checkpoint"], **BIG)
+    with full_disk(), pytest.raises(OSError, match=r"last checkpoint could not be saved.*room"):
+        runner.train()
+    assert runner.progress.epoch == 2
+    assert not published(runner.run_dir / "checkpoints")
+    runner.plugins["checkpoint"].save(runner)  # as the error says
+    (saved,) = published(runner.run_dir / "checkpoints")
+    verify(saved)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        runner.plugins["checkpoint"].save(runner)
+
+
+def test_the_best_is_what_it_was_where_its_save_fails(make: Any) -> None:
+    plugins = [dict(type="checkpoint", keep_best="accuracy")]
+    runner = make(plugins=plugins, validate=True, train_cfg=dict(max_epochs=1), **BIG)
+    with full_disk(), pytest.raises(OSError, match="could not be saved"):
+        runner.train()
+    assert runner.plugins["checkpoint"].best is None
+    runner.plugins["checkpoint"].save(runner)
+    assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_1"
+
+
+@pytest.mark.parametrize("what", ["a file", "read-only"])
+def test_a_folder_that_cannot_be_written(make: Any, what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "work_dir" / "run"
+    folder.mkdir(parents=True)
+    if what == "a file":
+        (folder / "checkpoints").write_text("in the way")
+    elif os.geteuid() == 0:  # root writes where nobody may: so the file system itself says no
+        (folder / "checkpoints").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder / "checkpoints")]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted here")
+    else:
+        (folder / "checkpoints").mkdir(mode=0o500)
+    try:
+        runner = make(plugins=["checkpoint"], name="run")
+        with pytest.raises(OSError, match="its last checkpoint could not be saved") as caught:
+            runner.train()
+        assert re.search("Read-only|exists|denied|Not a directory", str(caught.value))
+        assert runner.progress.epoch == 2
+    finally:
+        subprocess.run(["umount", str(folder / "checkpoints")], capture_output=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "run"])
+def test_a_folder_removed_under_the_run_is_made_again(make: Any, what: str) -> None:
+    runner = make(plugins=["checkpoint"], train_cfg=dict(max_epochs=3))
+
+    @runner.on("before_train_epoch")
+    def remove(runner: Any) -> None:
+        if runner.progress.epoch == 2:
+            runner.plugins["checkpoint"].wait(runner)
+            folder = runner.run_dir / "checkpoints" if what == "checkpoints" else runner.run_dir
+            shutil.rmtree(folder, ignore_errors=True)  # the plugin may be removing old ones
+
+    runner.train()
+    (saved,) = published(runner.run_dir / "checkpoints")
+    assert saved.name == "epoch_3"
+    verify(saved)
+
+
+def test_a_planted_symlink_is_neither_followed_nor_replaced(make: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    folder = tmp_path / "work_dir" / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "epoch_1").symlink_to(elsewhere)
+    (folder / ".epoch_1_2.saving").symlink_to(elsewhere)
+    runner = make(plugins=["checkpoint"], name="run")
+    runner.train()
+    assert {p.name for p in elsewhere.iterdir()} == {"precious"}
+    assert [saved.name for saved in published(folder)] == ["epoch_2"]
+
+
+def test_a_folder_of_checkpoints_on_another_disk(make: Any, tmp_path: Path) -> None:
+    """``checkpoints`` may be a symbolic link; the run goes on in it."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "work_dir" / "run").mkdir(parents=True)
+    (tmp_path / "work_dir" / "run" / "checkpoints").symlink_to(tmp_path / "big")
+    make(plugins=["checkpoint", "seed", "logging"], name="run").train()
+    runner = resume(make)
+    assert runner.progress.epoch == 2
+    runner.train()
+    assert [saved.name for saved in published(tmp_path / "big")] == ["epoch_3"]
+
+
+def test_nothing_is_published_where_writing_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), publishing(tmp_path / "epoch_1") as folder:
+        (folder / "state.pth").write_bytes(b"half")
+        raise KeyError
+    assert not [*tmp_path.iterdir()]
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def flip(path: Path, where: float) -> None:
+    """Flip one bit of a record's data, at a share of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 4
+    path.write_bytes(content)
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+def malicious(path: Path) -> None:
+    torch.save({"state_dict": {}, "evil": Evil(path.parent / "pwned")}, path)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda p: os.truncate(p / "state.pth", 2000),
+    "empty": lambda p: (p / "state.pth").write_bytes(b""),
+    "missing": lambda p: (p / "state.pth").unlink(),
+    "a flipped bit in the middle": lambda p: flip(p / "state.pth", 0.5),
+    "a flipped bit at the end": lambda p: flip(p / "state.pth", 0.999),
+    "a manifest cut short": lambda p: os.truncate(p / "manifest.json", 100),
+    "a flipped bit in the manifest": lambda p: flip(p / "manifest.json", 0.3),
+    "no manifest": lambda p: (p / "manifest.json").unlink(),
+    "a link instead of a file": lambda p: (
+        (p / "state.pth").rename(p / "other.pth"),
+        (p / "state.pth").symlink_to(p / "other.pth"),
+    ),
+    "a malicious pickle": lambda p: malicious(p / "state.pth"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_newest_is_passed_over_and_said(
+    make: Any, trained: Any, what: str, capsys: Any
+) -> None:
+    newest = trained.run_dir / "checkpoints" / "epoch_2"
+    DAMAGE[what](newest)
+    runner = resume(make)
+    assert runner.progress.epoch == 1
+    runner.train()
+    out = capsys.readouterr().out
+    assert "epoch_2" in out
+    assert "it is passed over" in out
+    assert [saved.name for saved in published(newest.parent)] == ["epoch_3"]
+    assert (newest.parent / "abandoned" / "epoch_2").is_dir()  # to be looked at
+    assert not [*newest.parent.rglob("pwned")]
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_one_that_is_asked_for_is_refused(make: Any, trained: Any, what: str) -> None:
+    path = trained.run_dir / "checkpoints" / "epoch_2"
+    DAMAGE[what](path)
+    with pytest.raises(DamagedError, match="epoch_2"):
+        make(plugins=["checkpoint", "seed"], resume=path)
+    with pytest.raises(ValueError, match="epoch_2"):
+        make(plugins=["checkpoint", "seed"], load_from=path)
+    assert not [*path.parent.rglob("pwned")]
+
+
+@pytest.mark.parametrize("name", ["run", None])
+def test_where_all_are_damaged_it_does_not_begin_anew_silently(
+    make: Any, trained: Any, name: Any
+) -> None:
+    for saved in published(trained.run_dir / "checkpoints"):
+        flip(saved.path / "state.pth", 0.4)
+    with pytest.raises(DamagedError, match=r"no checkpoint in .* is whole.*move that folder away"):
+        make(plugins=["checkpoint", "seed"], resume="auto", name=name)
+
+
+def test_malice_with_a_manifest_that_fits_is_not_run(make: Any, trained: Any) -> None:
+    """Who writes the state can write the manifest too."""
+    from hookengine_checkpoint import files
+
+    path = trained.run_dir / "checkpoints" / "epoch_2"
+    malicious(path / "state.pth")
+    manifest = dict(files.read_manifest(path).manifest)
+    (path / "manifest.json").unlink()
+    manifest.pop("files")
+    files.write_manifest(path, manifest)
+    with pytest.raises(DamagedError, match=r"refers to \w+.mkdir, which could run code"):
+        make(plugins=["checkpoint", "seed"], resume=path)
+    assert not [*path.parent.rglob("pwned")]
+
+
+def test_a_file_of_ones_own_with_a_flipped_bit_is_refused(make: Any, tmp_path: Path) -> None:
+    runner = make()
+    torch.save(runner.state_dict(), tmp_path / "mine.pth")
+    content = (tmp_path / "mine.pth").read_bytes()
+    weight = runner.bare_model.net.weight.detach().numpy().tobytes()
+    flip(tmp_path / "mine.pth", (content.index(weight) + 5) / len(content))
+    with pytest.raises(DamagedError, match=r"mine\.pth is damaged"):
+        make(plugins=["checkpoint"], resume=tmp_path / "mine.pth")
+
+
+def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(DamagedError, match="is no state of a Runner"):
+        make(plugins=["checkpoint"], resume=tmp_path / "list.pth")
+    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"it lacks optimizer, plugins.*Runner\(load_from="):
+        make(plugins=["checkpoint"], resume=tmp_path / "weights.pth")
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(make: Any, trained: Any) -> None:
+    from hookengine_checkpoint import files
+
+    path = trained.run_dir / "checkpoints" / "epoch_2"
+    manifest = dict(files.read_manifest(path).manifest)
+    (path / "manifest.json").unlink()
+    files.FORMAT = 2
+    try:
+        manifest.pop("files"), manifest.pop("format")
+        files.write_manifest(path, manifest)
+    finally:
+        files.FORMAT = 1
+    with pytest.raises(DamagedError, match="has format 2, of a later hookengine"):
+        make(plugins=["checkpoint", "seed"], resume=path)
+
+
+def test_what_a_kill_has_left_half_written_goes(make: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "work_dir" / "run" / "checkpoints"
+    for name in (".epoch_7.saving", ".epoch_6.leaving", ".shards.saving"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "state.pth").write_bytes(b"half")
+    runner = make(plugins=["checkpoint"], name="run", resume="auto")
+    assert runner.progress.iter == 0
+    runner.train()
+    assert {p.name for p in folder.iterdir()} == {"epoch_2", "latest"}
+
+
+def test_metadata_of_shards_cannot_run_code(tmp_path: Path) -> None:
+    from hookengine_checkpoint.sharded import _Reader
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+    for content, message in (
+        (Evil(tmp_path / "pwned"), "refers to .*mkdir, which could run code"),
+        ({"a": 1}, "holds no metadata"),
+        (Metadata({"x": BytesStorageMetadata()}), "holds x, which is no tensor"),
+    ):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises((DamagedError, pickle.UnpicklingError), match=message):
+            _Reader(tmp_path).read_metadata()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_every_file_of_the_state_is_read_by_torchs_safe_reader() -> None:
+    """No call of torch.load in the plugins without weights_only, and no unpickler but one."""
+    source = Path(sys.modules["hookengine_checkpoint"].__file__ or "").parent
+    for path in source.glob("*.py"):
+        text = path.read_text()
+        assert text.count("torch.load(") == text.count("weights_only=True") or (
+            path.name in ("__init__.py", "files.py")
+        )
+        assert "pickle.load" not in text

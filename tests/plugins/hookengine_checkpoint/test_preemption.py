@@ -1,0 +1,170 @@
+"""Signals: one leads to a checkpoint and an orderly exit, a second one to an end at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hookengine_checkpoint.files import published, verify
+from hookengine_checkpoint.preemption import EXIT_CODE, Signals
+
+SCRIPT = """
+import os, signal, sys, threading
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from hookengine import BaseMetric, Runner
+
+folder, name, event, number, times, workers = sys.argv[1:]
+torch.set_num_threads(1)
+
+def mine(received, frame):
+    print("my own handler was called", flush=True)
+
+signal.signal(signal.SIGUSR1, mine)
+before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+
+class Count(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+    def compute_metrics(self, results):
+        return {"accuracy": float(len(results))}
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 3)
+runner = Runner(
+    nn.Linear(4, 3),
+    folder,
+    train_dataloader=DataLoader(data, batch_size=4, shuffle=True, num_workers=int(workers)),
+    train_cfg=dict(max_epochs=3),
+    optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+    val_dataloader=DataLoader(data, batch_size=10),
+    val_evaluator=Count(),
+    loss=nn.functional.cross_entropy,
+    plugins=[dict(type="accumulate", steps=3), "no:progress_bar"],
+    name="run",
+    resume="auto",
+)
+calls = []
+
+def kick():
+    calls.append(1)
+    if len(calls) == 4:
+        for _ in range(int(times)):
+            os.kill(os.getpid(), getattr(signal, name))
+
+if event != "never":
+    runner.on(event)(kick)
+try:
+    runner.train()
+finally:
+    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    print("handlers are back:", before == after, flush=True)
+print("trained to the end:", runner.progress.iter, runner.progress.step)
+print("weights:", runner.bare_model.weight.sum().item().hex())
+"""
+
+
+def run(folder: Path, name: str, event: str, times: int = 1, workers: int = 0) -> Any:
+    arguments = [str(folder), name, event, "4", str(times), str(workers)]
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def only(folder: Path) -> Any:
+    (saved,) = published(folder / "run" / "checkpoints")
+    verify(saved)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def end(tmp_path_factory: Any) -> str:
+    """What a run prints that no signal reaches."""
+    done = run(tmp_path_factory.mktemp("straight"), "SIGTERM", "never")
+    assert done.returncode == 0, done.stderr
+    return "\n".join(done.stdout.splitlines()[-2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "event", "iteration", "workers"),
+    [
+        ("SIGTERM", "after_train_iter", 5, 0),  # in the window of iterations 4 and 5
+        ("SIGINT", "before_train_iter", 5, 2),
+        ("SIGUSR1", "after_val_iter", 10, 0),
+        ("SIGTERM", "before_save_checkpoint", 15, 0),
+    ],
+)
+def test_one_leads_to_a_checkpoint_and_code_75(
+    tmp_path: Path, end: str, name: str, event: str, iteration: int, workers: int
+) -> None:
+    done = run(tmp_path, name, event, workers=workers)
+    assert done.returncode == EXIT_CODE == 75, done.stderr
+    assert "trained to the end" not in done.stdout
+    assert "handlers are back: True" in done.stdout
+    assert ("my own handler was called" in done.stdout) == (name == "SIGUSR1")
+    assert f"ended by {name} with exit code 75" in done.stdout
+    assert only(tmp_path).iter == iteration
+    again = run(tmp_path, name, "never", workers=workers)
+    assert again.returncode == 0, again.stderr
+    assert "\n".join(again.stdout.splitlines()[-2:]) == end
+
+
+def test_a_second_one_ends_the_process_at_once(tmp_path: Path, end: str) -> None:
+    done = run(tmp_path, "SIGTERM", "before_train_iter", times=2)
+    assert done.returncode == -signal.SIGTERM
+    assert "handlers are back" not in done.stdout
+    assert run(tmp_path, "SIGTERM", "never").stdout.splitlines()[-2:] == end.splitlines()
+
+
+def test_who_ignores_a_signal_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        signals = Signals(["SIGUSR2"], lambda name: None)
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+        signals.restore()
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_two_signals_of_one_wish_are_one() -> None:
+    """A launcher may send SIGTERM after the terminal's SIGINT."""
+    asked: list[str] = []
+    signals = Signals(["SIGUSR1", "SIGUSR2"], asked.append)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+        assert asked == ["SIGUSR1"]
+    finally:
+        signals.restore()
+
+
+def test_an_error_ends_the_run_with_that_error_and_the_handlers_are_put_back(make: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    runner = make(plugins=["checkpoint"])
+
+    @runner.on("after_train_iter")
+    def fail(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("first")
+
+    with pytest.raises(RuntimeError, match="first"):
+        runner.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_of_the_main_thread_there_is_nothing_to_take(make: Any) -> None:
+    import threading
+
+    runner = make(plugins=["checkpoint"])
+    thread = threading.Thread(target=runner.train)
+    thread.start()
+    thread.join()
+    assert runner.progress.epoch == 2
+    assert published(runner.run_dir / "checkpoints")
