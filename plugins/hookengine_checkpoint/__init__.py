@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -437,6 +438,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             return
         signals.restore()
         received = self._preempted or signals.received
+        if received == "SIGINT" and hasattr(sys, "ps1"):
+            raise KeyboardInterrupt  # who sits at a prompt wants to stay there
         if received is not None:
             runner.logger.warning(
                 f"ended by {received} with exit code {EXIT_CODE}; resume='auto' goes on from here"

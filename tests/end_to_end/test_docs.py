@@ -31,7 +31,8 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["weight-initialization.md", "optimization.md", "averaged-weights.md"]
+    "name",
+    ["weight-initialization.md", "optimization.md", "averaged-weights.md", "checkpoints.md"],
 )
 def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
     import json
@@ -60,17 +61,33 @@ def test_the_table_of_pairs_is_whole_and_names_tests_that_are_there() -> None:
         r"^\| `(\w+)`, `(\w+)` \| .+ \| (.+) \|$", page("optimization.md"), re.MULTILINE
     )
     assert [(a, b) for a, b, _ in rows] == [*combinations(features, 2)]
-    tests = {
-        name
-        for path in (DOCS.parent / "tests").rglob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
-    }
+    tests = all_tests()
     for a, b, named in rows:
         first, *more = re.findall(r"`(.+?)`", named)
         assert first == f"test_pair[{a}-{b}]"
         assert {*more} <= tests
     for name in re.findall(r"`(test_\w+)`", page("optimization.md")):
         assert name in tests
+
+
+def test_each_cell_about_checkpoints_names_a_test_that_is_there() -> None:
+    text = page("checkpoints.md")
+    rows = [
+        line for line in text[text.index("## What is tested") :].splitlines() if line[:1] == "|"
+    ]
+    cells = [row for row in rows if "`test_" in row]
+    assert len(cells) == len(rows) - 4  # the heads of two tables
+    named = re.findall(r"`(test_\w+)(?:\[\d\])?`", text)
+    assert len(named) > 20
+    assert {*named} <= all_tests()
+
+
+def all_tests() -> set[str]:
+    return {
+        name
+        for path in (DOCS.parent / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
 
 
 def page(name: str) -> str:

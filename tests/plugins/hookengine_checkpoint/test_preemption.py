@@ -159,6 +159,23 @@ def test_an_error_ends_the_run_with_that_error_and_the_handlers_are_put_back(mak
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_at_a_prompt_ctrl_c_leaves_one_there(make: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    runner = make(plugins=["checkpoint"])
+
+    @runner.on("before_train_iter")
+    def interrupt(runner: Any) -> None:
+        if runner.progress.iter == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    (saved,) = published(runner.run_dir / "checkpoints")
+    assert saved.iter == runner.progress.iter == 4
+    runner.train()
+    assert runner.progress.iter == 10
+
+
 def test_outside_of_the_main_thread_there_is_nothing_to_take(make: Any) -> None:
     import threading
 
