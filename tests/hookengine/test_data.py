@@ -79,6 +79,8 @@ def test_what_is_no_dataloader_is_answered(given: Any, error: type, message: str
 def test_a_pass_starts_at_a_batch() -> None:
     for batches, batch, expected in ([1, 2, 3], 2, [3]), ([1, 2, 3], 0, [1, 2, 3]), ([1, 2], 2, []):
         iterator, dropped = iterate_from(batches, 0, batch)
+        assert (list(iterator), dropped) == (expected, 0)  # nothing is fetched
+        iterator, dropped = iterate_from(dict.fromkeys(batches), 0, batch)
         assert (list(iterator), dropped) == (expected, batch)
     running = iter([1, 2, 3])  # an iterator goes on where it is
     iterator, dropped = iterate_from(running, 0, 2)
