@@ -98,6 +98,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._failed: str | None = None
         self._position: tuple[Any, ...] | None = None
         self._candidate: float | None = None
+        self._candidate_steps: list[int] = []
         self._undo_best: tuple[dict[str, Any] | None, ...] = ()
         self._preempted: str | None = None
         self._signals: Signals | None = None
@@ -151,22 +152,16 @@ class Checkpoint(Plugin, name="checkpoint"):
         undo = self._shelf.adopt(self._found) if goes_on and dist.is_main_process() else None
         try:
             runner.load_state_dict(state, allow=self.allow)
-        except ValueError as error:
+            self._load_of_rank(runner, ranks, path)
+        except BaseException as error:
             if undo is not None:
                 undo()
-            error.add_note(
-                f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
-                "allow=[...])"
-            )
+            if isinstance(error, ValueError):
+                error.add_note(
+                    f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
+                    "allow=[...])"
+                )
             raise
-        rank = dist.get_rank()
-        of_rank = ranks[rank]["plugins"] if rank < len(ranks) else {}
-        runner.plugins.load_rank_state_dict(of_rank)
-        if "seed" not in of_rank:
-            self._remarks.append(
-                f"{path.name} holds no random states of rank {rank}, which the plugin 'seed' keeps:"
-                " what is random is not repeated"
-            )
         if runner.val_loop is not None:
             runner.val_loop.metrics = dict(state.get("metrics", {}))
         best_is_here = self.best is not None and self._shelf.holds(self.best["number"])
@@ -176,6 +171,16 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._remarks.append(f"goes on from {path}: {runner.progress}")
         if (aside := path.parent / files.ABANDONED).is_dir():
             self._remarks.append(f"what was saved after it, or is damaged, is in {aside}")
+
+    def _load_of_rank(self, runner: Any, ranks: list[dict[str, Any]], path: Path) -> None:
+        rank = dist.get_rank()
+        of_rank = ranks[rank]["plugins"] if rank < len(ranks) else {}
+        runner.plugins.load_rank_state_dict(of_rank)
+        if "seed" not in of_rank:
+            self._remarks.append(
+                f"{path.name} holds no random states of rank {rank}, which the plugin 'seed' keeps:"
+                " what is random is not repeated"
+            )
 
     def before_run(self, runner: Any) -> None:
         """Say how the run begins, now that its log is open."""
@@ -188,24 +193,33 @@ class Checkpoint(Plugin, name="checkpoint"):
         check_plain(runner.plugins.state_dict(), "the state of plugins")
         check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
         by_epoch = runner.progress.max_epochs is not None
-        self._rhythm = Rhythm(parse(self.every, by_epoch), runner.progress)
+        every = parse(self.every, by_epoch)
+        agreed = dist.get_world_size() == 1 or "agree" in runner.plugins.calls()
+        if every.unit == "minutes" and not agreed:
+            raise ValueError(
+                f"every={self.every!r} needs a plugin that answers the event 'agree', by which the "
+                "processes save together: give it in epochs or iterations"
+            )
+        self._rhythm = Rhythm(every, runner.progress)
         self._preempted = None
         self._training = True
-        self._signals = Signals(self.signals, lambda name: _ask_to_end(runner, name))
+        names = self.signals if agreed else []  # the processes could not end together
+        self._signals = Signals(names, lambda name: _ask_to_end(runner, name))
 
     # -- saving ---------------------------------------------------------------------------------
 
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """See whether it is the best so far, in the validations that training asks for."""
-        numbers = {n: float(v) for n, v in metrics.items() if isinstance(v, (int, float))}
-        self._validated = runner.progress.iter, numbers
+        self._validated = runner.progress.iter, _numbers(metrics)
         if self.keep_best is None or not runner.progress.val_due:
             return
+        self.best = dist.broadcast_object(self.best)  # a failed save is known to rank 0 alone
         value = metric_value(metrics, self.keep_best)
         best = None if self.best is None else self.best["value"]
         if value == value and (best is None or (value > best if self._greater else value < best)):
             self._candidate = value
+            self._candidate_steps = _steps(runner)
 
     @hookimpl(trylast=True)  # what others do at a safe point is part of what is saved
     def safe_point(self, runner: Any) -> None:
@@ -213,6 +227,13 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self._write is not None and self._write.done():
             self._settle(runner)
         progress, rhythm = runner.progress, self._rhythm
+        if self._candidate is not None and self._candidate_steps != _steps(runner):
+            self._candidate = None
+            runner.logger.warning(
+                f"checkpoint: the best {self.keep_best} so far was validated within a window of "
+                "accumulated gradients, and the weights have been trained on since: they are not "
+                "kept. Let val_interval be a multiple of the window"
+            )
         if rhythm.overdue and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self.every}")
         if runner.agreed.keys() & {"save", "stop"}:
@@ -222,8 +243,6 @@ class Checkpoint(Plugin, name="checkpoint"):
             due = rhythm.due or _ends(runner)
         if due and _position(progress) != self._position:
             self._begin_save(runner)
-            if not self.asynchronous:
-                self._finish_write(runner)
         elif self._candidate is not None:
             self._take_for_best(runner)
 
@@ -234,7 +253,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             OSError: it could not be saved, when training is over; within it, that is told later.
         """
         self._begin_save(runner)
-        if not (self.asynchronous and self._training):
+        if not self._training:
             self._finish_write(runner)
         if self._failed is not None and not self._training:
             raise OSError(self._failed)
@@ -254,6 +273,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._undo_best = (self.best,)
             self._call_best(self._number)
             state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
+        if runner.val_loop is not None:
+            state["metrics"] = _numbers(runner.val_loop.metrics)
         try:
             state, shards = self._write_shards(runner, state)
             if ranks is None:
@@ -263,6 +284,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._report(runner, error)
             return
         self._write = self._executor.submit(job)
+        if not self.asynchronous:
+            self._finish_write(runner)
 
     def _write_shards(self, runner: Any, state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Write tensors that are spread over ranks; returns the rest, and where they are."""
@@ -273,10 +296,15 @@ class Checkpoint(Plugin, name="checkpoint"):
         whole, tensors = sharded.split(state)
         if not tensors:
             return state, None
-        folder = Path()
+        folder, problem = Path(), ""
         if dist.is_main_process():
-            folder = files.make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
-        folder = dist.broadcast_object(folder)
+            try:
+                folder = files.make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
+            except OSError as error:
+                problem = str(error)
+        folder, problem = dist.broadcast_object((folder, problem))
+        if problem:
+            raise OSError(problem)
         sharded.save(tensors, folder)
         return whole, folder
 
@@ -296,6 +324,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         manifest = {
             "number": self._number,
             "run": runner.name,
+            "lineage": self._shelf.lineage,
             "progress": copied["progress"],
             "best": self.best,
             "metrics": metrics if validated == progress.iter else {},
@@ -396,10 +425,11 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     def _report(self, runner: Any, error: Exception) -> None:
         self._failed = f"{type(error).__name__}: {error}"
-        tried, self._position = self._position, None
         if self._undo_best:
-            if self.best is not None and tried == _position(runner.progress):
+            alone = dist.get_world_size() == 1  # else the ranks would act apart
+            if self.best is not None and alone and self._position == _position(runner.progress):
                 self._candidate = self.best["value"]  # the weights are those still
+                self._candidate_steps = _steps(runner)
             self.best, self._undo_best = self._undo_best[0], ()
         newest = self._shelf.newest
         before = f"the one before, {newest.name}, is whole" if newest else "none is yet"
@@ -417,13 +447,13 @@ class Checkpoint(Plugin, name="checkpoint"):
             OSError: it cannot be.
         """
         self._finish_write(runner)
-        if self._failed is not None:
+        if dist.broadcast_object(self._failed) is not None:
             self._begin_save(runner)
             self._finish_write(runner)
         self._training = False
-        if self._failed is not None:
+        if (failed := dist.broadcast_object(self._failed)) is not None:
             raise OSError(
-                f"training has ended and its last checkpoint could not be saved: {self._failed}. "
+                f"training has ended and its last checkpoint could not be saved: {failed}. "
                 "The weights are still in runner.bare_model; when there is room again, "
                 "runner.plugins['checkpoint'].save(runner) saves it"
             )
@@ -471,6 +501,15 @@ class Checkpoint(Plugin, name="checkpoint"):
 def _ask_to_end(runner: Any, name: str) -> None:
     runner.requests["preempt"] = name
     runner.stop(name)
+
+
+def _steps(runner: Any) -> list[int]:
+    """The steps of all optimizers."""
+    return [wrapper.steps for wrapper in runner.optim_wrapper.by_name().values()]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float))}
 
 
 def _position(progress: Any) -> tuple[Any, ...]:

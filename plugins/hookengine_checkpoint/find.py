@@ -137,7 +137,8 @@ def at(path: Path, tell: Callable[[str], None]) -> Found:
     if (path / MANIFEST).exists() or (path / STATE).exists():
         saved = read_manifest(path)
         verify(saved)
-        return Found(path, saved, published(path.parent)[-1].number == saved.number)
+        last = max((s.number for s in published(path.parent)), default=saved.number)
+        return Found(path, saved, saved.number == last)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if (found := newest_in(folder, tell)) is not None:
         return found

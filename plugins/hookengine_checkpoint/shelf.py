@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 
 from hookengine_checkpoint import files
@@ -17,11 +18,14 @@ class Shelf:
 
     Attributes:
         kept: Those that are there, in the order of their publication.
+        lineage: Names the run from its beginning on, over all resumes, whatever its folder holds
+            of others.
     """
 
     def __init__(self, keep_last: int | None) -> None:
         self.keep_last = keep_last
         self.kept: list[Saved] = []
+        self.lineage = uuid.uuid4().hex
 
     @property
     def newest(self) -> Saved | None:
@@ -44,9 +48,10 @@ class Shelf:
         if found.saved is None:
             return lambda: None
         folder = found.path.parent
-        there = files.published(folder)
-        self.kept = [saved for saved in there if saved.number <= found.saved.number]
-        moved = files.set_aside(folder, [saved.name for saved in self.kept])
+        up_to = [s for s in files.published(folder) if s.number <= found.saved.number]
+        self.lineage = str(found.saved.manifest["lineage"])
+        self.kept = [saved for saved in up_to if saved.manifest["lineage"] == self.lineage]
+        moved = files.set_aside(folder, [saved.name for saved in up_to])
 
         def undo() -> None:
             for before, now in moved.items():
@@ -73,6 +78,7 @@ class Shelf:
         if self.keep_last is not None:
             last = last[-self.keep_last :]
         keep = {saved.number for saved in last} | {best, latest.number}
+        files.link(newest.path.parent, "latest", latest.name)
         for saved in [saved for saved in self.kept if saved.number not in keep]:
             self.kept.remove(saved)
             if saved.path.is_dir():

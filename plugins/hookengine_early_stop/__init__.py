@@ -44,6 +44,7 @@ class EarlyStop(Plugin, name="early_stop"):
         """Refuse a run that never validates."""
         self._best = -math.inf
         self._waited = 0
+        self._stopped = False  # by what is no matter of patience
         self._asked = False  # for a stop, in this process
         if runner.train_cfg is not None and runner.val_cfg is None:
             raise ValueError(
@@ -53,9 +54,10 @@ class EarlyStop(Plugin, name="early_stop"):
 
     def before_train(self, runner: Any) -> None:
         """Who trains on after a stop has patience anew; a run that was resumed stops again."""
-        if self._waited >= self.patience and self._asked:
-            self._waited = 0
-        elif self._waited >= self.patience:
+        ended = self._stopped or self._waited >= self.patience
+        if ended and self._asked:
+            self._waited, self._stopped = 0, False
+        elif ended:
             runner.progress.stopped = "early_stop: the run had stopped here before it was resumed"
             runner.logger.info(f"{runner.progress.stopped}; call train() again to go on")
             self._asked = True
@@ -68,8 +70,10 @@ class EarlyStop(Plugin, name="early_stop"):
         value = metric_value(metrics, self.metric)
         score = self._sign * value
         if self.check_finite and not math.isfinite(value):
+            self._stopped = self._asked = True
             runner.stop(f"early_stop: {self.metric} is {value}")
         elif self.threshold is not None and score >= self._sign * self.threshold:
+            self._stopped = self._asked = True
             runner.stop(f"early_stop: {self.metric} {value:.6g} has reached {self.threshold:.6g}")
         elif score > self._best + self.min_delta:
             self._best, self._waited = score, 0
@@ -85,9 +89,10 @@ class EarlyStop(Plugin, name="early_stop"):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, and for how long there was none better."""
-        return {"best": self._best, "waited": self._waited}
+        return {"best": self._best, "waited": self._waited, "stopped": self._stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self._best, self._waited = state["best"], state["waited"]
+        self._stopped = state["stopped"]
         self._asked = False

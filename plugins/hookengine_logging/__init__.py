@@ -66,6 +66,7 @@ class Logging(Plugin, name="logging"):
         self._names: list[str] = []
         self._rates: dict[str, Any] = {}
         self._nonfinite_told = False
+        self._records = 0  # that are there where a run goes on
         self._output = Output(self._main)
         self._previous_logger = runner.logger
         runner.logger = make_logger(self._output, self.level)
@@ -287,12 +288,14 @@ class Logging(Plugin, name="logging"):
             "meters": self._meters.state_dict(),
             "stopwatch": self._stopwatch.state_dict(),
             "rates": dict(self._rates),
+            "records": 0 if self._metrics is None else self._metrics.count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._losses.clear()
         self._rates = dict(state["rates"])
+        self._records = state["records"]
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 
@@ -301,8 +304,7 @@ class Logging(Plugin, name="logging"):
         """Cut ``metrics.jsonl`` back to where the run goes on from."""
         if self._main:
             path = runner.make_run_dir() / "metrics.jsonl"
-            waiting = self._stopwatch.iterations > 0
-            (self._metrics or MetricsFile(path)).cut_back(runner.progress, waiting)
+            (self._metrics or MetricsFile(path)).cut_back(self._records)
 
 
 def _description(runner: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -30,6 +29,9 @@ class MetricsFile:
         self._waiting: list[bytes] = []
         self._warned = False
         self._closed = False
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        self.count = sum(map(_is_whole, lines))
+        """How many records it holds, those included that wait to be written."""
 
     def begin(self) -> Path | None:
         """Begin the history of a run in a folder that may hold that of another.
@@ -43,6 +45,7 @@ class MetricsFile:
         while (aside := self.path.with_name(f"metrics_{number}.jsonl")).exists():
             number += 1
         self.path.rename(aside)
+        self.count = 0
         return aside
 
     def append(self, record: Record, logger: Any) -> None:
@@ -57,6 +60,7 @@ class MetricsFile:
             key = f"value/{name}" if name in fields else name
             fields[key] = value if math.isfinite(value) else str(value)
         self._waiting.append(json.dumps(fields).encode() + b"\n")
+        self.count += 1
         if not self._closed:
             self._write(logger)
 
@@ -98,41 +102,24 @@ class MetricsFile:
                 self._file.truncate(self._end)
             self._close_file()
 
-    def cut_back(self, progress: Any, waiting: bool) -> None:
-        """Drop the records after ``progress``, which a resumed run writes again.
+    def cut_back(self, count: int) -> None:
+        """Keep the first records, up to where a resumed run goes on; it repeats the later ones.
 
         Args:
-            progress: The counters that were loaded.
-            waiting: Whether values were loaded that still wait for their record.
+            count: How many.
         """
         self._waiting.clear()
+        self.count = min(count, self.count)
         if not self.path.exists():
             return
         self._close_file()
-        kept = list(self._until(progress, waiting))
+        kept = [line + b"\n" for line in self.path.read_bytes().splitlines() if _is_whole(line)]
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            file.writelines(kept)
+            file.writelines(kept[:count])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
-
-    def _until(self, progress: Any, waiting: bool) -> Iterator[bytes]:
-        # By epochs, a validation comes when the epoch is closed and no batch of the next is done.
-        validated = not progress.val_due and not (progress.max_epochs and progress.batch)
-        for line in self.path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a line that was cut short by a kill
-            now = record["iter"] == progress.iter
-            again = now and (
-                (record["phase"] == "val" and not validated)
-                or (record["phase"] == "train" and waiting)  # what a stop or an error had written
-                or record["phase"] == "test"  # a script that is started again tests again
-            )
-            if record["iter"] <= progress.iter and not again:
-                yield line + b"\n"
 
     def close(self, logger: Any) -> None:
         """Write what waits, and close for good."""
@@ -148,3 +135,12 @@ class MetricsFile:
             with suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether it is a record; a kill may have cut one short."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

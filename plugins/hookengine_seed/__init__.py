@@ -17,6 +17,8 @@ from hookengine_seed.sample import derive, seed_here
 
 __all__ = ["Seed"]
 
+_ITER = DataLoader.__iter__
+
 
 class Seed(Plugin, name="seed"):
     """Make a run a function of one number, and let it go on exactly after a resume.
@@ -79,10 +81,12 @@ class Seed(Plugin, name="seed"):
         loader: SeededLoader | StatefulLoader
         if hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict"):
             loader = StatefulLoader(dataloader)
-        elif isinstance(dataloader, DataLoader):
+        elif isinstance(dataloader, DataLoader) and type(dataloader).__iter__ is _ITER:
             loader = SeededLoader(dataloader, lambda: self.value, phase, self.per_sample)
         else:
-            if not isinstance(dataloader, (list, tuple)) and not hasattr(dataloader, "seek"):
+            if isinstance(dataloader, DataLoader):
+                self._others[phase] = f"{type(dataloader).__name__}, with an __iter__ of its own,"
+            elif not isinstance(dataloader, (list, tuple)) and not hasattr(dataloader, "seek"):
                 self._others[phase] = type(dataloader).__name__
             return None
         self._loaders[phase] = loader
@@ -105,6 +109,10 @@ class Seed(Plugin, name="seed"):
         if self._random is not None and runner.progress.batch:
             set_random_state(self._random)
         self._random = None
+        loader = self._loaders.get("train")
+        if loader is not None and not hasattr(runner.train_loop.dataloader, "seek"):
+            # Something is wrapped around it that nobody can have begin at a batch.
+            loader.seek(runner.progress.epoch, 0)
 
     def _tell(self, runner: Any) -> None:
         given = "" if self.seed is not None else ", which is torch's; nothing was seeded with it"
@@ -113,7 +121,7 @@ class Seed(Plugin, name="seed"):
         remarks = [] if loader is None else list(loader.remarks())
         if name := self._others.get("train"):
             remarks.append(
-                f"{name} is no DataLoader: after a resume within an epoch, the batches before are "
+                f"{name} is left as it is: after a resume within an epoch, the batches before are "
                 "fetched and dropped, and are the same ones only if nothing in it is random"
             )
         if loader is not None and _reads_ahead(runner.train_loop.dataloader, loader):

@@ -14,7 +14,7 @@ from hookengine import dist, preserved_random_state
 from hookengine_seed.sample import (
     SeededDataset,
     SeededIterable,
-    ShowDataset,
+    WorkerInit,
     derive,
     nth,
     seeded,
@@ -82,15 +82,17 @@ class SeededLoader(Wrapped):
         own["_iterator"] = None
         if not self._iterable:
             samples = "sampler" if loader.batch_sampler is None else "batch_sampler"
-            self._numbered = _Numbered(own[samples], samples == "batch_sampler", self._per_sample)
+            batched = samples == "batch_sampler"
+            whole = batched and SeededDataset(loader.dataset).__getitems__ is not None
+            self._numbered = _Numbered(own[samples], batched, self._per_sample, whole)
             own[samples] = self._numbered
         if self._per_sample:
             own["dataset"] = SeededDataset(loader.dataset)
         elif self._iterable and loader.persistent_workers and _is_plain(loader.dataset):
             self._pass_seed.share_memory_()  # type: ignore[no-untyped-call]
             own["dataset"] = SeededIterable(loader.dataset, self._pass_seed)
-        if own["dataset"] is not loader.dataset and loader.num_workers:
-            own["worker_init_fn"] = ShowDataset(loader.worker_init_fn)
+        if loader.num_workers:
+            own["worker_init_fn"] = WorkerInit(loader.worker_init_fn)
         return inner
 
     def seek(self, epoch: int, batch: int) -> None:
@@ -102,7 +104,8 @@ class SeededLoader(Wrapped):
         vars(self._inner)["_iterator"] = None
 
     def __iter__(self) -> Iterator[Any]:
-        (epoch, start), self._sought = self._sought or ("other", 0), None
+        sought, self._sought = self._sought, None
+        epoch, start = sought or ("other", 0)
         seed = derive(self._seed(), self._phase, epoch)
         for part in _samplers(self.loader):
             if epoch != "other" and callable(set_epoch := getattr(part, "set_epoch", None)):
@@ -110,11 +113,14 @@ class SeededLoader(Wrapped):
         if self._own:
             self._inner.generator = torch.Generator().manual_seed(derive(seed, "workers"))
         self._pass_seed.fill_(derive(seed, "worker", dist.get_rank()))
-        rewind, self._rewind = self._rewind, []
+        rewind: list[tuple[torch.Generator, torch.Tensor]] = []
+        if sought is not None:  # a pass of training, not one that a hook goes through beside it
+            rewind, self._rewind = self._rewind, []
         later = [(generator, generator.get_state()) for generator, _ in rewind]
         for generator, state in rewind:
             generator.set_state(state)
-        self._begun = self._states()
+        if sought is not None:
+            self._begun = self._states()
         if self._iterable:
             return self._iterate(seed, start)
 
@@ -201,13 +207,14 @@ def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) 
 
 def _samplers(loader: DataLoader[Any]) -> list[Any]:
     """The samplers, from the outermost on."""
-    found = []
+    found: list[Any] = []
     part: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if isinstance(loader.dataset, IterableDataset):
         return []
-    while part is not None and part not in found:
+    while part is not None and not any(part is one for one in found):
         found.append(part)
-        part = getattr(part, "sampler", None) or getattr(part, "batch_sampler", None)
+        inner = getattr(part, "sampler", None)
+        part = getattr(part, "batch_sampler", None) if inner is None else inner
     return found
 
 
@@ -237,43 +244,55 @@ def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Numbered:
-    """A sampler's indices from a batch on; each with the seed of its number in the pass."""
+    """A sampler's indices from a batch on; each with the seed of its number in the pass.
 
-    def __init__(self, sampler: Iterable[Any], batched: bool, per_sample: bool) -> None:
-        self.sampler = sampler
-        self.batched = batched
-        self.per_sample = per_sample
+    Args:
+        sampler: Of the user.
+        batched: Whether it yields batches of indices.
+        per_sample: Whether they get seeds.
+        whole: Whether the dataset reads whole batches, which then get one.
+    """
+
+    def __init__(self, sampler: Any, batched: bool, per_sample: bool, whole: bool) -> None:
+        self._own, self._batched = sampler, batched
+        self._per_sample, self._whole = per_sample, whole
         self.begin(0, 0, 0, lambda: None)
 
     def begin(self, seed: int, sample_seed: int, start: int, begun: Callable[[], object]) -> None:
-        self.seed, self.sample_seed, self.start, self.begun = seed, sample_seed, start, begun
+        self._seed, self._sample_seed, self._start, self._begun = seed, sample_seed, start, begun
 
     def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+        return len(self._own)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sampler":
+        if name == "_own":
             raise AttributeError(name)
-        return getattr(self.sampler, name)
+        return getattr(self._own, name)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that it begins when torch has drawn the workers' seed, as its own would.
-        with seeded(self.seed):  # most samplers draw when they begin
-            indices = iter(self.sampler)
-            skipped = list(islice(indices, self.start))
+        with seeded(self._seed):  # most samplers draw when they begin
+            indices = iter(self._own)
+            number = self._skip(indices)
             first = list(islice(indices, 1))
-        self.begun()
-        number = sum(len(item) for item in skipped) if self.batched else len(skipped)
-        del skipped
+        self._begun()
         items = chain(first, indices)
-        yield from self._with_seeds(items, number) if self.per_sample else items
+        yield from self._with_seeds(items, number) if self._per_sample else items
+
+    def _skip(self, indices: Iterator[Any]) -> int:
+        """Pass over the batches before the start; returns how many seeds these had."""
+        skipped = islice(indices, self._start)
+        if self._batched and self._per_sample and not self._whole:
+            return sum(len(list(item)) for item in skipped)
+        return sum(1 for _ in skipped)
 
     def _with_seeds(self, items: Iterable[Any], number: int) -> Iterator[Any]:
-        seed = self.sample_seed
+        seed = self._sample_seed
         for item in items:
-            if self.batched:
-                yield [(nth(seed, number + i), index) for i, index in enumerate(item)]
-                number += len(item)
+            if self._batched and not self._whole:
+                batch = [(nth(seed, number + i), index) for i, index in enumerate(item)]
+                number += len(batch)
+                yield batch
             else:
                 yield nth(seed, number), item
                 number += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,11 @@ class SeededDataset:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitem__(self, sample: tuple[int, Any]) -> Any:
         seed, index = sample
         seed_here(seed)
@@ -71,16 +77,17 @@ class SeededDataset:
         return len(self.dataset)
 
     @property
-    def __getitems__(self) -> Callable[[list[tuple[int, Any]]], Any] | None:
+    def __getitems__(self) -> Callable[[tuple[int, Any]], Any] | None:
         """Where the dataset reads whole batches, one seed for each of them; else None."""
         innermost = self.dataset
         while type(innermost) is Subset:
             innermost = innermost.dataset
         return self._batch if getattr(innermost, "__getitems__", None) else None
 
-    def _batch(self, samples: list[tuple[int, Any]]) -> Any:
-        seed_here(samples[0][0])
-        return self.dataset.__getitems__([index for _, index in samples])
+    def _batch(self, batch: tuple[int, Any]) -> Any:
+        seed, indices = batch
+        seed_here(seed)
+        return self.dataset.__getitems__(indices)
 
 
 class SeededIterable:
@@ -102,16 +109,27 @@ class SeededIterable:
         return iter(self.dataset)
 
 
-class ShowDataset:
-    """A ``worker_init_fn``: lets the user's, and ``get_worker_info()``, see the dataset itself."""
+class WorkerInit:
+    """A ``worker_init_fn``: calls the user's, which sees the dataset itself.
+
+    A scheduler sends SIGTERM to a whole group of processes. It is for the main one, which has its
+    workers end when it has saved; so the first one gives a worker half a minute.
+    """
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
         self.worker_init_fn = worker_init_fn
 
     def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGTERM, _end_later)
         info = get_worker_info()
-        if info is not None:
+        if info is not None and isinstance(info.dataset, (SeededDataset, SeededIterable)):
             dataset: Any = info.dataset
             object.__setattr__(info, "dataset", dataset.dataset)  # torch refuses to set it
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
+
+
+def _end_later(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "alarm"):
+        signal.alarm(30)

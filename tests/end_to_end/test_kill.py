@@ -22,6 +22,7 @@ def test_killed_at_25_random_moments(workers: int) -> None:
         [sys.executable, str(SOAK), "--kills", "25", "--workers", str(workers)],
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     killed = {name: int(n) for n, name in (x.split(maxsplit=1) for x in done.stdout.splitlines())}

@@ -131,3 +131,22 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
     runner = make(plugins=[EarlyStop(metric="loss")], validate=True)
     with pytest.raises(KeyError, match=r"unknown metric 'loss'.*Known: accuracy"):
         runner.train()
+
+
+def test_stopped_by_a_threshold_it_stays_stopped_after_a_resume(make: Any) -> None:
+    options: dict[str, Any] = dict(
+        plugins=["checkpoint", dict(type="early_stop", metric="accuracy", threshold=0.0)],
+        validate=True,
+        train_cfg=dict(max_epochs=3),
+        name="run",
+        resume="auto",
+    )
+    first = make(**options)
+    first.train()
+    first.close()
+    assert first.progress.epoch == 2 or first.progress.epoch == 1
+    second = make(**options)
+    second.train()
+    assert second.progress.iter == first.progress.iter
+    second.train()  # who asks again goes on
+    assert second.progress.iter > first.progress.iter

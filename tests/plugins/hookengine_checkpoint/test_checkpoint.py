@@ -591,3 +591,99 @@ def test_it_imports_neither_distributed_checkpoint_nor_wandb() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_copy_under_another_name(make: Any, tmp_path: Path) -> None:
+    import shutil
+
+    first = make(plugins=["checkpoint"])
+    first.train()
+    shutil.copytree(first.run_dir / "checkpoints" / "epoch_2", tmp_path / "good_model")
+    assert make(plugins=["checkpoint"], resume=tmp_path / "good_model").progress.epoch == 2
+    runner = make(plugins=["checkpoint"], load_from=tmp_path / "good_model")
+    assert torch.equal(runner.bare_model.net.weight, first.bare_model.net.weight)
+
+
+def test_those_of_an_earlier_run_stay_after_a_resume_too(make: Any) -> None:
+    make(plugins=["checkpoint"], name="run", train_cfg=dict(max_epochs=3)).train()
+    make(plugins=["checkpoint"], name="run", train_cfg=dict(max_epochs=1)).train()
+    runner = make(plugins=["checkpoint"], name="run", resume="auto")
+    assert runner.progress.epoch == 1
+    runner.train()
+    assert names(runner) == ["epoch_3", "epoch_2"]
+
+
+def test_a_resume_that_fails_moves_nothing(make: Any) -> None:
+    class Failing(Plugin):
+        fails: bool = True
+
+        def after_train_iter(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"x": 1}
+
+        def load_state_dict(self, state: Any) -> None:
+            if self.fails:
+                raise RuntimeError("no")
+
+    keeping = dict(type="checkpoint", keep_last=None)
+    first = make(plugins=[keeping, Failing()], name="run")
+    first.train()
+    older = first.run_dir / "checkpoints" / "epoch_1"
+    with pytest.raises(RuntimeError, match="no"):
+        make(plugins=[keeping, Failing()], name="run", resume=older)
+    assert names(first) == ["epoch_1", "epoch_2"]
+    assert (first.run_dir / "checkpoints" / "latest").resolve().name == "epoch_2"
+
+
+def test_weights_that_were_trained_on_since_their_validation_are_not_the_best(
+    make: Any, capsys: Any
+) -> None:
+    plugins = [
+        dict(type="checkpoint", keep_best="accuracy"),
+        dict(type="accumulate", steps=3),
+        "logging",
+    ]
+    runner = make(plugins=plugins, validate=True, train_cfg=dict(max_iters=5, val_interval=4))
+    runner.train()
+    assert "validated within a window of accumulated gradients" in capsys.readouterr().out
+    best = (runner.run_dir / "checkpoints" / "best").resolve()
+    assert manifest(best)["progress"]["iter"] == 5
+
+
+def test_a_finished_run_that_is_started_again_returns_its_metrics(make: Any) -> None:
+    options: dict[str, Any] = dict(
+        plugins=["checkpoint", "logging"], validate=True, test=True, name="run", resume="auto"
+    )
+    first = make(**options)
+    metrics = first.train()
+    first.test()
+    first.close()
+    records = (first.run_dir / "metrics.jsonl").read_text().splitlines()
+    second = make(**options)
+    assert second.train() == metrics != {}
+    second.test()
+    again = (first.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["phase"] for x in again] == [json.loads(x)["phase"] for x in records]
+
+
+def test_a_validation_by_hand_stays_in_the_history(make: Any) -> None:
+    def run(epochs: int, **options: Any) -> list[Any]:
+        plugins = ["checkpoint", "logging", dict(type="accumulate", steps=1)]
+        cfg = dict(max_epochs=epochs)
+        runner = make(plugins=plugins, validate=True, train_cfg=cfg, name="run", **options)
+
+        @runner.on("after_train_iter")
+        def validate(runner: Any) -> None:
+            if runner.progress.iter % 5 == 4:
+                runner.val()
+            if runner.progress.iter == 4 and epochs == 1:
+                runner.stop("here")
+
+        runner.train()
+        runner.close()
+        lines = (runner.run_dir / "metrics.jsonl").read_text().splitlines()
+        return [(r["phase"], r["iter"]) for r in map(json.loads, lines)]
+
+    run(1)
+    assert run(2, resume="auto").count(("val", 4)) == 1

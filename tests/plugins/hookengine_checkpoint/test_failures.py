@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -344,12 +343,18 @@ def test_metadata_of_shards_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "pwned").exists()
 
 
-def test_every_file_of_the_state_is_read_by_torchs_safe_reader() -> None:
-    """No call of torch.load in the plugins without weights_only, and no unpickler but one."""
-    source = Path(sys.modules["hookengine_checkpoint"].__file__ or "").parent
-    for path in source.glob("*.py"):
-        text = path.read_text()
-        assert text.count("torch.load(") == text.count("weights_only=True") or (
-            path.name in ("__init__.py", "files.py")
-        )
-        assert "pickle.load" not in text
+def test_no_file_is_read_in_a_way_that_could_run_code() -> None:
+    """Each torch.load in the plugins says weights_only=True; one unpickler, with an allow-list."""
+    import ast
+
+    unpicklers = []
+    for path in (Path(__file__).parents[3] / "plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and "Unpickler" in ast.unparse(node.bases or node):
+                unpicklers.append(node.name)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert said.get("weights_only") == "True", path
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads"), path
+    assert len(unpicklers) <= 1

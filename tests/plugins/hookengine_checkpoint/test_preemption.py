@@ -114,6 +114,23 @@ def test_one_leads_to_a_checkpoint_and_code_75(
     assert "\n".join(again.stdout.splitlines()[-2:]) == end
 
 
+def test_a_signal_to_the_whole_group_is_for_the_main_process(tmp_path: Path, end: str) -> None:
+    """As a scheduler sends it: to the workers of the dataloader, too."""
+    script = SCRIPT.replace("os.kill(os.getpid(),", "os.killpg(0,")
+    arguments = [str(tmp_path), "SIGTERM", "before_train_iter", "4", "1", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert done.returncode == EXIT_CODE, done.stderr
+    assert only(tmp_path).iter == 5
+    again = run(tmp_path, "SIGTERM", "never", workers=2)
+    assert "\n".join(again.stdout.splitlines()[-2:]) == end
+
+
 def test_a_second_one_ends_the_process_at_once(tmp_path: Path, end: str) -> None:
     done = run(tmp_path, "SIGTERM", "before_train_iter", times=2)
     assert done.returncode == -signal.SIGTERM

@@ -97,3 +97,58 @@ def test_it_goes_on_bit_for_bit_and_at_another_number_of_ranks(
     for one, other in zip(spawn(1, tmp_path / "one", 3), straight, strict=True):
         assert one.shape == other.shape
         assert torch.isfinite(one).all()
+
+
+def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:
+    """Two ranks, of which the first one's disk is full for a while."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", rank=rank, world_size=2)
+    import resource
+
+    from hookengine import Runner
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ballast = nn.Linear(4, 3)
+    ballast.register_buffer("ballast", torch.randn(1 << 19))
+    batch = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    runner = Runner(
+        ballast,
+        folder,
+        train_dataloader=[batch] * 2,
+        train_cfg=dict(max_epochs=3),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=["no:progress_bar"],
+        name="run",
+        device="cpu",
+    )
+
+    @runner.on("before_train_epoch")
+    def fill(runner: Any) -> None:
+        full = runner.progress.epoch + 1 >= fails_at
+        if rank == 0:
+            runner.plugins["checkpoint"].wait(runner)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if full else hard, hard))
+
+    try:
+        runner.train()
+        outcome = "trained"
+    except OSError as error:
+        outcome = "its last checkpoint could not be saved" * ("last checkpoint" in str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    Path(folder, f"outcome_{rank}").write_text(outcome)
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def test_a_save_that_fails_on_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(fail_to_save, (port, str(tmp_path), 3), nprocs=2)
+    outcomes = [(tmp_path / f"outcome_{rank}").read_text() for rank in range(2)]
+    assert outcomes == ["its last checkpoint could not be saved"] * 2
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("epoch_*")} == {"epoch_2"}
