@@ -11,10 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from hookengine import dist
 from hookengine.data import dataset_size, length_of
+from hookengine.registry import PLUGINS, unknown
 
 if TYPE_CHECKING:
     from hookengine.optim import OptimWrapper
     from hookengine.runner import Runner
+
+
+_NAMES = ("optimizer", "dataset", "world_size")
 
 
 def collect(runner: Runner) -> dict[str, Any]:
@@ -77,17 +81,45 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
             f"this is no state of a Runner: it lacks {', '.join(sorted(missing))}. For weights "
             "alone: Runner(load_from=...), or runner.bare_model.load_state_dict(...)"
         )
+    known = {*_NAMES, *runner.plugins, *checkpoint["plugins"], *PLUGINS.names()}
+    for name in allowed - known:
+        raise KeyError(unknown("name in allow", name, known))
     found = list(differences(runner, checkpoint))
     refused = [(name, text) for name, text in found if name not in allowed]
     if refused:
         raise ValueError(_report(refused))
     runner.bare_model.load_state_dict(checkpoint["state_dict"])
     differing = {name for name, _ in found}
-    if runner.optim_wrapper is not None and "optimizer" not in differing:
-        runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+    if runner.optim_wrapper is not None:
+        _load_optimizers(runner, checkpoint["optimizer"], anew="optimizer" in differing)
     runner.progress.load_state_dict(checkpoint["progress"])
     were_on = checkpoint.get("meta", {}).get("plugins", ())
     runner.plugins.load_state_dict(checkpoint["plugins"], allow={*were_on, *(differing & allowed)})
+
+
+def _load_optimizers(runner: Runner, saved: Mapping[str, Any], anew: bool) -> None:
+    groups = _groups(runner, saved)
+    for group, old in groups:
+        given, then = (g.get("initial_lr", g.get("lr")) for g in (group, old))
+        if anew and given is not None and old.get("initial_lr"):
+            # Schedules of torch go on from the present rate: in a new optimizer, the same share.
+            group["lr"] = given * (old["lr"] / old["initial_lr"])
+        elif not anew and given is not None and float(given) != float(then):
+            runner.logger.warning(
+                f"the learning rate is {float(given):g} here and {float(then):g} in the state, "
+                "which is taken; to change it, set it in optim_wrapper.param_groups"
+            )
+    if not anew and runner.optim_wrapper is not None:
+        runner.optim_wrapper.load_state_dict(dict(saved))
+
+
+def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The parameter groups beside those of the state, as far as there are both."""
+    pairs: list[tuple[Any, Any]] = []
+    for name, wrapper in _wrappers(runner).items():
+        old = saved if "param_groups" in saved else saved.get(name, {})
+        pairs += zip(wrapper.param_groups, old.get("param_groups", ()), strict=False)
+    return pairs
 
 
 def _report(refused: list[tuple[str, str]]) -> str:

@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from hookengine import (
     MODELS,
@@ -23,7 +22,17 @@ from hookengine import (
     metric_value,
 )
 from hookengine_checkpoint import files
+from hookengine_checkpoint.facts import (
+    ask_to_end,
+    ends,
+    is_checkpoint,
+    nonfinite,
+    numbers,
+    position,
+    steps,
+)
 from hookengine_checkpoint.find import FOLDER, at, find
+from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
 from hookengine_checkpoint.rhythm import Rhythm, parse
 from hookengine_checkpoint.shelf import Shelf
@@ -122,7 +131,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         given = runner.load_from
         options = dict(given) if isinstance(given, Mapping) else {"checkpoint": given}
         path = options.get("checkpoint")
-        if isinstance(path, (str, Path)) and _is_ours(Path(path)):
+        if isinstance(path, (str, Path)) and is_checkpoint(Path(path)):
             options["checkpoint"] = at(Path(path), self._remarks.append).state
         MODELS.get("load_weights")(model, **options)
         self._remarks.append(f"begins with the weights of {path}")
@@ -138,7 +147,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         path = self._found.path
         state = files.read_state(self._found.state)
         if not isinstance(state, dict):
-            raise files.DamagedError(f"{path} is no state of a Runner")
+            raise DamagedError(f"{path} is no state of a Runner")
         if (path / files.METADATA).exists():
             from hookengine_checkpoint import sharded  # takes a while, and few need it
 
@@ -149,28 +158,24 @@ class Checkpoint(Plugin, name="checkpoint"):
             and self._found.saved is not None
             and self._found.path.parent.resolve() == (runner.run_dir / FOLDER).resolve()
         )
-        undo = self._shelf.adopt(self._found) if goes_on and dist.is_main_process() else None
+        if goes_on and dist.is_main_process():
+            self._shelf.adopt(self._found)
         try:
             runner.load_state_dict(state, allow=self.allow)
             self._load_of_rank(runner, ranks, path)
-        except BaseException as error:
-            if undo is not None:
-                undo()
-            if isinstance(error, ValueError):
-                error.add_note(
-                    f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
-                    "allow=[...])"
-                )
+        except ValueError as error:
+            error.add_note(
+                f"while resuming from {path}; the names to allow go to dict(type='checkpoint', "
+                "allow=[...]). To begin a run of its own, give it another name: Runner(name=...)"
+            )
             raise
         if runner.val_loop is not None:
             runner.val_loop.metrics = dict(state.get("metrics", {}))
         best_is_here = self.best is not None and self._shelf.holds(self.best["number"])
         if not dist.broadcast_object(best_is_here):
             self.best = None  # the validation that is owed finds a better one again
-        self._position = _position(runner.progress)
+        self._position = position(runner.progress)
         self._remarks.append(f"goes on from {path}: {runner.progress}")
-        if (aside := path.parent / files.ABANDONED).is_dir():
-            self._remarks.append(f"what was saved after it, or is damaged, is in {aside}")
 
     def _load_of_rank(self, runner: Any, ranks: list[dict[str, Any]], path: Path) -> None:
         rank = dist.get_rank()
@@ -188,8 +193,11 @@ class Checkpoint(Plugin, name="checkpoint"):
             runner.logger.info(f"checkpoint: {remark}")
         self._remarks.clear()
 
+    @hookimpl(tryfirst=True)  # before the history of the run is cut back
     def before_train(self, runner: Any) -> None:
         """Begin to count, and to take signals; refuse states that could not be saved."""
+        for aside in self._shelf.set_aside():
+            runner.logger.warning(f"checkpoint: damaged, or of another future: moved to {aside}")
         check_plain(runner.plugins.state_dict(), "the state of plugins")
         check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
         by_epoch = runner.progress.max_epochs is not None
@@ -204,14 +212,14 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._preempted = None
         self._training = True
         names = self.signals if agreed else []  # the processes could not end together
-        self._signals = Signals(names, lambda name: _ask_to_end(runner, name))
+        self._signals = Signals(names, lambda name: ask_to_end(runner, name))
 
     # -- saving ---------------------------------------------------------------------------------
 
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """See whether it is the best so far, in the validations that training asks for."""
-        self._validated = runner.progress.iter, _numbers(metrics)
+        self._validated = runner.progress.iter, numbers(metrics)
         if self.keep_best is None or not runner.progress.val_due:
             return
         self.best = dist.broadcast_object(self.best)  # a failed save is known to rank 0 alone
@@ -219,7 +227,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         best = None if self.best is None else self.best["value"]
         if value == value and (best is None or (value > best if self._greater else value < best)):
             self._candidate = value
-            self._candidate_steps = _steps(runner)
+            self._candidate_steps = steps(runner)
 
     @hookimpl(trylast=True)  # what others do at a safe point is part of what is saved
     def safe_point(self, runner: Any) -> None:
@@ -227,7 +235,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self._write is not None and self._write.done():
             self._settle(runner)
         progress, rhythm = runner.progress, self._rhythm
-        if self._candidate is not None and self._candidate_steps != _steps(runner):
+        if self._candidate is not None and self._candidate_steps != steps(runner):
             self._candidate = None
             runner.logger.warning(
                 f"checkpoint: the best {self.keep_best} so far was validated within a window of "
@@ -240,8 +248,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._preempted = runner.agreed.get("preempt", self._preempted)
             due = True
         else:
-            due = rhythm.due or _ends(runner)
-        if due and _position(progress) != self._position:
+            due = rhythm.due or ends(runner)
+        if due and position(progress) != self._position:
             self._begin_save(runner)
         elif self._candidate is not None:
             self._take_for_best(runner)
@@ -265,7 +273,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         progress = runner.progress
         state = runner.state_dict()
         ranks = dist.gather_objects({"plugins": runner.plugins.rank_state_dict()})
-        self._position = _position(progress)
+        self._position = position(progress)
         if dist.is_main_process() and not self._begun:
             self._begin(runner)
         self._number += 1
@@ -274,7 +282,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._call_best(self._number)
             state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
         if runner.val_loop is not None:
-            state["metrics"] = _numbers(runner.val_loop.metrics)
+            state["metrics"] = numbers(runner.val_loop.metrics)
         try:
             state, shards = self._write_shards(runner, state)
             if ranks is None:
@@ -336,20 +344,14 @@ class Checkpoint(Plugin, name="checkpoint"):
 
         def job() -> files.Saved:
             self._snapshot.wait()
-            bad = _nonfinite(copied["state_dict"], parameters)
-            manifest["finite"] = not bad
+            manifest["finite"] = not (bad := nonfinite(copied["state_dict"], parameters))
             manifest["saved_at"] = datetime.now(UTC).isoformat()
-            with files.publishing(path) as folder:
-                files.write_state(folder, copied)
-                if shards is not None:
-                    files.move_all(shards, folder)
-                whole = files.write_manifest(folder, manifest)
+            saved = files.publish(path, copied, manifest, shards)
             if bad:
                 runner.logger.warning(
                     f"checkpoint: the weights in {path.name} are not finite ({', '.join(bad)}); "
                     "the last good one is kept, and latest points to it"
                 )
-            saved = files.Saved(path, whole)
             self._shelf.put(saved)
             # Freeing the space of old ones takes a while: what waits for this one need not.
             self._retiring = self._executor.submit(self._retire, runner, best, name)
@@ -385,7 +387,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._begin_save(runner)
             return
         self._call_best(number)
-        if newest is not None:
+        if newest is not None and self.best is not None:
+            runner.logger.info(_best_line(self.best, newest))
             self._retiring = self._executor.submit(self._retire, runner, number)
 
     def _call_best(self, number: int) -> None:
@@ -421,15 +424,17 @@ class Checkpoint(Plugin, name="checkpoint"):
         else:
             self._failed = None
             self._undo_best = ()
+            if self.best is not None and self.best["number"] == saved.number:
+                runner.logger.info(_best_line(self.best, saved))
             runner.logger.debug(f"checkpoint: {saved.path} is saved")
 
     def _report(self, runner: Any, error: Exception) -> None:
         self._failed = f"{type(error).__name__}: {error}"
         if self._undo_best:
             alone = dist.get_world_size() == 1  # else the ranks would act apart
-            if self.best is not None and alone and self._position == _position(runner.progress):
+            if self.best is not None and alone and self._position == position(runner.progress):
                 self._candidate = self.best["value"]  # the weights are those still
-                self._candidate_steps = _steps(runner)
+                self._candidate_steps = steps(runner)
             self.best, self._undo_best = self._undo_best[0], ()
         newest = self._shelf.newest
         before = f"the one before, {newest.name}, is whole" if newest else "none is yet"
@@ -498,44 +503,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             self.best = dict(best)
 
 
-def _ask_to_end(runner: Any, name: str) -> None:
-    runner.requests["preempt"] = name
-    runner.stop(name)
-
-
-def _steps(runner: Any) -> list[int]:
-    """The steps of all optimizers."""
-    return [wrapper.steps for wrapper in runner.optim_wrapper.by_name().values()]
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float))}
-
-
-def _position(progress: Any) -> tuple[Any, ...]:
-    return progress.epoch, progress.iter, progress.batch, progress.val_due
-
-
-def _ends(runner: Any) -> bool:
-    """Whether this is the last safe point of training."""
-    progress = runner.progress
-    may_end = progress.batch == 0 or progress.iter == progress.max_iters
-    return may_end and bool(runner.train_loop.done)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a path of weights is one of our checkpoints, or a folder of them."""
-    return path.is_dir() or (path.parent / files.MANIFEST).is_file()
-
-
-def _nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:
-    """The parameters with NaN or infinite values."""
-    tensors = {name: state.get(name) for name in names}
-    return [
-        name
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
-        and (tensor.is_floating_point() or tensor.is_complex())
-        and not torch.isfinite(tensor.sum())  # which a large sum can be too
-        and not bool(torch.isfinite(tensor).all())
-    ]
+def _best_line(best: Mapping[str, Any], saved: files.Saved) -> str:
+    return (
+        f"checkpoint: the best {best['metric']} so far, {best['value']:.6g}, is kept: {saved.name}"
+    )

@@ -6,14 +6,10 @@ written under another name, which begins with a dot, and renamed when everything
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,16 +18,21 @@ from typing import IO, Any, cast
 
 import torch
 
+from hookengine_checkpoint.integrity import (
+    DamagedError,
+    archive_at,
+    checksum,
+    crc32,
+    digest,
+    records,
+)
+
 FORMAT = 1
 STATE = "state.pth"
 MANIFEST = "manifest.json"
 ABANDONED = "abandoned"
 METADATA = ".metadata"
 """Of ``torch.distributed.checkpoint``, where tensors are sharded."""
-
-
-class DamagedError(ValueError):
-    """A checkpoint that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ def publishing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def publish(
+    path: Path, state: Any, manifest: Mapping[str, Any], shards: Path | None = None
+) -> Saved:
+    """Write a checkpoint: it is there whole, or not at all.
+
+    Args:
+        path: Where; it must not exist.
+        state: Tensors and plain containers.
+        manifest: What it says beside the format and the checksums.
+        shards: A folder of further files, which are moved.
+    """
+    with publishing(path) as folder:
+        write_state(folder, state)
+        if shards is not None:
+            move_all(shards, folder)
+        whole = write_manifest(folder, manifest)
+    return Saved(path, whole)
+
+
 def make_folder(path: Path) -> Path:
     """Make an empty folder, whatever a kill has left there."""
     shutil.rmtree(path, ignore_errors=True)
@@ -112,7 +132,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """
     files = {p.name: checksum(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
     whole: dict[str, Any] = {"format": FORMAT, **manifest, "files": files}
-    whole["checksum"] = _digest(whole)
+    whole["checksum"] = digest(whole)
     with _Complete(folder / MANIFEST) as file:
         file.write(json.dumps(whole, indent=2).encode() + b"\n")
     return whole
@@ -211,63 +231,7 @@ def free_path(folder: Path, name: str) -> Path:
     return path
 
 
-# -- checksums ----------------------------------------------------------------------------------
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    """What tells a damaged file.
-
-    A file of ``torch.save`` is a zip archive, whose records have CRC-32s: of it the digest of these
-    and of all bytes between the records is taken, which costs no second pass over the data. Of any
-    other file the CRC-32.
-
-    Raises:
-        DamagedError: the archive cannot be read.
-    """
-    size = path.stat().st_size
-    if path.suffix != ".pth":
-        return {"size": size, "crc32": _crc32(path)}
-    with _archive(path) as archive:
-        return {"size": size, "records": _records(archive, path)}
-
-
-def _records(archive: zipfile.ZipFile, path: Path) -> str:
-    """The digest of the CRC-32s of all records, and of everything that is not their data."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        end = 0
-        for record in sorted(archive.infolist(), key=lambda r: r.header_offset):
-            file.seek(record.header_offset + 26)  # the lengths of the name and of an extra field
-            name, extra = struct.unpack("<HH", file.read(4))
-            start = record.header_offset + 30 + name + extra
-            file.seek(end)
-            digest.update(file.read(start - end))
-            digest.update(struct.pack("<QQ", record.CRC, record.compress_size))
-            end = start + record.compress_size
-        file.seek(end)
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _crc32(path: Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
-
-
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
+# -- reading ------------------------------------------------------------------------------------
 
 
 def verify(saved: Saved) -> None:
@@ -283,28 +247,13 @@ def verify(saved: Saved) -> None:
         if (size := path.stat().st_size) != expected["size"]:
             raise DamagedError(f"{path} has {size} bytes instead of {expected['size']}")
         if "records" in expected:
-            with _archive(path) as archive:
+            with archive_at(path) as archive:
                 bad = archive.testzip()
-                same = bad is None and _records(archive, path) == expected["records"]
+                same = bad is None and records(archive, path) == expected["records"]
         else:
-            same = _crc32(path) == expected["crc32"]
+            same = crc32(path) == expected["crc32"]
         if not same:
             raise DamagedError(f"{path} is damaged: its checksum differs")
-
-
-def verify_archive(path: Path) -> None:
-    """Compare the records of a file of ``torch.save`` with their CRC-32s.
-
-    Raises:
-        DamagedError: one differs.
-    """
-    if zipfile.is_zipfile(path):
-        with _archive(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                raise DamagedError(f"{path} is damaged: the checksum of {bad} differs")
-
-
-# -- reading ------------------------------------------------------------------------------------
 
 
 def read_manifest(path: Path) -> Saved:
@@ -316,7 +265,7 @@ def read_manifest(path: Path) -> Saved:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         told = manifest.pop("checksum")
-        same = told == _digest(manifest)
+        same = told == digest(manifest)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(f"{path} has no readable {MANIFEST}: {error}") from error
     if not same:

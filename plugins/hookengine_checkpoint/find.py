@@ -11,14 +11,13 @@ from typing import Any
 from hookengine_checkpoint.files import (
     MANIFEST,
     STATE,
-    DamagedError,
     Saved,
     is_ours,
     published,
     read_manifest,
     verify,
-    verify_archive,
 )
+from hookengine_checkpoint.integrity import DamagedError, verify_archive
 
 FOLDER = "checkpoints"
 """The folder of the checkpoints in that of a run."""
@@ -165,7 +164,8 @@ def find(runner: Any, tell: Callable[[str], None]) -> Found | None:
     else:
         found = newest_under(runner.work_dir, tell)
     if found is None:
-        tell(f"resume='auto': there is no checkpoint in {runner.work_dir} yet: the run begins anew")
+        where = runner.run_dir if runner.named else runner.work_dir
+        tell(f"resume='auto': there is no checkpoint in {where} yet: the run begins anew")
         return None
     run = found.run_dir
     if run is not None and run.parent.resolve() == work_dir and not runner.named:

@@ -1,4 +1,4 @@
-"""How often to save: by epochs, iterations or minutes."""
+"""How often to save: by epochs, iterations or time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ _UNITS: dict[str, Unit] = {
     **dict.fromkeys(("epoch", "epochs"), "epochs"),
     **dict.fromkeys(("iteration", "iterations", "iter", "iters"), "iterations"),
     **dict.fromkeys(("minute", "minutes", "min"), "minutes"),
+    **dict.fromkeys(("second", "seconds", "s", "hour", "hours", "h"), "minutes"),
+}
+_MINUTES = {
+    **dict.fromkeys(("second", "seconds", "s"), 1 / 60),
+    **dict.fromkeys(("hour", "hours", "h"), 60.0),
 }
 
 
@@ -25,8 +30,9 @@ def parse(every: int | str | None, by_epoch: bool) -> Every:
     """What the option ``every`` says.
 
     Args:
-        every: ``"500 iterations"``, ``"10 minutes"``, ``"2 epochs"``; a number is one of epochs, or
-            of iterations where these are the run's limit; None is an epoch, or 1000 iterations.
+        every: ``"500 iterations"``, ``"10 minutes"``, ``"1 hour"``, ``"2 epochs"``; a number is
+            one of epochs, or of iterations where these are the run's limit; None is an epoch, or
+            1000 iterations.
         by_epoch: Whether the run counts epochs.
 
     Raises:
@@ -46,7 +52,7 @@ def parse(every: int | str | None, by_epoch: bool) -> Every:
             f"every={every!r}: give a number, or a text such as '500 iterations', '2 epochs' or "
             "'10 minutes'"
         )
-    return Every(count, unit)
+    return Every(count * _MINUTES.get(name, 1.0), unit)
 
 
 class Rhythm:

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
-from hookengine_checkpoint.files import METADATA, DamagedError
+from hookengine_checkpoint.files import METADATA
+from hookengine_checkpoint.integrity import DamagedError
 
 _MARK = "hookengine.sharded"
 

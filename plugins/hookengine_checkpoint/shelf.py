@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from pathlib import Path
 
 from hookengine_checkpoint import files
 from hookengine_checkpoint.files import Saved
@@ -26,6 +26,7 @@ class Shelf:
         self.keep_last = keep_last
         self.kept: list[Saved] = []
         self.lineage = uuid.uuid4().hex
+        self._aside: tuple[Path, list[str]] | None = None
 
     @property
     def newest(self) -> Saved | None:
@@ -36,28 +37,25 @@ class Shelf:
         """Whether the checkpoint of that number is there."""
         return any(saved.number == number for saved in self.kept)
 
-    def adopt(self, found: Found) -> Callable[[], None]:
-        """Take those up to the one that a run goes on from; set the others of the folder aside.
-
-        Those are of a future that will not come: found by a later start, they would be gone on
-        from.
-
-        Returns:
-            What takes it back.
-        """
+    def adopt(self, found: Found) -> None:
+        """Take those up to the one that a run goes on from."""
         if found.saved is None:
-            return lambda: None
+            return
         folder = found.path.parent
         up_to = [s for s in files.published(folder) if s.number <= found.saved.number]
         self.lineage = str(found.saved.manifest["lineage"])
         self.kept = [saved for saved in up_to if saved.manifest["lineage"] == self.lineage]
-        moved = files.set_aside(folder, [saved.name for saved in up_to])
+        self._aside = folder, [saved.name for saved in up_to]
 
-        def undo() -> None:
-            for before, now in moved.items():
-                now.rename(before)
+    def set_aside(self) -> list[str]:
+        """Set the other ones aside, now that training goes on; returns where each is now.
 
-        return undo
+        They are damaged, or of a future that will not come: a later start would go on from them.
+        """
+        if self._aside is None:
+            return []
+        (folder, names), self._aside = self._aside, None
+        return [str(now) for now in files.set_aside(folder, names).values()]
 
     def put(self, saved: Saved) -> None:
         """Add one that was published."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +52,8 @@ class Snapshot:
                 ordered = OrderedDict((k, copy(v, (*path, k))) for k, v in value.items())
                 vars(ordered).update(vars(value))  # the versions that modules save
                 return ordered
+            if kind is Counter:
+                return Counter(value)
             if kind in (list, tuple, set, torch.Size):
                 return kind(copy(v, (*path, i)) for i, v in enumerate(value))
             return value
@@ -110,7 +112,7 @@ def _odd(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     kind = type(value)
     if isinstance(value, Tensor) or kind in PLAIN:
         return
-    if kind in (dict, OrderedDict):
+    if kind in (dict, OrderedDict, Counter):
         for key, item in value.items():
             if type(key) not in PLAIN and type(key) is not tuple:
                 yield f"the key {key!r} of {path}", key

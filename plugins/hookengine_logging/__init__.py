@@ -66,7 +66,8 @@ class Logging(Plugin, name="logging"):
         self._names: list[str] = []
         self._rates: dict[str, Any] = {}
         self._nonfinite_told = False
-        self._records = 0  # that are there where a run goes on
+        self._loaded_records = 0
+        self._records: int | None = None  # that a run goes on from, while it has not trained yet
         self._output = Output(self._main)
         self._previous_logger = runner.logger
         runner.logger = make_logger(self._output, self.level)
@@ -106,7 +107,10 @@ class Logging(Plugin, name="logging"):
     # -- training -------------------------------------------------------------------------------
 
     def before_train(self, runner: Any) -> None:
-        """Start the clocks."""
+        """Start the clocks; cut the history back to where the run goes on from."""
+        records, self._records = self._records, None
+        if records is not None and self._metrics is not None:
+            self._metrics.cut_back(records)
         self._stopwatch.restart()
         self._by_epoch = runner.progress.max_epochs is not None
 
@@ -272,6 +276,8 @@ class Logging(Plugin, name="logging"):
         record = Record(phase, *counters, scalars, media)
         if self._metrics is None:
             return
+        if self._records is not None:  # who evaluates a run again replaces what it had
+            self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
         runner.logger.info(_line(record, progress))
@@ -295,16 +301,17 @@ class Logging(Plugin, name="logging"):
         """Take them back."""
         self._losses.clear()
         self._rates = dict(state["rates"])
-        self._records = state["records"]
+        self._loaded_records = state["records"]
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 
     @hookimpl(tryfirst=True)
     def after_load_checkpoint(self, runner: Any) -> None:
-        """Cut ``metrics.jsonl`` back to where the run goes on from."""
+        """From here on ``metrics.jsonl`` is repeated, as soon as training goes on."""
+        self._records = self._loaded_records
         if self._main:
             path = runner.make_run_dir() / "metrics.jsonl"
-            (self._metrics or MetricsFile(path)).cut_back(self._records)
+            (self._metrics or MetricsFile(path)).mend()
 
 
 def _description(runner: Any) -> dict[str, Any]:

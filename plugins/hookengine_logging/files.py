@@ -29,8 +29,7 @@ class MetricsFile:
         self._waiting: list[bytes] = []
         self._warned = False
         self._closed = False
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        self.count = sum(map(_is_whole, lines))
+        self.count = len(self._whole_lines())
         """How many records it holds, those included that wait to be written."""
 
     def begin(self) -> Path | None:
@@ -102,6 +101,24 @@ class MetricsFile:
                 self._file.truncate(self._end)
             self._close_file()
 
+    def mend(self) -> None:
+        """Drop a line that a kill has cut short."""
+        if self.path.exists() and len(self.path.read_bytes().splitlines()) > self.count:
+            self._rewrite(self._whole_lines())
+
+    def drop(self, count: int, phase: str, iteration: int) -> None:
+        """Drop the records of a phase and an iteration, after the first ``count`` of all."""
+
+        def stays(number: int, line: bytes) -> bool:
+            record = json.loads(line)
+            again = record["phase"] == phase and record["iter"] == iteration
+            return number < count or not again
+
+        lines = self._whole_lines()
+        kept = [line for number, line in enumerate(lines) if stays(number, line)]
+        if len(kept) < len(lines):
+            self._rewrite(kept)
+
     def cut_back(self, count: int) -> None:
         """Keep the first records, up to where a resumed run goes on; it repeats the later ones.
 
@@ -109,14 +126,19 @@ class MetricsFile:
             count: How many.
         """
         self._waiting.clear()
-        self.count = min(count, self.count)
-        if not self.path.exists():
-            return
+        if self.path.exists():
+            self._rewrite(self._whole_lines()[:count])
+
+    def _whole_lines(self) -> list[bytes]:
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        return [line for line in lines if _is_whole(line)]
+
+    def _rewrite(self, lines: list[bytes]) -> None:
         self._close_file()
-        kept = [line + b"\n" for line in self.path.read_bytes().splitlines() if _is_whole(line)]
+        self.count = len(lines) + len(self._waiting)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            file.writelines(kept[:count])
+            file.writelines(line + b"\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)

@@ -446,10 +446,15 @@ def test_under_the_same_name_the_newer_ones_are_set_aside(make: Any) -> None:
     first.train()
     older = first.run_dir / "checkpoints" / "epoch_1"
     second = make(plugins=["checkpoint"], resume=older, **options)
-    aside = first.run_dir / "checkpoints" / "abandoned"
-    assert {p.name for p in aside.iterdir()} == {"epoch_2", "epoch_3"}
-    third = make(plugins=["checkpoint"], resume="auto", **options)  # killed before the first save
-    assert third.progress.epoch == 1
+
+    @second.on("before_train_epoch")
+    def killed_before_the_first_save(runner: Any) -> None:
+        if runner.progress.epoch == 1:
+            aside = first.run_dir / "checkpoints" / "abandoned"
+            assert {p.name for p in aside.iterdir()} == {"epoch_2", "epoch_3"}
+            third = make(plugins=["checkpoint"], resume="auto", **options)
+            assert third.progress.epoch == 1
+
     second.train()
     assert names(second) == ["epoch_3"]
 
@@ -687,3 +692,66 @@ def test_a_validation_by_hand_stays_in_the_history(make: Any) -> None:
 
     run(1)
     assert run(2, resume="auto").count(("val", 4)) == 1
+
+
+def test_to_validate_an_older_checkpoint_changes_nothing(make: Any) -> None:
+    options: dict[str, Any] = dict(validate=True, name="run", train_cfg=dict(max_epochs=3))
+    first = make(plugins=[dict(type="checkpoint", keep_last=None), "logging"], **options)
+    first.train()
+    first.close()
+    records = (first.run_dir / "metrics.jsonl").read_text()
+    older = first.run_dir / "checkpoints" / "epoch_1"
+    second = make(plugins=["checkpoint", "logging"], resume=older, **options)
+    second.val()
+    second.close()
+    assert names(first) == ["epoch_1", "epoch_2", "epoch_3"]
+    assert (first.run_dir / "metrics.jsonl").read_text().count("\n") == records.count("\n")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        dict(type="MultiStepLR", milestones=[1]),
+        dict(type="CosineAnnealingLR"),
+        dict(type="ReduceLROnPlateau"),
+        dict(type="LambdaLR", lr_lambda=lambda epoch: 0.9**epoch),
+        dict(type="OneCycleLR", max_lr=0.1),
+    ],
+    ids=lambda scheduler: scheduler["type"],
+)
+def test_the_states_of_torchs_schedulers_can_be_saved(make: Any, scheduler: Any) -> None:
+    options = dict(type="schedule", scheduler=scheduler)
+    if scheduler["type"] == "ReduceLROnPlateau":
+        options["metric"] = "accuracy"
+    runner = make(plugins=["checkpoint", options], validate=True)
+    runner.train()
+    state = load(runner.run_dir / "checkpoints" / "epoch_2")
+    assert "schedule" in state["plugins"]
+
+
+def test_a_new_optimizer_goes_on_at_the_same_share_of_its_rate(make: Any) -> None:
+    schedule = dict(type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5))
+    first = make(plugins=["checkpoint", schedule])
+    first.train()
+    runner = make(
+        plugins=[dict(type="checkpoint", allow=["optimizer"]), schedule],
+        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.01)),
+        resume=first.run_dir,
+    )
+    assert runner.optim_wrapper.get_lr()[0] == pytest.approx(0.01 * 0.25)
+
+
+def test_another_learning_rate_is_said(make: Any, capsys: Any) -> None:
+    first = make(plugins=["checkpoint", "logging"])
+    first.train()
+    other = dict(optimizer=dict(type="SGD", lr=0.2))
+    make(plugins=["checkpoint", "logging"], optim_wrapper=other, resume=first.run_dir)
+    said = "the learning rate is 0.2 here and 0.1 in the state, which is taken"
+    assert said in capsys.readouterr().out
+
+
+def test_a_misspelt_name_in_allow_is_refused(make: Any) -> None:
+    first = make(plugins=["checkpoint"])
+    first.train()
+    with pytest.raises(KeyError, match=r"optimiser.*optimizer"):
+        make(plugins=[dict(type="checkpoint", allow=["optimiser"])], resume=first.run_dir)

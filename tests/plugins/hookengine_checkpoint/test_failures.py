@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from hookengine_checkpoint.files import DamagedError, published, publishing, verify
+from hookengine_checkpoint.files import published, publishing, verify
+from hookengine_checkpoint.integrity import DamagedError
 from torch import nn
 
 
