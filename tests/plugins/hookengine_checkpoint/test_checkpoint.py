@@ -755,3 +755,24 @@ def test_a_misspelt_name_in_allow_is_refused(make: Any) -> None:
     first.train()
     with pytest.raises(KeyError, match=r"optimiser.*optimizer"):
         make(plugins=[dict(type="checkpoint", allow=["optimiser"])], resume=first.run_dir)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_copy_is_that_of_the_moment_of_the_save(make: Any) -> None:
+    """Copied without a wait into pinned memory, while the device trains on."""
+    kept = {}
+
+    class Watch(Plugin):
+        def before_save_checkpoint(self, runner: Any) -> None:
+            weights = runner.bare_model.state_dict()
+            kept[runner.progress.iter] = {n: v.cpu() for n, v in weights.items()}
+
+    saving = dict(type="checkpoint", every="1 iterations", keep_last=None)
+    runner = make(plugins=[saving, "seed", Watch()], device="cuda")
+    runner.train()
+    for number, expected in kept.items():
+        path = runner.run_dir / "checkpoints" / f"iter_{number}"
+        if path.exists():
+            saved = load(path)
+            assert all(torch.equal(v, expected[n]) for n, v in saved["state_dict"].items())
+            assert "accelerator" in saved["ranks"][0]["plugins"]["seed"]["random"]
