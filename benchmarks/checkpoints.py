@@ -156,7 +156,7 @@ def _contenders(
     plugin, state = runner.plugins["checkpoint"], _state(runner)
 
     def ours() -> Ends:
-        plugin.save(runner)
+        plugin.begin_save(runner)  # as at a safe point
         return _Ending(lambda: plugin.wait(runner), lambda: plugin.written)
 
     found: dict[str, Callable[[], Ends]] = {"hookengine": ours}

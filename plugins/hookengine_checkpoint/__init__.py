@@ -250,7 +250,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         else:
             due = rhythm.due or ends(runner)
         if due and position(progress) != self._position:
-            self._begin_save(runner)
+            self.begin_save(runner)
         elif self._candidate is not None:
             self._take_for_best(runner)
 
@@ -260,13 +260,14 @@ class Checkpoint(Plugin, name="checkpoint"):
         Raises:
             OSError: it could not be saved, when training is over; within it, that is told later.
         """
-        self._begin_save(runner)
+        self.begin_save(runner)
         if not self._training:
             self._finish_write(runner)
         if self._failed is not None and not self._training:
             raise OSError(self._failed)
 
-    def _begin_save(self, runner: Any) -> None:
+    def begin_save(self, runner: Any) -> None:
+        """Copy the state, and have it written behind what follows."""
         self._finish_write(runner)
         if self._training:
             self._rhythm.restart()
@@ -384,7 +385,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         newest = self._shelf.newest
         same = newest is not None and newest.iter == runner.progress.iter
         if (number := dist.broadcast_object(newest.number if newest and same else None)) is None:
-            self._begin_save(runner)
+            self.begin_save(runner)
             return
         self._call_best(number)
         if newest is not None and self.best is not None:
@@ -453,7 +454,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         """
         self._finish_write(runner)
         if dist.broadcast_object(self._failed) is not None:
-            self._begin_save(runner)
+            self.begin_save(runner)
             self._finish_write(runner)
         self._training = False
         if (failed := dist.broadcast_object(self._failed)) is not None:
