@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,9 @@ def collect(runner: Runner) -> dict[str, Any]:
 
 def describe(runner: Runner) -> dict[str, Any]:
     """What a state belongs to, as plain values: code, model, optimizers, data, ranks."""
-    try:
-        release = version("hookengine")
-    except PackageNotFoundError:
-        release = "unknown"
     loops = {"train": runner.train_loop, "val": runner.val_loop}
     return {
-        "hookengine": release,
+        "hookengine": _release(),
         "model": type(runner.bare_model).__name__,
         "plugins": [*runner.plugins],
         "optimizers": {
@@ -59,6 +56,14 @@ def describe(runner: Runner) -> dict[str, Any]:
         },
         "world_size": dist.get_world_size(),
     }
+
+
+@functools.cache
+def _release() -> str:
+    try:
+        return version("hookengine")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
@@ -90,27 +95,24 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         raise ValueError(_report(refused))
     runner.bare_model.load_state_dict(checkpoint["state_dict"])
     differing = {name for name, _ in found}
-    if runner.optim_wrapper is not None:
-        _load_optimizers(runner, checkpoint["optimizer"], anew="optimizer" in differing)
+    if runner.optim_wrapper is not None and "optimizer" not in differing:
+        _tell_rates(runner, checkpoint["optimizer"])
+        runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(checkpoint["progress"])
     were_on = checkpoint.get("meta", {}).get("plugins", ())
     runner.plugins.load_state_dict(checkpoint["plugins"], allow={*were_on, *(differing & allowed)})
 
 
-def _load_optimizers(runner: Runner, saved: Mapping[str, Any], anew: bool) -> None:
-    groups = _groups(runner, saved)
-    for group, old in groups:
+def _tell_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
+    """Say where a learning rate was given that is not that of the state."""
+    for group, old in _groups(runner, saved):
+        # torch's schedulers keep the rate that was given, and change the other one.
         given, then = (g.get("initial_lr", g.get("lr")) for g in (group, old))
-        if anew and given is not None and old.get("initial_lr"):
-            # Schedules of torch go on from the present rate: in a new optimizer, the same share.
-            group["lr"] = given * (old["lr"] / old["initial_lr"])
-        elif not anew and given is not None and float(given) != float(then):
+        if given is not None and then is not None and float(given) != float(then):
             runner.logger.warning(
                 f"the learning rate is {float(given):g} here and {float(then):g} in the state, "
                 "which is taken; to change it, set it in optim_wrapper.param_groups"
             )
-    if not anew and runner.optim_wrapper is not None:
-        runner.optim_wrapper.load_state_dict(dict(saved))
 
 
 def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:

@@ -22,6 +22,7 @@ from hookengine import (
     metric_value,
 )
 from hookengine_checkpoint import files
+from hookengine_checkpoint.best import Best
 from hookengine_checkpoint.facts import (
     ask_to_end,
     ends,
@@ -55,9 +56,6 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     SIGTERM, SIGINT and SIGUSR1 end training at the next safe point, with a checkpoint and exit code
     75; a second signal ends the process at once.
-
-    Attributes:
-        best: ``{"metric", "value", "number"}`` of the best checkpoint, or None.
     """
 
     every: int | str | None = Field(
@@ -93,22 +91,24 @@ class Checkpoint(Plugin, name="checkpoint"):
                     f"checkpoint: whether more of {self.keep_best!r} is better cannot be told from "
                     "its name: give greater_is_better=True or False"
                 )
-        self._greater = bool(greater)
+        self._best = Best(self.keep_best, bool(greater))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """``{"metric", "value", "number"}`` of the best checkpoint, or None."""
+        return self._best.known
 
     # -- beginning ------------------------------------------------------------------------------
 
     def configure(self, runner: Any) -> None:
         """Find what to go on from, so that the run gets the folder that it had."""
-        self.best: dict[str, Any] | None = None
+        self._best = Best(self.keep_best, self._best.greater)
         self._snapshot = Snapshot()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[files.Saved] | None = None
         self._retiring: Future[None] | None = None
         self._failed: str | None = None
         self._position: tuple[Any, ...] | None = None
-        self._candidate: float | None = None
-        self._candidate_steps: list[int] = []
-        self._undo_best: tuple[dict[str, Any] | None, ...] = ()
         self._preempted: str | None = None
         self._signals: Signals | None = None
         self._shelf = Shelf(self.keep_last)
@@ -171,9 +171,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             raise
         if runner.val_loop is not None:
             runner.val_loop.metrics = dict(state.get("metrics", {}))
-        best_is_here = self.best is not None and self._shelf.holds(self.best["number"])
-        if not dist.broadcast_object(best_is_here):
-            self.best = None  # the validation that is owed finds a better one again
+        if not dist.broadcast_object(self._shelf.holds(self._best.number)):
+            self._best.known = None  # the validation that is owed finds a better one again
         self._position = position(runner.progress)
         self._remarks.append(f"goes on from {path}: {runner.progress}")
 
@@ -181,10 +180,9 @@ class Checkpoint(Plugin, name="checkpoint"):
         rank = dist.get_rank()
         of_rank = ranks[rank]["plugins"] if rank < len(ranks) else {}
         runner.plugins.load_rank_state_dict(of_rank)
-        if "seed" not in of_rank:
+        if not of_rank:
             self._remarks.append(
-                f"{path.name} holds no random states of rank {rank}, which the plugin 'seed' keeps:"
-                " what is random is not repeated"
+                f"{path.name} holds no random states of rank {rank}: what is random is not repeated"
             )
 
     def before_run(self, runner: Any) -> None:
@@ -222,21 +220,16 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._validated = runner.progress.iter, numbers(metrics)
         if self.keep_best is None or not runner.progress.val_due:
             return
-        self.best = dist.broadcast_object(self.best)  # a failed save is known to rank 0 alone
-        value = metric_value(metrics, self.keep_best)
-        best = None if self.best is None else self.best["value"]
-        if value == value and (best is None or (value > best if self._greater else value < best)):
-            self._candidate = value
-            self._candidate_steps = steps(runner)
+        self._best.known = dist.broadcast_object(self.best)  # rank 0 alone knows of a failed save
+        self._best.see(metric_value(metrics, self.keep_best), steps(runner))
 
     @hookimpl(trylast=True)  # what others do at a safe point is part of what is saved
     def safe_point(self, runner: Any) -> None:
         """Save, where it is due."""
         if self._write is not None and self._write.done():
-            self._settle(runner)
+            self.wait(runner)
         progress, rhythm = runner.progress, self._rhythm
-        if self._candidate is not None and self._candidate_steps != steps(runner):
-            self._candidate = None
+        if self._best.waits and self._best.expire(steps(runner)):
             runner.logger.warning(
                 f"checkpoint: the best {self.keep_best} so far was validated within a window of "
                 "accumulated gradients, and the weights have been trained on since: they are not "
@@ -244,14 +237,14 @@ class Checkpoint(Plugin, name="checkpoint"):
             )
         if rhythm.overdue and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self.every}")
-        if runner.agreed.keys() & {"save", "stop"}:
+        if runner.agreed and runner.agreed.keys() & {"save", "stop"}:
             self._preempted = runner.agreed.get("preempt", self._preempted)
             due = True
         else:
             due = rhythm.due or ends(runner)
         if due and position(progress) != self._position:
             self.begin_save(runner)
-        elif self._candidate is not None:
+        elif self._best.waits:
             self._take_for_best(runner)
 
     def save(self, runner: Any) -> None:
@@ -278,9 +271,8 @@ class Checkpoint(Plugin, name="checkpoint"):
         if dist.is_main_process() and not self._begun:
             self._begin(runner)
         self._number += 1
-        if self._candidate is not None:
-            self._undo_best = (self.best,)
-            self._call_best(self._number)
+        if self._best.waits:
+            self._best.call(self._number)
             state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
         if runner.val_loop is not None:
             state["metrics"] = numbers(runner.val_loop.metrics)
@@ -326,7 +318,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         by_epoch = progress.max_epochs is not None and progress.batch == 0
         name = f"epoch_{progress.epoch}" if by_epoch else f"iter_{progress.iter}"
         path = files.free_path(folder, name)
-        best = None if self.best is None else self.best["number"]
+        best = self._best.number
         check_plain(state, "the state")
         copied = self._snapshot.take(state)
         validated, metrics = self._validated
@@ -387,21 +379,29 @@ class Checkpoint(Plugin, name="checkpoint"):
         if (number := dist.broadcast_object(newest.number if newest and same else None)) is None:
             self.begin_save(runner)
             return
-        self._call_best(number)
-        if newest is not None and self.best is not None:
-            runner.logger.info(_best_line(self.best, newest))
+        self._best.call(number)
+        self._best.settle()
+        if newest is not None:
+            runner.logger.info(self._best.line(newest.name))
             self._retiring = self._executor.submit(self._retire, runner, number)
-
-    def _call_best(self, number: int) -> None:
-        self.best = {"metric": self.keep_best, "value": self._candidate, "number": number}
-        self._candidate = None
 
     # -- what came of it ------------------------------------------------------------------------
 
     def wait(self, runner: Any) -> None:
         """Wait until what was saved is on the disk; tell of an error."""
-        if self._write is not None:
-            self._settle(runner)
+        write, self._write = self._write, None
+        if write is None:
+            return
+        try:
+            saved = write.result()
+        except Exception as error:
+            self._report(runner, error)
+        else:
+            self._failed = None
+            self._best.settle()
+            if saved.number == self._best.number:
+                runner.logger.info(self._best.line(saved.name))
+            runner.logger.debug(f"checkpoint: {saved.path} is saved")
 
     @property
     def written(self) -> bool:
@@ -413,30 +413,11 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self._retiring is not None:
             self._retiring.result()
 
-    def _settle(self, runner: Any) -> None:
-        """Take the result of a write; waits for it."""
-        write, self._write = self._write, None
-        if write is None:
-            return
-        try:
-            saved = write.result()
-        except Exception as error:
-            self._report(runner, error)
-        else:
-            self._failed = None
-            self._undo_best = ()
-            if self.best is not None and self.best["number"] == saved.number:
-                runner.logger.info(_best_line(self.best, saved))
-            runner.logger.debug(f"checkpoint: {saved.path} is saved")
-
     def _report(self, runner: Any, error: Exception) -> None:
         self._failed = f"{type(error).__name__}: {error}"
-        if self._undo_best:
-            alone = dist.get_world_size() == 1  # else the ranks would act apart
-            if self.best is not None and alone and self._position == position(runner.progress):
-                self._candidate = self.best["value"]  # the weights are those still
-                self._candidate_steps = steps(runner)
-            self.best, self._undo_best = self._undo_best[0], ()
+        alone = dist.get_world_size() == 1  # else the ranks would act apart
+        same = alone and self._position == position(runner.progress)
+        self._best.take_back(steps(runner) if same else None)
         newest = self._shelf.newest
         before = f"the one before, {newest.name}, is whole" if newest else "none is yet"
         runner.logger.warning(
@@ -501,10 +482,4 @@ class Checkpoint(Plugin, name="checkpoint"):
         """Take it back."""
         best = state.get("best")
         if best is not None and self.keep_best in (None, best["metric"]):
-            self.best = dict(best)
-
-
-def _best_line(best: Mapping[str, Any], saved: files.Saved) -> str:
-    return (
-        f"checkpoint: the best {best['metric']} so far, {best['value']:.6g}, is kept: {saved.name}"
-    )
+            self._best.known = dict(best)

@@ -284,18 +284,13 @@ def is_ours(path: Path) -> bool:
     return named is not None and not path.is_symlink() and path.is_dir()
 
 
-def set_aside(folder: Path, kept: Iterable[str]) -> dict[Path, Path]:
-    """Move all checkpoints but those of the names given to ``abandoned``.
-
-    Returns:
-        Where each is now, by where it was.
-    """
-    names, moved = set(kept), {}
+def set_aside(folder: Path, kept: Iterable[str]) -> list[Path]:
+    """Move all checkpoints but those of the names given to ``abandoned``; returns the new paths."""
+    names, moved = set(kept), []
     for path in sorted(folder.iterdir()):
         if is_ours(path) and path.name not in names:
             (folder / ABANDONED).mkdir(exist_ok=True)
-            moved[path] = free_path(folder / ABANDONED, path.name)
-            path.rename(moved[path])
+            moved.append(path.rename(free_path(folder / ABANDONED, path.name)))
     return moved
 
 

@@ -36,7 +36,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 def records(archive: zipfile.ZipFile, path: Path) -> str:
     """The digest of the CRC-32s of all records, and of everything that is not their data."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         end = 0
         for record in sorted(archive.infolist(), key=lambda r: r.header_offset):
@@ -44,19 +44,21 @@ def records(archive: zipfile.ZipFile, path: Path) -> str:
             name, extra = struct.unpack("<HH", file.read(4))
             start = record.header_offset + 30 + name + extra
             file.seek(end)
-            digest.update(file.read(start - end))
-            digest.update(struct.pack("<QQ", record.CRC, record.compress_size))
+            hashed.update(file.read(start - end))
+            hashed.update(struct.pack("<QQ", record.CRC, record.compress_size))
             end = start + record.compress_size
         file.seek(end)
-        digest.update(file.read())
-    return digest.hexdigest()
+        hashed.update(file.read())
+    return hashed.hexdigest()
 
 
 def digest(value: Any) -> str:
+    """The SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def crc32(path: Path) -> str:
+    """The CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -66,6 +68,7 @@ def crc32(path: Path) -> str:
 
 @contextmanager
 def archive_at(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A file of ``torch.save``, opened; what fails within is a DamagedError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -81,5 +84,6 @@ def verify_archive(path: Path) -> None:
     """
     if zipfile.is_zipfile(path):
         with archive_at(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                raise DamagedError(f"{path} is damaged: the checksum of {bad} differs")
+            bad = archive.testzip()
+        if bad is not None:
+            raise DamagedError(f"{path} is damaged: the checksum of {bad} differs")

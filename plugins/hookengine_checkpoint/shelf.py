@@ -33,7 +33,7 @@ class Shelf:
         """The newest one."""
         return self.kept[-1] if self.kept else None
 
-    def holds(self, number: int) -> bool:
+    def holds(self, number: int | None) -> bool:
         """Whether the checkpoint of that number is there."""
         return any(saved.number == number for saved in self.kept)
 
@@ -55,7 +55,7 @@ class Shelf:
         if self._aside is None:
             return []
         (folder, names), self._aside = self._aside, None
-        return [str(now) for now in files.set_aside(folder, names).values()]
+        return [str(path) for path in files.set_aside(folder, names)]
 
     def put(self, saved: Saved) -> None:
         """Add one that was published."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -187,6 +187,16 @@ class Schedule(Plugin, name="schedule"):
         for name, track in self._tracks.items():
             track.load_state_dict(state[name])
 
+    def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Where the optimizer was allowed to begin anew, have it at the same share of its rate.
+
+        torch's schedulers go on from the rate that they find, which was part of its state.
+        """
+        saved = checkpoint.get("optimizer", {})
+        for name, track in self._tracks.items():
+            old = saved if "param_groups" in saved else saved.get(name, {})
+            track.match_rates(old.get("param_groups", ()))
+
 
 class _Track:
     """The schedule of one optimizer.
@@ -259,6 +269,13 @@ class _Track:
             # torch knows only of steps in this process: after a resume there may be none yet.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             step(*metric)
+
+    def match_rates(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Give parameter groups that were not loaded the share of their rate that others had."""
+        for group, old in zip(self.optim_wrapper.param_groups, saved, strict=False):
+            first = old.get("initial_lr")
+            if first and group["lr"] != old["lr"]:  # it was not loaded
+                group["lr"] = group["initial_lr"] * (old["lr"] / first)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""

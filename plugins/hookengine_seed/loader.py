@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
 from hookengine import dist, preserved_random_state
 from hookengine_seed.sample import (
@@ -49,6 +49,9 @@ class SeededLoader(Wrapped):
         seed: Tells the run's seed; asked when a pass begins.
         phase: ``train``, ``val`` or ``test``.
         per_sample: Seed each sample; by default where workers read them.
+
+    Attributes:
+        generators: The user's own, of the dataloader and its samplers.
     """
 
     def __init__(
@@ -63,12 +66,13 @@ class SeededLoader(Wrapped):
         self._phase = phase
         self._sought: tuple[int, int] | None = None
         self._iterable = isinstance(loader.dataset, IterableDataset)
+        self._piped = isinstance(loader.dataset, IterDataPipe)  # which torch seeds by itself
         wanted = loader.num_workers > 0 if per_sample is None else per_sample
         self._per_sample = wanted and not self._iterable
         self._isolated = self._per_sample and loader.num_workers == 0
         # A worker that persists is given its seed once, whatever the epoch: so none of the user's.
         self._own = loader.generator is None or loader.persistent_workers
-        self._generators = _generators(loader)
+        self.generators = _generators(loader)
         self._begun = self._states()
         self._rewind: list[tuple[torch.Generator, torch.Tensor]] = []
         self._pass_seed = torch.zeros((), dtype=torch.int64)
@@ -88,7 +92,7 @@ class SeededLoader(Wrapped):
             own[samples] = self._numbered
         if self._per_sample:
             own["dataset"] = SeededDataset(loader.dataset)
-        elif self._iterable and loader.persistent_workers and _is_plain(loader.dataset):
+        elif self._iterable and loader.persistent_workers and not self._piped:
             self._pass_seed.share_memory_()  # type: ignore[no-untyped-call]
             own["dataset"] = SeededIterable(loader.dataset, self._pass_seed)
         if loader.num_workers:
@@ -145,7 +149,7 @@ class SeededLoader(Wrapped):
         Args:
             within: Whether a pass is open.
         """
-        if not self._generators:
+        if not self.generators:
             return {}
         state = {"generators": self._states()}
         return {**state, "begun": self._begun} if within else state
@@ -161,19 +165,14 @@ class SeededLoader(Wrapped):
         now = state.get("generators", ())
         self._rewind = []
         for generator, here, begun in zip(
-            self._generators, now, state.get("begun", now), strict=False
+            self.generators, now, state.get("begun", now), strict=False
         ):
             generator.set_state(here if id(generator) in shared else begun)
             if id(generator) in shared and "begun" in state:
                 self._rewind.append((generator, begun))
 
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The user's own generators."""
-        return self._generators
-
     def _states(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self._generators]
+        return [generator.get_state() for generator in self.generators]
 
     def remarks(self) -> Iterator[str]:
         """What cannot be made exact."""
@@ -223,13 +222,6 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     owners = [loader, *_samplers(loader)]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _is_plain(dataset: Any) -> bool:
-    """Whether torch treats it as nothing more than an iterable dataset (no datapipe)."""
-    return not type(dataset).__module__.startswith("torch.utils.data.datapipes") and not hasattr(
-        dataset, "reset"
-    )
 
 
 def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
@@ -299,18 +291,17 @@ class _Numbered:
 
 
 class StatefulLoader(Wrapped):
-    """A dataloader that keeps its own state, as ``torchdata.StatefulDataLoader`` does."""
+    """A dataloader that keeps its own state, as ``torchdata.StatefulDataLoader`` does.
+
+    Attributes:
+        generators: The user's own, of the dataloader and its samplers.
+    """
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
-        self._generators = _generators(loader) if isinstance(loader, DataLoader) else []
+        self.generators = _generators(loader) if isinstance(loader, DataLoader) else []
         self._saved: Any = None
         self._start = 0
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The user's own generators."""
-        return self._generators
 
     def close(self) -> None:
         """Nothing is held: the dataloader is the user's."""
@@ -334,13 +325,13 @@ class StatefulLoader(Wrapped):
         """Its state, within a pass; the states of its generators between two."""
         if within:
             return {"loader": self.loader.state_dict()}
-        states = [generator.get_state() for generator in self._generators]
+        states = [generator.get_state() for generator in self.generators]
         return {"generators": states} if states else {}
 
     def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
         """Take them back."""
         self._saved = state.get("loader")
-        _set(self._generators, state.get("generators", ()))
+        _set(self.generators, state.get("generators", ()))
 
     def remarks(self) -> Iterator[str]:
         """What cannot be made exact."""

@@ -351,11 +351,13 @@ def test_no_file_is_read_in_a_way_that_could_run_code() -> None:
     unpicklers = []
     for path in (Path(__file__).parents[3] / "plugins").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and "Unpickler" in ast.unparse(node.bases or node):
+            if isinstance(node, ast.ClassDef) and any(
+                "Unpickler" in ast.unparse(base) for base in node.bases
+            ):
                 unpicklers.append(node.name)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 said = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert said.get("weights_only") == "True", path
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads"), path
-    assert len(unpicklers) <= 1
+    assert unpicklers == ["_Metadata"]

@@ -1,4 +1,4 @@
-"""A model that FSDP shards over real gloo ranks goes through torch.distributed.checkpoint."""
+"""Several real gloo ranks: sharded models, saves that fail on one rank, signals to one of them."""
 
 from __future__ import annotations
 
@@ -65,13 +65,16 @@ def train(rank: int, world: int, port: int, folder: str, epochs: int, out: str) 
     os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
 
-def spawn(world: int, folder: Path, epochs: int) -> list[Any]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def spawn(world: int, folder: Path, epochs: int) -> list[Any]:
     out = folder / "end.pth"
     folder.mkdir(exist_ok=True)
-    mp.spawn(train, (world, port, str(folder), epochs, str(out)), nprocs=world)
+    mp.spawn(train, (world, free_port(), str(folder), epochs, str(out)), nprocs=world)
     loaded: list[Any] = torch.load(out, weights_only=True)
     return loaded
 
@@ -145,10 +148,60 @@ def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:
 
 
 def test_a_save_that_fails_on_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(fail_to_save, (port, str(tmp_path), 3), nprocs=2)
+    mp.spawn(fail_to_save, (free_port(), str(tmp_path), 3), nprocs=2)
     outcomes = [(tmp_path / f"outcome_{rank}").read_text() for rank in range(2)]
     assert outcomes == ["its last checkpoint could not be saved"] * 2
     assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("epoch_*")} == {"epoch_2"}
+
+
+def end_by_signal(rank: int, port: int, folder: str) -> None:
+    """Two ranks that agree at each safe point; the second one gets a signal."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", rank=rank, world_size=2)
+    import signal
+
+    from hookengine import Plugin, Runner
+
+    class Agree(Plugin):
+        def agree(self, requests: Any) -> dict[str, str]:
+            everybody: list[Any] = [None, None]
+            torch_dist.all_gather_object(everybody, dict(requests))
+            return {key: text for one in everybody for key, text in one.items()}
+
+    batch = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    runner = Runner(
+        nn.Linear(4, 3),
+        folder,
+        train_dataloader=[batch] * 4,
+        train_cfg=dict(max_epochs=3),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=["no:progress_bar", Agree()],
+        name="run",
+        device="cpu",
+    )
+
+    @runner.on("after_train_iter")
+    def kick(runner: Any) -> None:
+        if rank == 1 and runner.progress.iter == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    code: Any = None
+    try:
+        runner.train()
+    except SystemExit as end:
+        code = end.code
+    Path(folder, f"outcome_{rank}").write_text(f"{code} {runner.progress.iter}")
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def test_a_signal_to_one_rank_ends_all_together(tmp_path: Path) -> None:
+    mp.spawn(end_by_signal, (free_port(), str(tmp_path)), nprocs=2)
+    assert [(tmp_path / f"outcome_{rank}").read_text() for rank in range(2)] == ["75 6"] * 2
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("iter_*")
+    state = torch.load(saved / "state.pth", weights_only=True)
+    assert (saved.name, len(state["ranks"])) == ("iter_6", 2)
