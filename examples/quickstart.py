@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from hookengine import BaseMetric, BaseModel, Runner
+from hookengine import BaseMetric, BaseModel, Runner, dist
 
 
 class DigitsCNN(BaseModel):
@@ -59,6 +59,8 @@ def main(work_dir="work_dir"):
     )
     with runner:
         metrics = runner.train()
+    if not dist.is_main_process():  # started by torchrun, as in examples/digits_ddp.sh
+        return metrics
 
     table = Table(title="digits: 1,437 images to train on, 360 to validate on")
     for column in ("epochs", "iterations", "val loss", "val accuracy", "files in"):

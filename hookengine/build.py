@@ -125,6 +125,16 @@ def _param_groups(
     return param_groups(model, **given, **cfg)
 
 
+def optimizer_names(cfg: Any) -> tuple[str, ...]:
+    """What the optimizers of ``Runner(optim_wrapper=...)`` will be called."""
+    if cfg is None:
+        return ()
+    if isinstance(cfg, OptimWrapper):
+        return (cfg.name,)
+    by_name = isinstance(cfg, Mapping) and not {"optimizer", "type"} & cfg.keys()
+    return tuple(cfg) if by_name or isinstance(cfg, OptimWrapperDict) else ("optimizer",)
+
+
 def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
     """What ``Runner(optim_wrapper=...)`` accepts.
 
@@ -190,14 +200,15 @@ def _part(model: nn.Module, name: str, where: str) -> nn.Module:
 
 
 def check_optimizers(wrapper: OptimWrapper | OptimWrapperDict, model: nn.Module) -> None:
-    """Refuse several optimizers where the model's ``train_step`` uses one.
+    """Refuse several optimizers where the ``train_step`` of the bare model uses one.
 
     Raises:
         TypeError: that is so.
     """
     if not isinstance(wrapper, OptimWrapperDict):
         return
-    if getattr(type(model), "train_step", None) is BaseModel.train_step:
+    # A plain module has the train_step of what the Runner puts around it together with the loss.
+    if getattr(type(model), "train_step", BaseModel.train_step) is BaseModel.train_step:
         raise TypeError(
             f"there are several optimizers ({', '.join(wrapper)}) and {type(model).__name__} has "
             "the train_step of BaseModel, which uses one: write a train_step(self, data, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as torch_dist
@@ -41,7 +42,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     if not is_distributed():
         return obj
     box: list[Any] = [obj]
-    torch_dist.broadcast_object_list(box, src=src)
+    torch_dist.broadcast_object_list(box, src=src, group=_on_the_cpu())
     return box[0]  # type: ignore[no-any-return]
 
 
@@ -50,20 +51,47 @@ def gather_objects(obj: T, dst: int = 0) -> list[T] | None:
     if not is_distributed():
         return [obj]
     gathered: list[Any] | None = [None] * get_world_size() if get_rank() == dst else None
-    torch_dist.gather_object(obj, gathered, dst=dst)
+    torch_dist.gather_object(obj, gathered, dst=dst, group=_on_the_cpu())
     return gathered
 
 
-def collect_results(results: list[T], size: int) -> list[T] | None:
-    """The results of all ranks on rank 0, in the order of a sampler that deals samples in turn.
+def all_gather_objects(obj: T) -> list[T]:
+    """The objects of all ranks in order, on all ranks."""
+    if not is_distributed():
+        return [obj]
+    gathered: list[Any] = [None] * get_world_size()
+    torch_dist.all_gather_object(gathered, obj, group=_on_the_cpu())
+    return gathered
+
+
+def _on_the_cpu() -> torch_dist.ProcessGroup | None:
+    """The group by which objects travel, which may be large: none that has GPUs' memory alone."""
+    default = torch_dist.group.WORLD
+    if default is None or "cpu:" in str(torch_dist.get_backend_config()):
+        return None
+    if default not in _BESIDE:
+        _BESIDE[default] = torch_dist.new_group(backend="gloo")
+    beside: torch_dist.ProcessGroup = _BESIDE[default]
+    return beside
+
+
+_BESIDE: WeakKeyDictionary[torch_dist.ProcessGroup, Any] = WeakKeyDictionary()
+
+
+def collect_results(results: list[T], size: int, consecutive: bool = False) -> list[T] | None:
+    """The results of all ranks on rank 0, in the order of the dataset.
 
     Args:
         results: This rank's results.
         size: Length of the dataset; what a sampler padded beyond it is dropped.
+        consecutive: Each rank has the samples that follow those of the rank before. Without, a
+            sampler has dealt them in turn, as ``DistributedSampler`` does.
     """
     parts = gather_objects(results)
     if parts is None or len(parts) == 1:
         return results if parts else None
+    if consecutive:
+        return [result for part in parts for result in part]
     turns = itertools.zip_longest(*([[r] for r in part] for part in parts), fillvalue=[])
     return [result for turn in turns for dealt in turn for result in dealt][:size]
 

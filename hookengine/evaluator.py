@@ -82,22 +82,23 @@ class BaseMetric(ABC):
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
         """The metrics by name, from the results of all batches of all ranks."""
 
-    def evaluate(self, size: int) -> dict[str, Any]:
+    def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
         """Gather the results, compute, and start anew.
 
         Args:
             size: Length of the dataset; results that a sampler padded beyond it are dropped.
+            consecutive: How samples were shared, see ``dist.collect_results``.
 
         Returns:
             The metrics on all ranks, prefixed; scalars as Python numbers.
         """
-        if not self.results:
+        results = dist.collect_results(_to_cpu(self.results), size, consecutive)
+        self.results = []
+        if results is not None and not results:
             warnings.warn(
                 f"{type(self).__name__}.results is empty: process() must append to self.results",
                 stacklevel=2,
             )
-        results = dist.collect_results(_to_cpu(self.results), size)
-        self.results = []
         metrics, failure = self._try(results) if results is not None else ({}, None)
         metrics, message = dist.broadcast_object((metrics, failure and repr(failure)))
         if failure is not None:
@@ -136,6 +137,10 @@ class TorchMetric(BaseMetric):
         super().__init__(prefix)
         self.metric = metric
         self.name = type(metric).__name__
+        parts = metric.values() if hasattr(metric, "values") else ()
+        for part in (metric, *parts):
+            if getattr(part, "dist_sync_fn", self) is None:
+                part.dist_sync_fn = _gather_state
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Update the metric, on the device of the model's outputs."""
@@ -150,10 +155,13 @@ class TorchMetric(BaseMetric):
 
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
         """The metric's value, under its class's name; a collection's under its own names."""
-        value = self.metric.compute()
+        with warnings.catch_warnings():
+            if dist.get_world_size() > 1:  # a rank may have had no batch, while others had
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            value = self.metric.compute()
         return value if isinstance(value, dict) else {self.name: value}
 
-    def evaluate(self, size: int) -> dict[str, Any]:
+    def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
         """Compute and reset."""
         metrics = self.compute_metrics([])
         self.metric.reset()
@@ -162,6 +170,13 @@ class TorchMetric(BaseMetric):
     def reset(self) -> None:
         """Forget what was processed."""
         self.metric.reset()
+
+
+def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
+    """One state of a torchmetric on all ranks; of ranks that had no batch there is none."""
+    states = dist.all_gather_objects(state.detach().cpu())
+    there = [value for value in states if value.numel()] or states[:1]
+    return [value.to(state.device) for value in there]
 
 
 class Evaluator:
@@ -192,15 +207,20 @@ class Evaluator:
         for metric in self.metrics:
             metric.process(data_batch, data_samples)
 
-    def evaluate(self, size: int) -> dict[str, Any]:
+    def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
         """The metrics of all, by name.
+
+        Args:
+            size: Length of the dataset.
+            consecutive: How samples were shared between ranks, see ``dist.collect_results``.
 
         Raises:
             ValueError: two of them report the same name.
         """
         metrics: dict[str, Any] = {}
+        shared = {"consecutive": True} if consecutive else {}  # who overrides it may not know it
         for metric in self.metrics:
-            for name, value in metric.evaluate(size).items():
+            for name, value in metric.evaluate(size, **shared).items():
                 if name in metrics:
                     raise ValueError(
                         f"two metrics report {name!r}: give one of them a prefix, as in "

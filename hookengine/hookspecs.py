@@ -35,6 +35,7 @@ not a plain *event*; the kinds are explained below. ::
             for batch in val_dataloader:        before_val_iter     [transform data_batch]
               model.val_step(batch)             forward_context     [contexts]
                                                 after_val_iter
+                                                before_metrics      once per model
                                                 after_val_epoch
                                                 after_val
                                                 agree, safe_point
@@ -207,7 +208,8 @@ class Build(Protocol):
 
         A dataloader with a method ``seek(epoch, batch)`` is told where each pass starts and
         yields from there; of any other the kernel fetches and drops what was consumed before a
-        resume.
+        resume. One with a true attribute ``consecutive`` gives each rank the batches that follow
+        those of the rank before: in evaluation, results are joined in that order.
         """
 
     @event
@@ -333,6 +335,14 @@ class Evaluation(Protocol):
         """Name the models to evaluate, ``{prefix: module}``, one pass each (raw and averaged).
 
         The kernel's default is ``{"": runner.model}``. A metric is called ``prefix/name``.
+        """
+
+    @event
+    def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase) -> None:
+        """Learn that one of the models has seen all batches of this rank.
+
+        Next the ranks gather what the metrics hold. The model is in evaluation mode, and nothing
+        records gradients.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -282,36 +283,35 @@ class EvalLoop:
     def _run_batches(self, model: nn.Module) -> dict[str, Any]:
         runner, hooks, phase = self.runner, self.runner.hooks, self.phase
         step = getattr(model, f"{phase}_step")
-        losses: dict[str, Tensor] = {}
-        size = 0
+        losses: list[Mapping[str, Tensor]] = []
+        sizes: list[int] = []
         for batch_idx, data_batch in enumerate(self.dataloader):
             data_batch = getattr(hooks, f"before_{phase}_iter")(runner, batch_idx, data_batch)
             with combine(hooks.forward_context(runner, model, None, phase), runner):
                 outputs = step(data_batch)
-                loss = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
-            count = batch_size(data_batch)
-            size += count
-            for name, value in loss.items():
-                exact = value.float() if value.device.type == "mps" else value.double()
-                losses[name] = losses.get(name, 0) + exact * count
+                if self.cfg.loss:
+                    losses.append(model.loss_step(data_batch))  # type: ignore[operator]
+            sizes.append(batch_size(data_batch))
             if self.evaluator is not None:
                 self.evaluator.process(data_samples=outputs, data_batch=data_batch)
             getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
+        hooks.before_metrics(runner, model, phase)
+        return self._summarize(losses, sizes)
+
+    def _summarize(self, losses: list[Mapping[str, Tensor]], sizes: list[int]) -> dict[str, Any]:
+        shares = dist.all_gather_objects((_weighted(losses, sizes), sum(sizes)))
+        size = sum(count for _, count in shares)
         if size == 0:
             raise ValueError(
-                f"the {phase} dataloader gave no batch: nothing was evaluated. An iterator (a "
+                f"the {self.phase} dataloader gave no batch: nothing was evaluated. An iterator (a "
                 "generator) can be gone through once: pass an iterable that starts anew each time"
             )
-        return self._summarize(losses, size)
-
-    def _summarize(self, losses: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-        metrics = _mean_over_samples(losses, size)
+        metrics = _mean_over_samples([values for values, _ in shares], size)
         if self.evaluator is not None:
             total = dataset_size(self.dataloader)
-            if total is None:
-                everywhere = torch.tensor(size, device=self.runner.device)
-                total = int(dist.sum_over_ranks(everywhere))
-            for name, value in self.evaluator.evaluate(total).items():
+            consecutive = bool(getattr(self.dataloader, "consecutive", False))
+            evaluated = self.evaluator.evaluate(size if total is None else total, consecutive)
+            for name, value in evaluated.items():
                 if name in metrics:
                     raise ValueError(
                         f"a metric and a loss are both called {name!r}: give the metric a prefix"
@@ -320,11 +320,25 @@ class EvalLoop:
         return metrics
 
 
-def _mean_over_samples(losses: Mapping[str, Tensor], size: int) -> dict[str, float]:
-    """The losses averaged over the samples of all ranks; one synchronisation for all of them."""
-    if not losses:
+def _weighted(losses: list[Mapping[str, Tensor]], sizes: list[int]) -> dict[str, list[float]]:
+    """The losses of all batches by name, times the samples; read with one synchronisation."""
+    names = [name for batch in losses for name in batch]
+    if not names:
         return {}
-    sums = torch.stack([*losses.values()])
-    totals = torch.cat([sums, sums.new_tensor([size])])
-    *values, count = dist.sum_over_ranks(totals).tolist()
-    return {name: value / count for name, value in zip(losses, values, strict=True)}
+    values = [value for batch in losses for value in batch.values()]
+    dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
+    read = torch.stack([value.to(dtype) for value in values]).tolist()
+    counts = [size for batch, size in zip(losses, sizes, strict=True) for _ in batch]
+    weighted: dict[str, list[float]] = {}
+    for name, value, count in zip(names, read, counts, strict=True):
+        weighted.setdefault(name, []).append(value * count)
+    return weighted
+
+
+def _mean_over_samples(shares: list[dict[str, list[float]]], size: int) -> dict[str, float]:
+    """The losses averaged over the samples of all ranks; the same however they were shared."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {
+        name: math.fsum(value for share in shares for value in share.get(name, ())) / size
+        for name in names
+    }

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
         MomentumAnnealingEMA,
         StochasticWeightAverage,
     )
+    from hookengine_distributed import (
+        MMDistributedDataParallel,
+        MMFullyShardedDataParallel,
+        MMSeparateDistributedDataParallel,
+    )
     from hookengine_init import (
         BaseInit,
         Caffe2XavierInit,
@@ -68,6 +73,9 @@ __all__ = [
     "ExponentialMovingAverage",
     "ImgDataPreprocessor",
     "KaimingInit",
+    "MMDistributedDataParallel",
+    "MMFullyShardedDataParallel",
+    "MMSeparateDistributedDataParallel",
     "ModuleDict",
     "ModuleList",
     "MomentumAnnealingEMA",

@@ -21,7 +21,15 @@ from hookengine.config import explain
 from hookengine.hookspecs import EVENTS
 from hookengine.registry import PLUGINS, unknown
 
-DEFAULT_PLUGINS = ("seed", "preprocess", "init", "logging", "progress_bar", "checkpoint")
+DEFAULT_PLUGINS = (
+    "distributed",
+    "seed",
+    "preprocess",
+    "init",
+    "logging",
+    "progress_bar",
+    "checkpoint",
+)
 """On without being named; each is inert where it has nothing to do. Names only."""
 
 CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)

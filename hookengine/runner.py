@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch import nn
 
-from hookengine import migration, state
+from hookengine import dist, migration, state
 from hookengine.build import (
     all_or_none,
     build_dataloader,
@@ -24,6 +24,7 @@ from hookengine.build import (
     check_optimizers,
     default_device,
     eval_cfg,
+    optimizer_names,
     point_at_model,
 )
 from hookengine.config import EvalCfg, TrainCfg, parse
@@ -82,6 +83,7 @@ class Runner(Life):
         model: The model as it is trained: wrapped, on its device.
         bare_model: The module before any wrapping, whose names all state uses.
         optim_wrapper: The optimizer wrapper (or ``OptimWrapperDict``), or None.
+        optimizer_names: The names of the optimizers, known before they are built.
         requests: What this rank asks for at the next safe point: ``{"stop": reason}``.
         agreed: During ``safe_point``, the requests that all ranks agreed on.
         resume_from: ``"auto"``, a path, or None; a plugin's ``resume`` does it.
@@ -118,7 +120,7 @@ class Runner(Life):
             raise TypeError(migration.explain("Runner", moved, known))
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be callable, as F.cross_entropy is, got {loss!r}")
-        self._has_optimizer = optim_wrapper is not None
+        self.optimizer_names = optimizer_names(optim_wrapper)
         train = {
             "train_dataloader": train_dataloader,
             "train_cfg": train_cfg,
@@ -185,10 +187,10 @@ class Runner(Life):
         return self.hooks.wrap_model(self, model.to(self.device), role)
 
     def _build_optimizers(self, cfg: Any) -> None:
-        if not self._has_optimizer:
+        if not self.optimizer_names:
             return
         optim_wrapper = build_optim_wrapper(cfg, self.bare_model)
-        check_optimizers(optim_wrapper, self.model)
+        check_optimizers(optim_wrapper, self.bare_model)
         self.optim_wrapper = optim_wrapper
         wrappers = optim_wrapper.by_name()
         for wrapper in wrappers.values():
@@ -304,7 +306,8 @@ class Runner(Life):
     def make_run_dir(self) -> Path:
         """Make the run's folder, ``work_dir/name``; under another name where two runs met.
 
-        A run without a name of its own never shares a folder; one with a name goes on in it.
+        A run without a name of its own never shares a folder; one with a name goes on in it. Of
+        several ranks the first one makes it.
 
         Raises:
             OSError: the folder cannot be made.
@@ -315,10 +318,11 @@ class Runner(Life):
         try:
             while True:
                 try:
-                    self.run_dir.mkdir(parents=True, exist_ok=self._named)
+                    follows = self._named or not dist.is_main_process()
+                    self.run_dir.mkdir(parents=True, exist_ok=follows)
                     break
                 except FileExistsError:
-                    if self._named or not self.run_dir.is_dir():
+                    if follows or not self.run_dir.is_dir():
                         raise
                     number += 1
                     self.name = f"{name}_{number}"
@@ -377,7 +381,11 @@ class Runner(Life):
         Gradients are no part of it: within a window of accumulated gradients it cannot be resumed
         exactly, which is warned of. ``safe_point`` is the event to take it in.
         """
-        if self._has_optimizer and self.optim_wrapper.window_open and not self._window_told:
+        if (
+            self.optim_wrapper is not None
+            and self.optim_wrapper.window_open
+            and not self._window_told
+        ):
             self._window_told = True
             self.logger.warning(
                 "state_dict() was called between two optimizer steps: the gradients since the last "

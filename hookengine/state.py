@@ -98,9 +98,21 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _tell_rates(runner, checkpoint["optimizer"])
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-    runner.progress.load_state_dict(checkpoint["progress"])
+    runner.progress.load_state_dict(_rescaled(runner, checkpoint))
     were_on = checkpoint.get("meta", {}).get("plugins", ())
     runner.plugins.load_state_dict(checkpoint["plugins"], allow={*were_on, *(differing & allowed)})
+
+
+def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The counters; within an epoch at another number of ranks, the batch as far through it."""
+    progress, meta = dict(checkpoint["progress"]), checkpoint.get("meta", {})
+    ranks, now = meta.get("world_size"), dist.get_world_size()
+    then, length = meta.get("dataset", {}).get("train", {}).get("batches"), None
+    if runner.train_loop is not None:
+        length = length_of(runner.train_loop.dataloader)
+    if progress["batch"] and ranks not in (None, now) and then and length:
+        progress["batch"] = progress["batch"] * length // then
+    return progress
 
 
 def _tell_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
@@ -145,13 +157,15 @@ def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple
         yield "optimizer", f"{text}; allowed, the optimizer begins anew"
     yield from runner.plugins.differences(checkpoint["plugins"], meta.get("plugins", ()))
     here = describe(runner)
+    ranks, ranks_then = here["world_size"], meta.get("world_size", here["world_size"])
     for phase, then in meta.get("dataset", {}).items():
         now = here["dataset"].get(phase, then)
+        if ranks != ranks_then:  # then each has another number of batches
+            now, then = ({"samples": counts["samples"]} for counts in (now, then))
         if now != then:
             yield "dataset", f"{phase} has {_data(now)} here, {_data(then)} in the checkpoint"
-    then, now = meta.get("world_size", here["world_size"]), here["world_size"]
-    if now != then:
-        yield "world_size", f"{now} processes here, {then} in the checkpoint"
+    if ranks != ranks_then:
+        yield "world_size", f"{ranks} processes here, {ranks_then} in the checkpoint"
 
 
 def _data(counts: Mapping[str, Any]) -> str:

@@ -9,9 +9,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from hookengine import dist
+
 
 def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the weights of a module, on the CPU, as ``.pth`` or ``.safetensors``.
+
+    Of several ranks, which all call it, the first one writes.
 
     Raises:
         ValueError: another suffix.
@@ -20,13 +24,22 @@ def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     if path.suffix not in (".pth", ".pt", ".safetensors"):
         raise ValueError(f"weights are exported as .pth or .safetensors, not as {path.name!r}")
     state = {
-        name: value.detach().cpu().clone().contiguous()
+        name: _whole(value).detach().cpu().clone().contiguous()
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor)
     }
+    if not dist.is_main_process():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path)
     return path
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks, gathered."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if full_tensor is None else full_tensor()
+    return whole

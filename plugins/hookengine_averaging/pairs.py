@@ -51,6 +51,7 @@ class Pairs:
         for name, pair in buffers.items():
             own = average_buffers and name in persistent and _is_continuous(pair[0])
             (averaged if own else rest).append(pair)
+        averaged = [(_local(average), _local(source)) for average, source in averaged]
         self.averaged = [average for average, _ in averaged]
         self._sources = [source for _, source in averaged]
         self._rest = [average for average, _ in rest], [source for _, source in rest]
@@ -144,6 +145,13 @@ def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded: an average needs no other."""
+    to_local = getattr(tensor, "to_local", None)
+    part: Tensor = tensor if to_local is None else tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
 def _members(module: nn.Module) -> Iterator[Any]:
     for each in module.modules():
         yield from each._parameters.values()
@@ -171,4 +179,11 @@ def _match(
             f"{'; '.join(sorted(problems)[:3])}{more}. Average a model of the same architecture "
             "(of a wrapped one its .module), or make a new averaged model"
         )
+    for name in mine:
+        parts = _local(mine[name]).shape, _local(theirs[name]).shape
+        if parts[0] != parts[1]:
+            raise ValueError(
+                f"{name} is sharded over ranks in the model or in the average, and not in the "
+                "other: wrap both alike, runner.wrap(averaged.module, 'average')"
+            )
     return {name: (mine[name], theirs[name]) for name in mine}

@@ -23,6 +23,7 @@ from hookengine import (
 )
 from hookengine_checkpoint import files
 from hookengine_checkpoint.best import Best
+from hookengine_checkpoint.export import export_weights, weights_at
 from hookengine_checkpoint.facts import (
     ask_to_end,
     ends,
@@ -32,14 +33,14 @@ from hookengine_checkpoint.facts import (
     position,
     steps,
 )
-from hookengine_checkpoint.find import FOLDER, at, find
+from hookengine_checkpoint.find import FOLDER, find
 from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
 from hookengine_checkpoint.rhythm import Rhythm, parse
 from hookengine_checkpoint.shelf import Shelf
 from hookengine_checkpoint.snapshot import Snapshot, check_plain
 
-__all__ = ["EXIT_CODE", "Checkpoint"]
+__all__ = ["EXIT_CODE", "Checkpoint", "export_weights"]
 
 
 class Checkpoint(Plugin, name="checkpoint"):
@@ -105,7 +106,8 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best = Best(self.keep_best, self._best.greater)
         self._snapshot = Snapshot()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: Future[files.Saved] | None = None
+        self._write: Future[files.Saved | None] | None = None
+        self._shards: Any = None  # of a sharded model: copies them, and writes them
         self._retiring: Future[None] | None = None
         self._failed: str | None = None
         self._position: tuple[Any, ...] | None = None
@@ -132,7 +134,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         options = dict(given) if isinstance(given, Mapping) else {"checkpoint": given}
         path = options.get("checkpoint")
         if isinstance(path, (str, Path)) and is_checkpoint(Path(path)):
-            options["checkpoint"] = at(Path(path), self._remarks.append).state
+            options["checkpoint"] = weights_at(Path(path), self._remarks.append)
         MODELS.get("load_weights")(model, **options)
         self._remarks.append(f"begins with the weights of {path}")
 
@@ -152,6 +154,11 @@ class Checkpoint(Plugin, name="checkpoint"):
             from hookengine_checkpoint import sharded  # takes a while, and few need it
 
             state = sharded.load(path, state, runner)
+        elif dist.is_distributed():
+            from hookengine_checkpoint import sharded
+
+            if sharded.is_sharded(runner):
+                state = sharded.spread(state, runner)
         ranks = state.pop("ranks", [])
         goes_on = (
             runner.named
@@ -277,10 +284,14 @@ class Checkpoint(Plugin, name="checkpoint"):
         if runner.val_loop is not None:
             state["metrics"] = numbers(runner.val_loop.metrics)
         try:
-            state, shards = self._write_shards(runner, state)
-            if ranks is None:
+            state, shards = self._take_shards(runner, state)
+            job: Callable[[], files.Saved | None]
+            if ranks is not None:
+                job = self._prepare(runner, {**state, "ranks": ranks}, shards)
+            elif shards is not None:
+                job = self._share_of(shards)
+            else:
                 return
-            job = self._prepare(runner, {**state, "ranks": ranks}, shards)
         except (OSError, TypeError) as error:
             self._report(runner, error)
             return
@@ -288,8 +299,10 @@ class Checkpoint(Plugin, name="checkpoint"):
         if not self.asynchronous:
             self._finish_write(runner)
 
-    def _write_shards(self, runner: Any, state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Write tensors that are spread over ranks; returns the rest, and where they are."""
+    def _take_shards(
+        self, runner: Any, state: dict[str, Any]
+    ) -> tuple[dict[str, Any], Path | None]:
+        """Copy tensors that are spread over ranks; returns the rest, and where they will be."""
         if not dist.is_distributed():
             return state, None
         from hookengine_checkpoint import sharded
@@ -306,8 +319,18 @@ class Checkpoint(Plugin, name="checkpoint"):
         folder, problem = dist.broadcast_object((folder, problem))
         if problem:
             raise OSError(problem)
-        sharded.save(tensors, folder)
+        if self._shards is None:
+            self._shards = sharded.Shards()
+        self._shards.take(tensors)
         return whole, folder
+
+    def _share_of(self, folder: Path) -> Callable[[], None]:
+        shards = self._shards
+
+        def job() -> None:
+            shards.write(folder)
+
+        return job
 
     def _prepare(
         self, runner: Any, state: dict[str, Any], shards: Path | None
@@ -335,8 +358,12 @@ class Checkpoint(Plugin, name="checkpoint"):
         }
         parameters = [name for name, _ in runner.bare_model.named_parameters()]
 
+        share = self._share_of(shards) if shards is not None else None
+
         def job() -> files.Saved:
             self._snapshot.wait()
+            if share is not None:
+                share()
             manifest["finite"] = not (bad := nonfinite(copied["state_dict"], parameters))
             manifest["saved_at"] = datetime.now(UTC).isoformat()
             saved = files.publish(path, copied, manifest, shards)
@@ -399,6 +426,8 @@ class Checkpoint(Plugin, name="checkpoint"):
         else:
             self._failed = None
             self._best.settle()
+            if saved is None:  # the share of this rank in a checkpoint that rank 0 publishes
+                return
             if saved.number == self._best.number:
                 runner.logger.info(self._best.line(saved.name))
             runner.logger.debug(f"checkpoint: {saved.path} is saved")
@@ -438,6 +467,10 @@ class Checkpoint(Plugin, name="checkpoint"):
             self.begin_save(runner)
             self._finish_write(runner)
         self._training = False
+        if self._signals is not None and self._preempted is None:
+            # A signal that came too late for the ranks to agree on it ends all of them, too.
+            received = dist.all_gather_objects(self._signals.received)
+            self._preempted = next((name for name in received if name is not None), None)
         if (failed := dist.broadcast_object(self._failed)) is not None:
             raise OSError(
                 f"training has ended and its last checkpoint could not be saved: {failed}. "
@@ -454,7 +487,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         if signals is None:
             return
         signals.restore()
-        received = self._preempted or signals.received
+        received = self._preempted or (signals.received if dist.get_world_size() == 1 else None)
         if received == "SIGINT" and hasattr(sys, "ps1"):
             raise KeyboardInterrupt  # who sits at a prompt wants to stay there
         if received is not None:

@@ -7,19 +7,24 @@ place of a sharded tensor holds its name. Read at another number of ranks, torch
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hookengine import dist
 from hookengine_checkpoint.files import METADATA
 from hookengine_checkpoint.integrity import DamagedError
 
@@ -53,50 +58,150 @@ def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
     return leaf(value, path)
 
 
-def save(tensors: dict[str, DTensor], folder: Path) -> None:
-    """Write the shards of this rank; all ranks call it together.
+class Shards:
+    """Writes the shards of a rank, from a copy in host memory, behind the training.
 
-    Raises:
-        OSError: they could not be written, on whatever rank.
+    All ranks make one together: theirs write by a process group of their own.
     """
-    try:
-        save_shards(dict(tensors), storage_writer=FileSystemWriter(folder))
-    except Exception as error:
-        raise OSError(f"the shards could not be written: {error}") from error
+
+    def __init__(self) -> None:
+        self._group: Any = torch_dist.new_group(backend="gloo")
+        self._copies: dict[str, DTensor] = {}
+
+    def take(self, tensors: dict[str, DTensor]) -> None:
+        """Copy this rank's shards; the copy is valid until the next one is taken."""
+        copies: dict[str, DTensor] = {}
+        for name, tensor in tensors.items():
+            value: Any = tensor.detach()
+            copy: Any = self._copies.get(name)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                copy = value.cpu() if value.device.type != "cpu" else value.clone()
+            else:
+                copy.to_local().copy_(value.to_local())
+            copies[name] = copy
+        self._copies = copies
+
+    def write(self, folder: Path) -> None:
+        """Write the copy; the writers of all ranks call it together.
+
+        Raises:
+            OSError: it could not be written, on whatever rank.
+        """
+        try:
+            save_shards(
+                dict(self._copies),
+                storage_writer=FileSystemWriter(folder),
+                process_group=self._group,
+            )
+        except Exception as error:
+            raise OSError(f"the shards could not be written: {error}") from error
 
 
 def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
     """The state with its sharded tensors, as this Runner's ranks hold them; all call it together.
 
+    They may be held by another number of ranks, or whole.
+
     Args:
         folder: With the shards.
         state: What ``split`` returned first.
-        runner: Its own tensors tell how they are spread; they are loaded into.
+        runner: Its own tensors tell how they are spread.
 
     Raises:
         ValueError: the Runner has none of that name. DamagedError: they cannot be read.
     """
-    for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
-        get_optimizer_state_dict(runner.bare_model, wrapper.optimizer)  # makes what steps make
-    _, own = split(runner.state_dict())
-    wanted: dict[str, DTensor] = {}
+    own = _tensors_of(runner)
+    wanted: dict[str, Tensor] = {}
 
     def find(value: Any, path: str) -> Any:
-        if isinstance(value, dict) and _MARK in value:
-            name = value[_MARK]
-            if name not in own or list(own[name].shape) != value["shape"]:
-                here = list(own[name].shape) if name in own else "nothing sharded"
-                raise ValueError(
-                    f"the checkpoint has {name} sharded, of shape {value['shape']}; here it is "
-                    f"{here}: wrap the model as it was, or begin with the exported weights"
-                )
-            wanted[name] = own[name]
-            return own[name]
-        return value
+        if not (isinstance(value, dict) and _MARK in value):
+            return value
+        name = value[_MARK]
+        if name not in own or list(own[name].shape) != value["shape"]:
+            here = list(own[name].shape) if name in own else "missing"
+            raise ValueError(
+                f"the checkpoint has {name}, of shape {value['shape']}; here it is {here}: it is "
+                "of another model or optimizer. load_from= begins with its weights alone"
+            )
+        mine = own[name]
+        wanted[name] = mine if isinstance(mine, DTensor) else torch.empty_like(mine, device="cpu")
+        return wanted[name]
 
     whole: dict[str, Any] = _mapped(state, find)
-    load_shards(wanted, storage_reader=_Reader(folder), planner=_Planner())
+    _read(folder, wanted)
     return whole
+
+
+def spread(state: dict[str, Any], runner: Any) -> dict[str, Any]:
+    """A state whose tensors are whole, as this Runner's ranks hold them; all call it together."""
+    own = _tensors_of(runner)
+
+    def shard(value: Any, path: str) -> Any:
+        mine = own.get(path)
+        if not isinstance(mine, DTensor) or mine.shape != value.shape:
+            return value
+        return distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements)
+
+    spread: dict[str, Any] = _mapped(state, shard)
+    return spread
+
+
+def assemble(folder: Path, state: Any) -> Any:
+    """The state with its sharded tensors whole, without any other rank.
+
+    Args:
+        folder: With the shards.
+        state: What ``split`` returned first, or a part of it.
+
+    Raises:
+        DamagedError: they cannot be read.
+    """
+    known = _Reader(folder).read_metadata().state_dict_metadata
+    wanted: dict[str, Tensor] = {}
+
+    def find(value: Any, path: str) -> Any:
+        if not (isinstance(value, dict) and _MARK in value):
+            return value
+        kind = known.get(value[_MARK])
+        if not isinstance(kind, TensorStorageMetadata):
+            raise DamagedError(f"{folder} lacks {value[_MARK]}")
+        wanted[value[_MARK]] = torch.empty(kind.size, dtype=kind.properties.dtype)
+        return wanted[value[_MARK]]
+
+    whole = _mapped(state, find)
+    _read(folder, wanted, alone=True)
+    return whole
+
+
+def is_sharded(runner: Any) -> bool:
+    """Whether the Runner's model is spread over ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in runner.bare_model.parameters())
+
+
+def _tensors_of(runner: Any) -> dict[str, Tensor]:
+    """The tensors of a Runner's state by their place in it, those of optimizers included."""
+    for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
+        get_optimizer_state_dict(runner.bare_model, wrapper.optimizer)  # makes what steps make
+    tensors: dict[str, Tensor] = {}
+
+    def note(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        return value
+
+    _mapped(runner.state_dict(), note)
+    return tensors
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant so
+        load_shards(
+            tensors,
+            storage_reader=_Reader(folder),
+            planner=_Planner(),
+            no_dist=alone or not dist.is_distributed(),
+        )
 
 
 class _Reader(FileSystemReader):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from hookengine import OptimWrapper, Plugin, hookimpl
 
@@ -71,11 +71,13 @@ class Clip(Plugin, name="clip"):
         if name not in self._labels:
             return
         parameters = [*optim_wrapper.parameters()]
-        if self.max_norm is not None and self.max_norm != math.inf:
-            self._norms[name] = clip_grad_norm_(parameters, self.max_norm, self.norm_type)
-            return
         grads = [p.grad for p in parameters if p.grad is not None]
-        self._norms[name] = get_total_norm(grads, self.norm_type)
+        norm = get_total_norm(grads, self.norm_type)
+        if hasattr(norm, "full_tensor"):  # each rank has the norm of its shards
+            norm = norm.full_tensor()
+        self._norms[name] = norm
+        if self.max_norm is not None and self.max_norm != math.inf:
+            clip_grads_with_norm_(parameters, self.max_norm, norm)
         if self.clip_value is not None:
             clip_grad_value_(parameters, self.clip_value)
 

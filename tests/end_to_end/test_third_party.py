@@ -88,7 +88,8 @@ def test_it_is_switched_on_by_name_with_options(install: Install, make: Any, cap
 
 def test_it_is_ordered_by_what_it_declares(install: Install) -> None:
     install(GOOD)
-    head, tail = ["seed", "preprocess", "init"], ["logging", "progress_bar", "checkpoint"]
+    head = ["distributed", "seed", "preprocess", "init"]
+    tail = ["logging", "progress_bar", "checkpoint"]
     assert PluginManager(["greeter"]).order == [*head, "greeter", *tail]
 
 

@@ -99,7 +99,7 @@ def train_with_defaults(rank: int, folder: str) -> None:
             runner.logger.error(f"an error on rank {rank}")
     lines = printed.getvalue().splitlines()
     assert f"an error on rank {rank}" in lines[-1]
-    assert len(lines) == (4 if rank == 0 else 1)
+    assert len(lines) == (6 if rank == 0 else 1)
     assert runner.run_dir.exists() == (rank == 0)
 
 

@@ -85,7 +85,7 @@ def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None
     iterations = " ".join([ITERATION] * 5)
     validation = (
         f"before_val before_val_epoch evaluated_models {' '.join([VAL_ITERATION] * 3)} "
-        "after_val_epoch after_val agree safe_point"
+        "before_metrics after_val_epoch after_val agree safe_point"
     )
     assert (
         log
@@ -102,7 +102,7 @@ def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None
         log
         == (
             f"before_run before_test before_test_epoch evaluated_models "
-            f"{' '.join([iteration] * 3)} after_test_epoch after_test after_run"
+            f"{' '.join([iteration] * 3)} before_metrics after_test_epoch after_test after_run"
         ).split()
     )
 

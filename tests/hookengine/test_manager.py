@@ -52,7 +52,16 @@ def test_a_plugin_is_a_name_a_dict_an_instance_or_no_name() -> None:
     manager = PluginManager(
         ["no:progress_bar", dict(type=Note, size=3), dict(type="logging", interval=7), named("x")]
     )
-    assert manager.order == ["seed", "preprocess", "init", "logging", "checkpoint", "note", "x"]
+    assert manager.order == [
+        "distributed",
+        "seed",
+        "preprocess",
+        "init",
+        "logging",
+        "checkpoint",
+        "note",
+        "x",
+    ]
     assert manager["note"].size == 3
     assert manager["logging"].interval == 7  # naming a default gives its options
 
@@ -60,6 +69,7 @@ def test_a_plugin_is_a_name_a_dict_an_instance_or_no_name() -> None:
 def test_environment_blocks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOOKENGINE_DISABLE", "logging, note")
     assert PluginManager([Note()]).order == [
+        "distributed",
         "seed",
         "preprocess",
         "init",

@@ -4,102 +4,138 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
+from hookengine_checkpoint import export_weights
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.ranks import free_port, on_ranks
 
 
-def train(rank: int, world: int, port: int, folder: str, epochs: int, out: str) -> None:
+def train(folder: Path, epochs: int, options: dict[str, Any]) -> dict[str, Any]:
     """Train a sharded model for some epochs in all, from where it was."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch_dist.init_process_group("gloo", rank=rank, world_size=world)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from hookengine import Plugin, Runner
-
-    mesh = init_device_mesh("cpu", (world,))
-
-    class Shard(Plugin):
-        def wrap_model(self, model: nn.Module) -> nn.Module:
-            fully_shard(model, mesh=mesh)
-            return model
+    from hookengine import Runner
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
     generator = torch.Generator().manual_seed(1)
-    data = [
-        (torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator))
-        for _ in range(4)
-    ]
+    data = TensorDataset(
+        torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     runner = Runner(
         model,
         folder,
-        train_dataloader=data,
+        train_dataloader=DataLoader(data, batch_size=4, shuffle=True),
         train_cfg=dict(max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.01)),
+        optim_wrapper=optimizer,
         loss=nn.functional.cross_entropy,
-        plugins=[Shard(), dict(type="checkpoint", allow=["world_size"]), "no:progress_bar"],
+        plugins=[
+            dict(type="distributed", strategy="fsdp"),
+            dict(type="checkpoint", allow=["world_size"]),
+            dict(type="ema", momentum=0.1),
+            "no:progress_bar",
+        ],
         name="run",
-        resume="auto",
         device="cpu",
+        **options,
     )
-    runner.train()
-    runner.close()
-    weights = torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])
-    states = runner.optim_wrapper.optimizer.state.values()
-    moments = torch.cat([s["exp_avg"].full_tensor().flatten() for s in states])
-    if rank == 0:
-        torch.save([weights, moments], out)
-    torch_dist.barrier()
-    torch_dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
+    def whole(tensor: Any) -> Any:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    def tensors() -> Any:
+        moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "step")]
+        averages = [*runner.plugins["ema"].averaged.module.parameters()]
+        found = [whole(t).detach().flatten() for t in (*model.parameters(), *averages, *moments)]
+        return torch.cat(found).clone()
 
-
-def spawn(world: int, folder: Path, epochs: int) -> list[Any]:
-    out = folder / "end.pth"
-    folder.mkdir(exist_ok=True)
-    mp.spawn(train, (world, free_port(), str(folder), epochs, str(out)), nprocs=world)
-    loaded: list[Any] = torch.load(out, weights_only=True)
-    return loaded
+    with runner:
+        begin = {"tensors": tensors(), "epoch": runner.progress.epoch}
+        runner.train()
+        return {"begin": begin, "end": tensors(), "sharded": hasattr(model[0].weight, "to_local")}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: Any) -> list[Any]:
-    return spawn(2, tmp_path_factory.mktemp("straight"), 3)
+def straight(tmp_path_factory: Any) -> Any:
+    return on_ranks(2, train, tmp_path_factory.mktemp("straight"), 3, {})[0]["end"]
 
 
-def test_it_goes_on_bit_for_bit_and_at_another_number_of_ranks(
-    tmp_path: Path, straight: list[Any]
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: Any) -> tuple[Path, Any]:
+    """A run of two ranks that ended after one epoch, and what it ended with."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, on_ranks(2, train, folder, 1, {})[0]["end"]
+
+
+def test_a_sharded_run_goes_on_bit_for_bit(
+    tmp_path: Path, saved: tuple[Path, Any], straight: Any
 ) -> None:
-    spawn(2, tmp_path / "two", 1)
-    (saved,) = (tmp_path / "two" / "run" / "checkpoints").glob("epoch_*")
-    files = {path.name for path in saved.iterdir()}
+    (checkpoint,) = (saved[0] / "run" / "checkpoints").glob("epoch_*")
+    files = {path.name for path in checkpoint.iterdir()}
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pth", "manifest.json"}
-    rest = torch.load(saved / "state.pth", weights_only=True)
+    rest = torch.load(checkpoint / "state.pth", weights_only=True)
     assert rest["state_dict"]["0.weight"]["shape"] == [16, 6]  # in the shards, not here
     assert len(rest["ranks"]) == 2
-    shutil.copytree(tmp_path / "two", tmp_path / "one", symlinks=True)
-    for one, other in zip(spawn(2, tmp_path / "two", 3), straight, strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(spawn(1, tmp_path / "one", 3), straight, strict=True):
-        assert one.shape == other.shape
-        assert torch.isfinite(one).all()
+    shutil.copytree(saved[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    for rank in on_ranks(2, train, tmp_path, 3, dict(resume="auto")):
+        assert torch.equal(rank["begin"]["tensors"], saved[1])
+        assert torch.equal(rank["end"], straight)
+        assert rank["sharded"]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_it_goes_on_at_another_number_of_ranks(
+    tmp_path: Path, saved: tuple[Path, Any], world: int
+) -> None:
+    shutil.copytree(saved[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    for rank in on_ranks(world, train, tmp_path, 2, dict(resume="auto")):
+        assert rank["begin"]["epoch"] == 1
+        assert torch.equal(rank["begin"]["tensors"], saved[1])
+        assert not torch.equal(rank["end"], saved[1])
+        assert rank["sharded"] == (world > 1)
+
+
+def test_a_run_of_one_process_goes_on_sharded(tmp_path: Path) -> None:
+    alone = train(tmp_path, 1, {})
+    assert not alone["sharded"]
+    for rank in on_ranks(2, train, tmp_path, 2, dict(resume="auto")):
+        assert rank["begin"]["epoch"] == 1
+        assert torch.equal(rank["begin"]["tensors"], alone["end"])
+        assert rank["sharded"]
+
+
+def test_a_sharded_checkpoint_is_exported_and_begun_with(
+    tmp_path: Path, saved: tuple[Path, Any]
+) -> None:
+    run = saved[0] / "run"
+    out = tmp_path / "weights.safetensors"
+    command = [sys.executable, "-m", "hookengine_checkpoint", str(run), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    weights = safetensors.torch.load_file(out)
+    names = ["0.weight", "0.bias", "3.weight", "3.bias"]
+    assert torch.equal(torch.cat([weights[name].flatten() for name in names]), saved[1][:163])
+    averages = export_weights(run, tmp_path / "ema.pth", "ema_state_dict")
+    loaded = torch.load(averages, weights_only=True)
+    kept = [loaded[f"module.{name}"].flatten() for name in names]
+    assert torch.equal(torch.cat(kept), saved[1][163:326])
+    with pytest.raises(KeyError, match=r"has no 'swa_state_dict'.*ema_state_dict"):
+        export_weights(run, out, "swa_state_dict")
+    with pytest.raises(ValueError, match=r"not as 'weights\.bin'"):
+        export_weights(run, tmp_path / "weights.bin")
+    begun = train(tmp_path / "begun", 1, dict(load_from=run))["begin"]
+    assert begun["epoch"] == 0
+    assert torch.equal(begun["tensors"][:163], saved[1][:163])
 
 
 def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:
@@ -155,29 +191,23 @@ def test_a_save_that_fails_on_one_rank_is_an_error_of_all(tmp_path: Path) -> Non
 
 
 def end_by_signal(rank: int, port: int, folder: str) -> None:
-    """Two ranks that agree at each safe point; the second one gets a signal."""
+    """Two ranks, of which the second one gets a signal."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", rank=rank, world_size=2)
     import signal
 
-    from hookengine import Plugin, Runner
-
-    class Agree(Plugin):
-        def agree(self, requests: Any) -> dict[str, str]:
-            everybody: list[Any] = [None, None]
-            torch_dist.all_gather_object(everybody, dict(requests))
-            return {key: text for one in everybody for key, text in one.items()}
+    from hookengine import Runner
 
     batch = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
     runner = Runner(
         nn.Linear(4, 3),
         folder,
-        train_dataloader=[batch] * 4,
+        train_dataloader=[batch] * 2000,
         train_cfg=dict(max_epochs=3),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         loss=nn.functional.cross_entropy,
-        plugins=["no:progress_bar", Agree()],
+        plugins=["no:progress_bar"],
         name="run",
         device="cpu",
     )
@@ -201,7 +231,11 @@ def end_by_signal(rank: int, port: int, folder: str) -> None:
 
 def test_a_signal_to_one_rank_ends_all_together(tmp_path: Path) -> None:
     mp.spawn(end_by_signal, (free_port(), str(tmp_path)), nprocs=2)
-    assert [(tmp_path / f"outcome_{rank}").read_text() for rank in range(2)] == ["75 6"] * 2
+    first, second = ((tmp_path / f"outcome_{rank}").read_text() for rank in range(2))
+    code, _, iteration = first.partition(" ")
+    assert first == second
+    assert code == "75"
+    assert 6 <= int(iteration) < 1000  # within the epoch
     (saved,) = (tmp_path / "run" / "checkpoints").glob("iter_*")
     state = torch.load(saved / "state.pth", weights_only=True)
-    assert (saved.name, len(state["ranks"])) == ("iter_6", 2)
+    assert (saved.name, len(state["ranks"])) == (f"iter_{iteration}", 2)

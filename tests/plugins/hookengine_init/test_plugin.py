@@ -299,7 +299,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         runner = Runner(
             model,
             folder,
-            train_dataloader=[(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))],
+            train_dataloader=[(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))] * 2,
             train_cfg=dict(max_epochs=1),
             optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         )

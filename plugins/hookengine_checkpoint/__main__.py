@@ -1,0 +1,28 @@
+"""``python -m hookengine_checkpoint CHECKPOINT FILE``: its weights as one ``.safetensors``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hookengine_checkpoint.export import export_weights
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or the folder of a run")],
+    path: Annotated[Path, typer.Argument(help="ends with .safetensors or .pth")],
+    weights: Annotated[str, typer.Option(help="or ema_state_dict, swa_state_dict")] = "state_dict",
+) -> None:
+    """Write the weights of a checkpoint as one file."""
+    try:
+        written = export_weights(checkpoint, path, weights)
+    except (ValueError, KeyError, OSError) as error:
+        sys.exit(str(error.args[0] if isinstance(error, KeyError) else error))
+    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

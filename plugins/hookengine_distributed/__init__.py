@@ -1,0 +1,428 @@
+"""Several processes: DDP and FSDP, shares of the data, and decisions that all ranks make alike."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as torch_dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hookengine import (
+    MODEL_WRAPPERS,
+    OptimWrapper,
+    Plugin,
+    dist,
+    hookimpl,
+    length_of,
+    options_of,
+)
+from hookengine_distributed.agreement import Agreement
+from hookengine_distributed.ddp import (
+    MMDistributedDataParallel,
+    MMSeparateDistributedDataParallel,
+)
+from hookengine_distributed.exchange import average_gradients
+from hookengine_distributed.fsdp import MMFullyShardedDataParallel, is_sharded, reshard
+from hookengine_distributed.launch import Launch, choose_backend, join, leave, own_device, use
+from hookengine_distributed.sameness import described, exchange, require_same
+from hookengine_distributed.shares import (
+    Shared,
+    can_be_shared,
+    fingerprint,
+    is_shared,
+    share_evaluation,
+    share_list,
+    share_training,
+)
+from hookengine_distributed.watch import RankError, Watch
+
+__all__ = [
+    "Distributed",
+    "MMDistributedDataParallel",
+    "MMFullyShardedDataParallel",
+    "MMSeparateDistributedDataParallel",
+    "RankError",
+]
+
+_RUNNERS = itertools.count()
+
+
+class Distributed(Plugin, name="distributed"):
+    """Train the same script on several processes, started by ``torchrun``.
+
+    Inert on one process. On several it joins their process group (NCCL on CUDA, gloo on the CPU),
+    gives each its device, the weights of rank 0, a share of every dataloader, and the model in a
+    wrapper that exchanges gradients. What a user sets stays: a batch size is that of one rank, and
+    a learning rate is not rescaled.
+
+    - In training all ranks get equally many samples: the first are repeated until they do, or with
+      ``drop_last`` what is left over is dropped. In evaluation each rank gets some of the batches
+      of one process, nothing twice.
+    - All ranks stop, save and end together; an error of one ends all of them.
+    - Plugin options, parameters and datasets that differ between ranks are an error.
+    """
+
+    strategy: Literal["ddp", "fsdp", "none"] = Field(
+        "ddp", description="'none': gradients are left to the model's own train_step"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the wrapper, as find_unused_parameters=True"
+    )
+    wrapper: str | type[nn.Module] | None = Field(
+        None, description="another wrapper: its name in MODEL_WRAPPERS, or the class"
+    )
+    backend: str | None = Field(None, description="by default NCCL on CUDA, gloo on the CPU")
+    timeout: float | None = Field(
+        None, gt=0, description="seconds that a rank waits for others; by default torch's"
+    )
+    share_data: bool = Field(True, description="give each rank its share of the dataloaders")
+    split_batches: bool = Field(
+        False, description="a batch size is that of all ranks together; else of each"
+    )
+    uneven: Literal["repeat", "drop"] | None = Field(
+        None, description="training samples left over; by default as the dataloader's drop_last"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not go together."""
+        if self.wrapper is not None and self.strategy != "ddp":
+            raise TypeError("distributed takes a strategy or a wrapper, one of the two")
+        if self.options and self.strategy == "none":
+            raise TypeError("distributed: strategy='none' wraps nothing: drop the options")
+
+    # -- the life of the process group ----------------------------------------------------------
+
+    @hookimpl(tryfirst=True)
+    def configure(self, runner: Any) -> None:
+        """Join the others."""
+        self._ranks = 1
+        self._watch: Watch | None = None
+        self._wrapper: Any = None
+        self._models: list[nn.Module] = []
+        self._own_buffers: list[tuple[Tensor, Tensor]] = []
+        self._shares: dict[str, Shared] = {}
+        self._batches: dict[str, list[int | None]] = {}
+        self._kept: Any = None
+        self._after_val = False
+        launch = Launch.read()
+        if not dist.is_distributed():
+            if launch is None:
+                return
+            runner.device = own_device(runner.device, launch)
+            join(launch, choose_backend(runner.device, self.backend), self.timeout)
+        if dist.get_world_size() == 1:
+            return
+        use()
+        self._ranks = dist.get_world_size()
+        self._watch = Watch(next(_RUNNERS), runner.logger)
+        beside: Any = torch_dist.new_group(backend="gloo")
+        self._agreement = Agreement(beside)
+        self._seed: int = dist.broadcast_object(torch.initial_seed())
+        require_same("options", _options(runner))
+        runner.name = runner.name if runner.named else dist.broadcast_object(runner.name)
+
+    @hookimpl(trylast=True)
+    def before_run(self, runner: Any) -> None:
+        """Take the name that rank 0 has found a folder for."""
+        if self._ranks > 1:
+            name = dist.broadcast_object(runner.name)
+            if name != runner.name:
+                runner.continue_run(name)
+
+    @hookimpl(tryfirst=True)  # the others wait
+    def on_exception(self, error: BaseException) -> None:
+        """Tell the other ranks."""
+        if self._watch is not None:
+            self._watch.tell(error)
+
+    def unconfigure(self) -> None:
+        """Leave; tell the others, where an error is the reason."""
+        if self._watch is None:
+            return
+        error = sys.exception() or getattr(sys, "last_value", None)
+        if error is not None and not isinstance(error, SystemExit):
+            self._watch.tell(error)
+        self._watch.stop()
+        self._watch = None
+        leave()
+
+    # -- the model ------------------------------------------------------------------------------
+
+    def wrap_model(self, runner: Any, model: nn.Module, role: str) -> nn.Module | None:
+        """Give all ranks the weights of rank 0, and wrap."""
+        if self._ranks == 1:
+            return None
+        require_same("model", _parameters(model))
+        with torch.no_grad():
+            dist.broadcast_tensors([*model.parameters(), *model.buffers()])
+        self._models.append(model)
+        self._bare = runner.bare_model
+        if isinstance(model, tuple(MODEL_WRAPPERS.objects())):
+            return None
+        trains = any(parameter.requires_grad for parameter in model.parameters())
+        if self.strategy == "none" or ((role == "average" or not trains) and not self._shards):
+            return None
+        wrapper = self._wrap(runner, model)
+        if role == "train":
+            self._wrapper = wrapper
+            runner.logger.info(
+                f"distributed: {self._ranks} ranks ({torch_dist.get_backend_config()}), "
+                f"{type(wrapper).__name__}"
+            )
+        return wrapper
+
+    @property
+    def _shards(self) -> bool:
+        return self.strategy == "fsdp" or self.wrapper in (
+            MMFullyShardedDataParallel,
+            MMFullyShardedDataParallel.__name__,
+        )
+
+    def _wrap(self, runner: Any, model: nn.Module) -> nn.Module:
+        kind: Any = self.wrapper
+        if kind is None:
+            several = len(runner.optimizer_names) > 1
+            ddp = MMSeparateDistributedDataParallel if several else MMDistributedDataParallel
+            kind = MMFullyShardedDataParallel if self.strategy == "fsdp" else ddp
+        cls = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+        options = dict(self.options)
+        separate = issubclass(cls, MMSeparateDistributedDataParallel)
+        if separate or issubclass(cls, DistributedDataParallel):
+            options.setdefault("init_sync", False)  # they have the weights of rank 0 already
+        try:
+            wrapper: nn.Module = cls(model, **options)
+        except TypeError as error:
+            error.add_note(f"while wrapping the model in {cls.__name__} with {options!r}")
+            raise
+        return wrapper
+
+    def forward_context(self, optim_wrapper: OptimWrapper | None) -> None:
+        """Tell the wrapper for whose step the next forward pass is."""
+        if optim_wrapper is not None and (told := getattr(self._wrapper, "exchange", None)):
+            told.expect(optim_wrapper)
+
+    @hookimpl(tryfirst=True)
+    def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """Exchange what no backward pass has exchanged; refuse what none ever would."""
+        wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
+        if told is None:
+            return
+        told.check(wrapper.module)
+        if told.take_local(optim_wrapper.name):
+            if self._shards:
+                wrapper.exchange_now()
+            else:
+                average_gradients(optim_wrapper.parameters())
+        elif isinstance(wrapper, MMDistributedDataParallel):
+            self._check_used(runner, optim_wrapper)
+
+    def _check_used(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """Name the parameters that DistributedDataParallel would wait for in vain."""
+        wrapper = self._wrapper
+        if wrapper.find_unused_parameters or wrapper.static_graph:
+            return
+        if all(p.grad is not None or not p.requires_grad for p in optim_wrapper.parameters()):
+            return
+        held = {id(p) for p in optim_wrapper.parameters()}
+        unused = [
+            name
+            for name, p in runner.bare_model.named_parameters()
+            if p.grad is None and p.requires_grad and id(p) in held
+        ]
+        if unused:
+            raise RuntimeError(
+                f"{len(unused)} parameters got no gradient on rank {dist.get_rank()}, and the "
+                f"other ranks wait for it: {', '.join(unused[:8])}. Freeze them (requires_grad_("
+                "False)) or see that the loss depends on them; where that depends on the batch, "
+                "dict(type='distributed', options=dict(find_unused_parameters=True))"
+            )
+
+    # -- the data -------------------------------------------------------------------------------
+
+    @hookimpl(tryfirst=True)  # before anybody wraps it
+    def setup_dataloader(self, runner: Any, dataloader: Any, phase: str) -> Any:
+        """Put this rank's share in the place of the whole."""
+        if self._ranks == 1:
+            return None
+        name = f"{phase}_dataloader"
+        shared, text = self._share(dataloader, phase, name)
+        runner.logger.info(f"distributed: {name}: {text}")
+        loader = dataloader if shared is None else shared
+        self._batches[phase] = exchange(f"{name}'s length", length_of(loader))
+        if phase == "train" and len(set(self._batches[phase])) > 1:
+            raise ValueError(
+                f"{name} has {', '.join(map(str, self._batches[phase]))} batches on the ranks: "
+                "all must train on equally many, since each step needs all of them"
+            )
+        return shared
+
+    def _share(self, loader: Any, phase: str, name: str) -> tuple[Any, str]:
+        kind = type(loader).__name__
+        samples = length_of(getattr(loader, "dataset", ()))
+        require_same(name, {"class": kind, "samples": samples})
+        if not self.share_data:
+            return None, "is left as it is (share_data=False)"
+        by_itself = "unless it takes its share by itself (hookengine.dist.get_rank())"
+        if not can_be_shared(loader):
+            return None, f"a {kind} is left as it is: each rank gets all of it, {by_itself}"
+        drop = None if self.uneven is None else self.uneven == "drop"
+        if isinstance(loader, (list, tuple)):
+            if len(set(exchange(name, fingerprint(loader)))) > 1:
+                return None, "lists that differ are left as they are: each rank has its own"
+            if phase == "train" and len(loader) < self._ranks:
+                raise ValueError(f"{name} has {len(loader)} batches for {self._ranks} ranks")
+            share = share_list(loader, phase, drop)
+            return share, f"{len(share)} of its {len(loader)} batches are this rank's"
+        if is_shared(loader):
+            return None, "its sampler shares it already"
+        if phase == "train":
+            shared, self._shares[phase], text = share_training(loader, drop, self.split_batches)
+            return shared, text
+        if (evaluation := share_evaluation(loader)) is None:
+            return None, f"its sampler has no length: each rank gets all of it, {by_itself}"
+        shared, self._shares[phase], text = evaluation
+        return shared, text
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Have all ranks draw the same order."""
+        self._draw_alike("train", runner.train_loop.dataloader, runner.progress.epoch)
+
+    def _draw_alike(self, phase: str, dataloader: Any, epoch: int) -> None:
+        share = self._shares.get(phase)
+        # Where a pass can be sought, it is a function of its number already.
+        if share is not None and not hasattr(dataloader, "seek"):
+            share.seed = self._seed
+            share.set_epoch(epoch)
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Give all ranks the buffers of rank 0, which are those that are saved."""
+        self._before_evaluation(runner, runner.val_loop, "val")
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Likewise."""
+        self._before_evaluation(runner, runner.test_loop, "test")
+
+    def _before_evaluation(self, runner: Any, loop: Any, phase: str) -> None:
+        if self._ranks == 1:
+            return
+        self._draw_alike(phase, loop.dataloader, 0)
+        buffers = [buffer for model in self._models for buffer in model.buffers()]
+        self._own_buffers = [(buffer, buffer.clone()) for buffer in buffers]
+        dist.broadcast_tensors(buffers)
+
+    def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:
+        """Keep a batch, for passes that are not counted."""
+        self._keep("val", batch_idx, data_batch)
+
+    def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
+        """Likewise."""
+        self._keep("test", batch_idx, data_batch)
+
+    def _keep(self, phase: str, batch_idx: int, data_batch: Any) -> None:
+        if self._ranks > 1 and self._shards:
+            self._kept = data_batch
+            if batch_idx == 0:
+                self._give_batch(phase)
+
+    def _give_batch(self, phase: str) -> None:
+        """Give a batch to ranks that have none, before the first pass, which needs all ranks."""
+        counts = self._batches[phase]
+        if 0 in counts and (having := [rank for rank, count in enumerate(counts) if count]):
+            self._kept = dist.broadcast_object(self._kept, src=having[0])
+
+    def before_metrics(self, runner: Any, model: nn.Module, phase: str) -> None:
+        """Run the forward passes that sharded ranks with more batches need this one for."""
+        if self._ranks == 1 or not is_sharded(model):
+            return
+        counts = self._batches[phase]
+        if None in counts:
+            raise ValueError(
+                f"{phase}_dataloader has no length, and each forward pass of a sharded model needs "
+                "all ranks: give one with a length, or evaluate with strategy='ddp'"
+            )
+        numbers = [count or 0 for count in counts]
+        if numbers[dist.get_rank()] == 0:
+            self._give_batch(phase)
+        kept, self._kept = self._kept, None
+        cfg = runner.val_cfg if phase == "val" else runner.test_cfg
+        step = getattr(model, f"{phase}_step")
+        for _ in range(max(numbers) - numbers[dist.get_rank()]):
+            step(kept)
+            if cfg.loss:
+                model.loss_step(kept)  # type: ignore[operator]
+        reshard(model)  # what stays whole for a backward pass, which does not come
+
+    def after_val(self) -> None:
+        """Give the rank its own buffers back; what validation asks for is settled at once."""
+        self._after_evaluation()
+        self._after_val = True
+
+    def after_test(self) -> None:
+        """Give the rank its own buffers back."""
+        self._after_evaluation()
+
+    def _after_evaluation(self) -> None:
+        with torch.no_grad():
+            for buffer, own in self._own_buffers:
+                buffer.copy_(own)
+        self._own_buffers = []
+
+    # -- decisions ------------------------------------------------------------------------------
+
+    def agree(self, runner: Any, requests: Mapping[str, str]) -> dict[str, str] | None:
+        """One answer to the requests of all ranks.
+
+        Between epochs and after a validation at once; within an epoch about a second later.
+        """
+        if self._watch is None:
+            return None
+        self._watch.check()
+        at_once = self._after_val or runner.progress.batch == 0
+        self._after_val = False
+        return self._agreement.settle(requests, at_once)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The buffers of this rank; those of rank 0 are the model's."""
+        if self._ranks == 1 or dist.is_main_process():
+            return {}
+        return {"buffers": {name: b.detach().cpu() for name, b in self._bare.named_buffers()}}
+
+    def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        if self._ranks == 1:
+            return
+        own = dict(self._bare.named_buffers())
+        with torch.no_grad():
+            for name, saved in state.get("buffers", {}).items():
+                own[name].copy_(saved)
+
+
+def _options(runner: Any) -> dict[str, str]:
+    """What the Runners of all ranks were given."""
+    facts = {f"the plugin {n!r}": described(options_of(p)) for n, p in runner.plugins.items()}
+    for phase in ("train", "val", "test"):
+        facts[f"{phase}_cfg"] = described(getattr(runner, f"{phase}_cfg"))
+    facts["optim_wrapper"] = ", ".join(runner.optimizer_names)
+    facts["device"] = runner.device.type
+    facts["name"] = runner.name if runner.named else "none"
+    facts["resume"] = described(runner.resume_from)
+    return facts
+
+
+def _parameters(model: nn.Module) -> dict[str, str]:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: f"{tuple(t.shape)} {t.dtype}{' frozen' * (not t.requires_grad)}"
+        for name, t in named.items()
+        if not nn.parameter.is_lazy(t)
+    }

@@ -1,0 +1,222 @@
+"""DistributedDataParallel with the steps of a model: around the whole, or around each child."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hookengine import MODELS, OptimWrapper, OptimWrapperDict
+from hookengine_distributed.exchange import Exchange, find_tensors
+
+_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
+
+
+class MMDistributedDataParallel(DistributedDataParallel):
+    """DistributedDataParallel with ``train_step``, ``val_step`` and ``test_step`` of the model.
+
+    The model's own ``train_step`` is run. Where it calls itself, as ``self(...)``, the call goes
+    through ``DistributedDataParallel.forward``, so that the backward pass averages the gradients
+    over the ranks; in an iteration without an optimizer step (``optim_wrapper.will_step``) they
+    stay where they are. Several optimizers that train parts of the model need
+    ``MMSeparateDistributedDataParallel``.
+
+    Args:
+        module: The model, on its device.
+        detect_anomalous_params: Log an error that names the parameters that took no part in the
+            losses, in each iteration; for a search only, since it walks through the whole graph.
+        **kwargs: Further arguments of ``DistributedDataParallel``.
+
+    Attributes:
+        exchange: Which gradients were exchanged.
+    """
+
+    def __init__(
+        self, module: nn.Module, detect_anomalous_params: bool = False, **kwargs: Any
+    ) -> None:
+        if "broadcast_buffers" in kwargs and "forward_sync_buffers" in _ARGUMENTS:
+            kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")  # torch's newer name
+        super().__init__(module=module, **kwargs)
+        self.detect_anomalous_params = detect_anomalous_params
+        self.exchange = Exchange()
+        self.route = _Route(self)
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
+        """Run the model's ``train_step``.
+
+        Raises:
+            RuntimeError: it never called the model with gradients.
+        """
+        self.exchange.begin(optim_wrapper)
+        with self.route:
+            outputs = self.module.train_step(data, optim_wrapper)
+        self.exchange.check(self.module)
+        return outputs
+
+    def val_step(self, data: Any) -> Any:
+        """The predictions of the model; no rank waits for another."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        """The predictions of the model, as ``val_step``."""
+        return self.module.test_step(data)
+
+    def loss_step(self, data: Any) -> Any:
+        """The losses of the model, without an update."""
+        return self.module.loss_step(data)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model; the backward pass exchanges gradients if this iteration steps."""
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        wanted = self.require_backward_grad_sync  # False within no_sync()
+        self.require_backward_grad_sync = self.exchange.decide(wanted)
+        try:
+            outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.require_backward_grad_sync = wanted
+        if self.detect_anomalous_params and (found := find_tensors(outputs)):
+            total = torch.stack([tensor.sum().float() for tensor in found]).sum()
+            MODELS.get("detect_anomalous_params")(total, self.module)
+        return outputs
+
+
+class _Route:
+    """Within, what calls a module calls its wrapper.
+
+    ``nn.Module.__call__`` looks up what it runs in the instance: replaced there, the hooks of the
+    module run once, in the call that the wrapper makes.
+    """
+
+    def __init__(self, wrapper: MMDistributedDataParallel) -> None:
+        self._wrapper = wrapper
+        self._compiled: Any = None
+
+    def __enter__(self) -> None:
+        own = vars(self._wrapper.module)
+        self._compiled = own.get("_compiled_call_impl")
+        self._set(own)
+
+    def __exit__(self, *_: object) -> None:
+        self._unset(vars(self._wrapper.module))
+
+    def _set(self, own: dict[str, Any]) -> None:
+        own["_call_impl"] = self._call
+        if self._compiled is not None:
+            own["_compiled_call_impl"] = self._call
+
+    def _unset(self, own: dict[str, Any]) -> None:
+        own.pop("_call_impl", None)
+        if self._compiled is not None:
+            own["_compiled_call_impl"] = self._compiled
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        wrapper = self._wrapper
+        own = vars(wrapper.module)
+        self._unset(own)
+        try:
+            # Without gradients nothing is exchanged, and no rank need wait for another.
+            target = wrapper if torch.is_grad_enabled() else wrapper.module
+            return target(*args, **kwargs)
+        finally:
+            self._set(own)
+
+
+class MMSeparateDistributedDataParallel(nn.Module):
+    """Each child of a model in a DistributedDataParallel of its own, as GANs need it.
+
+    A step that trains the discriminator gives the generator no gradients, which one
+    DistributedDataParallel around both would wait for. Children without parameters and frozen ones
+    are left as they are. The children stay in their places, under their names: their calls within
+    ``train_step`` go through their wrappers.
+
+    Args:
+        module: The model, on its device, with a ``train_step`` of its own that calls its children.
+        broadcast_buffers: See ``DistributedDataParallel``.
+        find_unused_parameters: See ``DistributedDataParallel``.
+        **kwargs: Further arguments of ``MMDistributedDataParallel``.
+
+    Attributes:
+        wrappers: Those of the children, by name.
+        exchange: Which gradients were exchanged.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        broadcast_buffers: bool = False,
+        find_unused_parameters: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.module: Any = module
+        self.exchange = Exchange()
+        self.wrappers: dict[str, MMDistributedDataParallel] = {}
+        own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if own:
+            raise ValueError(
+                f"{type(module).__name__} has parameters of its own ({', '.join(own)}), beside "
+                "those of its children, which no wrapper would hold: put them into a child"
+            )
+        for name, child in module.named_children():
+            if any(parameter.requires_grad for parameter in child.parameters()):
+                wrapper = MMDistributedDataParallel(
+                    child,
+                    broadcast_buffers=broadcast_buffers,
+                    find_unused_parameters=find_unused_parameters,
+                    **kwargs,
+                )
+                wrapper.exchange = self.exchange
+                self.wrappers[name] = wrapper
+        if not self.wrappers:
+            raise ValueError(f"no child of {type(module).__name__} has parameters to train")
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
+        """Run the model's ``train_step``.
+
+        Raises:
+            RuntimeError: it never called one of the children with gradients.
+        """
+        self.exchange.begin(optim_wrapper)
+        with ExitStack() as stack:
+            for wrapper in self.wrappers.values():
+                stack.enter_context(wrapper.route)
+            outputs = self.module.train_step(data, optim_wrapper)
+        self.exchange.check(self.module, f"self.{next(iter(self.wrappers))}(...)")
+        return outputs
+
+    def val_step(self, data: Any) -> Any:
+        """The predictions of the model; no rank waits for another."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        """The predictions of the model, as ``val_step``."""
+        return self.module.test_step(data)
+
+    def loss_step(self, data: Any) -> Any:
+        """The losses of the model, without an update."""
+        return self.module.loss_step(data)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, no child exchanges gradients."""
+        with ExitStack() as stack:
+            for wrapper in self.wrappers.values():
+                stack.enter_context(wrapper.no_sync())
+            yield
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the model, and of the wrappers of its children."""
+        super().train(mode)
+        for wrapper in self.wrappers.values():
+            wrapper.train(mode)  # type: ignore[no-untyped-call]
+        return self

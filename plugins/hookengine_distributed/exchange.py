@@ -1,0 +1,115 @@
+"""When the ranks exchange gradients: once per optimizer step, and never too late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from hookengine import OptimWrapper, dist
+
+
+class Exchange:
+    """Which gradients of a model were exchanged.
+
+    Attributes:
+        reached: Whether a forward pass went through the wrapper since the iteration began.
+    """
+
+    def __init__(self) -> None:
+        self.reached = False
+        self._one: OptimWrapper | None = None
+        self._all: list[OptimWrapper] = []
+        self._local: set[str] = set()
+
+    def begin(self, optim_wrapper: OptimWrapper | Mapping[str, OptimWrapper]) -> None:
+        """Begin an iteration that will step with these."""
+        self.reached = False
+        if isinstance(optim_wrapper, Mapping):
+            self._one, self._all = None, [*optim_wrapper.values()]
+        else:
+            self._one, self._all = optim_wrapper, [optim_wrapper]
+
+    def expect(self, optim_wrapper: OptimWrapper) -> None:
+        """The next forward pass is for a step of this one."""
+        self._one = optim_wrapper
+
+    def decide(self, allowed: bool = True) -> bool:
+        """Whether the backward pass that belongs to this forward pass exchanges gradients.
+
+        Args:
+            allowed: Without, it does not.
+        """
+        self.reached = True
+        one = self._one
+        if one is not None:
+            if one.will_step and allowed:
+                self._local.discard(one.name)
+                return True
+            self._local.add(one.name)
+            return False
+        # Of several optimizers nobody said whose turn it is: once too often does no harm.
+        exchanges = allowed and (not self._all or any(w.will_step for w in self._all))
+        if not exchanges:
+            self._local.update(wrapper.name for wrapper in self._all)
+        return exchanges
+
+    def take_local(self, name: str) -> bool:
+        """Whether gradients of that optimizer are not exchanged yet, which they now will be."""
+        local = name in self._local
+        self._local.discard(name)
+        return local
+
+    def check(self, model: nn.Module, call: str = "self(...)") -> None:
+        """Refuse an iteration whose gradients stayed with the rank.
+
+        Args:
+            model: Whose iteration it was.
+            call: What it should have called.
+
+        Raises:
+            RuntimeError: no forward pass went through the wrapper.
+        """
+        if not self.reached:
+            raise RuntimeError(
+                f"the train_step of {type(model).__name__} never called {call} with gradients, "
+                "which is how they are exchanged: the ranks would drift apart. Call the model as "
+                f"{call} (not its forward(...), and not its layers one by one), or exchange the "
+                "gradients yourself, with dict(type='distributed', strategy='none')"
+            )
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients over all ranks; where no rank has one there is none afterwards.
+
+    Args:
+        parameters: In the same order on all ranks.
+    """
+    by_kind: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for group in by_kind.values():
+        there = [float(p.grad is not None) for p in group]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        flat = torch.cat([grads[0].new_tensor(there), *(grad.flatten() for grad in grads)])
+        torch_dist.all_reduce(flat)
+        counts, *sums = torch.split(flat, [len(group), *(p.numel() for p in group)])
+        for parameter, count, total in zip(group, counts.tolist(), sums, strict=True):
+            if count:
+                parameter.grad = (total / dist.get_world_size()).view_as(parameter)
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """The tensors with gradients in the outputs of a model: its losses, where they are named."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, Mapping):
+        losses = {name: item for name, item in value.items() if "loss" in str(name)}
+        return find_tensors([*(losses or value).values()])
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in find_tensors(item)]
+    return []

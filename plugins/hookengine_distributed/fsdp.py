@@ -1,0 +1,252 @@
+"""Fully sharded training on torch's FSDP2, with the interface of MMEngine's wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from hookengine import OptimWrapper, OptimWrapperDict, dist
+from hookengine_distributed.exchange import Exchange
+
+Policy: TypeAlias = (
+    "int | str | type[nn.Module] | Iterable[Any] | Mapping[str, Any] | Callable[..., bool]"
+)
+
+RESHARDS = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}
+"""What FSDP1's sharding strategies are for FSDP2's ``reshard_after_forward``."""
+
+
+class MMFullyShardedDataParallel(nn.Module):
+    """A model whose parameters, gradients and optimizer states are spread over the ranks.
+
+    It is torch's FSDP2 (``fully_shard``), in place: ``module`` keeps the names of its parameters,
+    which become DTensors. An optimizer that holds the parameters from before is pointed to them by
+    the Runner.
+
+    Args:
+        module: The model, with the same weights on all ranks.
+        process_group: The ranks to spread over; by default all. (Or pass ``mesh=``.)
+        sharding_strategy: ``"FULL_SHARD"`` (default) or ``"SHARD_GRAD_OP"``, which keeps the
+            parameters whole between the forward and the backward pass.
+        cpu_offload: Keep parameters, gradients and optimizer states in host memory.
+        auto_wrap_policy: Which parts are gathered by themselves, so that not all parameters are
+            whole at once. A number: parts of at least that many parameters; classes of modules or
+            their names: those; ``dict(type="size_based_auto_wrap_policy", min_num_params=...)`` or
+            ``dict(type="transformer_auto_wrap_policy", transformer_layer_cls=...)``; or a function
+            of ``(module, recurse, nonwrapped_numel)`` as FSDP1 has it. A part must be used by
+            calling it. By default the model is one part.
+        backward_prefetch: FSDP2 prefetches by itself: ``"BACKWARD_PRE"`` or None.
+        mixed_precision: ``dict(param_dtype="bfloat16", reduce_dtype="float32")``, or torch's
+            ``MixedPrecisionPolicy``.
+        param_init_fn: Not needed here, and refused: the model is initialised before.
+        use_orig_params: Always so.
+        **kwargs: Further arguments of ``fully_shard``.
+
+    Raises:
+        ValueError, TypeError: an argument of FSDP1 that FSDP2 has no counterpart for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        process_group: torch_dist.ProcessGroup | None = None,
+        sharding_strategy: str | None = None,
+        cpu_offload: bool | OffloadPolicy | None = None,
+        auto_wrap_policy: Policy | None = None,
+        backward_prefetch: str | None = None,
+        mixed_precision: Mapping[str, Any] | MixedPrecisionPolicy | None = None,
+        param_init_fn: Any = None,
+        use_orig_params: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if param_init_fn is not None or not use_orig_params:
+            raise ValueError(
+                "MMFullyShardedDataParallel shards a model that is initialised, and keeps its "
+                "parameters' names: drop param_init_fn and use_orig_params"
+            )
+        if backward_prefetch not in (None, "BACKWARD_PRE"):
+            raise ValueError(
+                f"backward_prefetch={backward_prefetch!r}: FSDP2 prefetches as 'BACKWARD_PRE' "
+                "says; drop it (set_modules_to_backward_prefetch gives an order of your own)"
+            )
+        if sharding_strategy is not None:
+            if sharding_strategy not in RESHARDS:
+                raise ValueError(
+                    f"sharding_strategy={sharding_strategy!r}: {' or '.join(RESHARDS)} is known "
+                    "here. NO_SHARD is strategy='ddp'; for HYBRID_SHARD pass mesh=, a DeviceMesh "
+                    "of two dimensions"
+                )
+            kwargs.setdefault("reshard_after_forward", RESHARDS[sharding_strategy])
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if "mesh" not in kwargs:
+            kwargs["mesh"] = _mesh(device.type, process_group)
+        kwargs["offload_policy"] = _offload(cpu_offload, device)
+        kwargs["mp_policy"] = _precision(mixed_precision)
+        for part in parts_to_wrap(module, auto_wrap_policy):
+            fully_shard(part, **kwargs)
+        fully_shard(module, **kwargs)
+        self.module: Any = module
+        self.exchange = Exchange()
+        module.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self.module.set_requires_gradient_sync(self.exchange.decide())
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
+        """Run the model's ``train_step``.
+
+        Raises:
+            RuntimeError: it never called the model with gradients.
+        """
+        self.exchange.begin(optim_wrapper)
+        outputs = self.module.train_step(data, optim_wrapper)
+        self.exchange.check(self.module)
+        return outputs
+
+    def val_step(self, data: Any) -> Any:
+        """The predictions of the model. All ranks must call it equally often."""
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        """The predictions of the model, as ``val_step``."""
+        return self.module.test_step(data)
+
+    def loss_step(self, data: Any) -> Any:
+        """The losses of the model, without an update. All ranks must call it equally often."""
+        return self.module.loss_step(data)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.module(*args, **kwargs)
+
+    def exchange_now(self) -> None:
+        """Exchange the gradients that earlier backward passes have left with the ranks."""
+        self.module.set_requires_gradient_sync(True)
+        # What FSDP2 does when a backward pass ends; there is no public name for it.
+        self.module._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _mesh(device_type: str, group: torch_dist.ProcessGroup | None) -> DeviceMesh:
+    if group is not None:
+        return DeviceMesh.from_group(group, device_type)
+    return init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def _offload(wanted: bool | OffloadPolicy | None, device: torch.device) -> OffloadPolicy:
+    if isinstance(wanted, OffloadPolicy):
+        return wanted
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f"cpu_offload takes True, False or torch's OffloadPolicy, got {wanted!r}")
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda") if wanted else OffloadPolicy()
+
+
+def _precision(wanted: Mapping[str, Any] | MixedPrecisionPolicy | None) -> MixedPrecisionPolicy:
+    if wanted is None:
+        return MixedPrecisionPolicy()
+    if isinstance(wanted, MixedPrecisionPolicy):
+        return wanted
+    if not isinstance(wanted, Mapping):
+        raise TypeError(
+            "mixed_precision takes dict(param_dtype=..., reduce_dtype=...) or torch's "
+            f"MixedPrecisionPolicy, got {wanted!r}"
+        )
+    if "buffer_dtype" in wanted:
+        raise ValueError("mixed_precision: FSDP2 leaves buffers as they are: drop buffer_dtype")
+    dtypes = {
+        name: getattr(torch, value) if isinstance(value, str) and name.endswith("dtype") else value
+        for name, value in wanted.items()
+    }
+    return MixedPrecisionPolicy(**dtypes)
+
+
+# -- which parts --------------------------------------------------------------------------------
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_WHOLE = (nn.MultiheadAttention,)
+"""What uses the weights of its children without calling them."""
+
+
+def parts_to_wrap(module: nn.Module, policy: Policy | None) -> list[nn.Module]:
+    """The parts within ``module`` that a policy chooses, the innermost first.
+
+    Raises:
+        TypeError, ValueError: it is no policy; or it names a class of which the model has no part.
+    """
+    if policy is None:
+        return []
+    chooses = _chooser(module, policy)
+    chosen: list[nn.Module] = []
+
+    def visit(part: nn.Module, is_root: bool) -> int:
+        """Parameters of the part that no chosen part within it has."""
+        left = sum(p.numel() for p in part.parameters(recurse=False))
+        if isinstance(part, _WHOLE):
+            left = sum(p.numel() for p in part.parameters())
+        else:
+            left += sum(visit(child, is_root=False) for child in part.children())
+        if not is_root and not isinstance(part, _CONTAINERS) and chooses(part, left):
+            chosen.append(part)
+            return 0
+        return left
+
+    visit(module, is_root=True)
+    return chosen
+
+
+def _chooser(module: nn.Module, policy: Any) -> Callable[[nn.Module, int], bool]:
+    if isinstance(policy, Mapping):
+        options = dict(policy)
+        kind = str(options.pop("type", ""))
+        known = {
+            "size_based_auto_wrap_policy": "min_num_params",
+            "transformer_auto_wrap_policy": "transformer_layer_cls",
+        }
+        if known.get(kind) not in options or len(options) != 1:
+            wanted = " or ".join(f"dict(type={k!r}, {v}=...)" for k, v in known.items())
+            raise ValueError(f"auto_wrap_policy takes {wanted}, got {dict(policy)!r}")
+        (policy,) = options.values()
+    if isinstance(policy, (int, float)) and not isinstance(policy, bool):
+        return lambda part, left: left >= policy
+    if isinstance(policy, (str, type)):
+        policy = [policy]
+    if callable(policy):
+        return lambda part, left: bool(policy(module=part, recurse=False, nonwrapped_numel=left))
+    several = [*policy]
+
+    def is_one(part: nn.Module, one: Any) -> bool:
+        return isinstance(part, one) if isinstance(one, type) else type(part).__name__ == one
+
+    for one in several:
+        if not any(is_one(part, one) for part in module.modules()):
+            names = {type(part).__name__ for part in module.modules()}
+            raise ValueError(
+                f"auto_wrap_policy: the model has no part of class "
+                f"{getattr(one, '__name__', one)}; it has {', '.join(sorted(names))}"
+            )
+    return lambda part, left: any(is_one(part, one) for one in several)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model needs all ranks."""
+    return any(isinstance(part, FSDPModule) for part in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have each rank hold its shards alone again, after a forward pass without gradients."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -1,0 +1,146 @@
+"""Where a process stands among the others, and the process group that joins them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from hookengine import dist
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What ``torchrun`` tells a process by its environment.
+
+    Attributes:
+        rank: Number of the process.
+        world_size: Number of processes.
+        local_rank: Number of the process on its machine.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Launch | None:
+        """What the environment says; None where there is one process.
+
+        Raises:
+            ValueError: it is not complete.
+        """
+        if int(environment.get("WORLD_SIZE", "1")) == 1:
+            return None
+        if missing := [name for name in NEEDED if name not in environment]:
+            raise ValueError(
+                f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {', '.join(missing)} is not: "
+                "start the script with torchrun, which sets them all, or unset WORLD_SIZE"
+            )
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return cls(rank, world_size, int(environment.get("LOCAL_RANK", rank)))
+
+
+def own_device(device: torch.device, launch: Launch) -> torch.device:
+    """The accelerator of this process, of the kind that ``device`` is; the CPU stays.
+
+    Raises:
+        ValueError: this machine has fewer of them than processes.
+    """
+    if device.type in ("cpu", "meta"):
+        return device
+    count = torch.get_device_module(device).device_count()
+    if launch.local_rank >= count:
+        raise ValueError(
+            f"rank {launch.rank} is process {launch.local_rank} of its machine, which has {count} "
+            f"{device.type} devices: start at most {count} there (torchrun --nproc-per-node "
+            f"{count}), or train on the CPU with Runner(device='cpu')"
+        )
+    own = torch.device(device.type, launch.local_rank)
+    torch.get_device_module(own).set_device(own)
+    return own
+
+
+def choose_backend(device: torch.device, wanted: str | None) -> str:
+    """The backend: torch's for the device, beside gloo for what is on the CPU.
+
+    Raises:
+        ValueError: this torch has none of that name.
+    """
+    backend = wanted or torch_dist.get_default_backend_for_device(device)
+    for part in backend.split(","):
+        name = part.rpartition(":")[2]
+        if not torch_dist.is_backend_available(name):
+            known = [b for b in torch_dist.Backend.backend_list if b != "undefined"]
+            there = [b for b in known if torch_dist.is_backend_available(b)]
+            raise ValueError(
+                f"distributed: this torch has no backend {name!r}; it has {', '.join(there)}"
+            )
+    if ":" in backend or backend == "gloo":
+        return backend
+    return f"cpu:gloo,{device.type}:{backend}" if device.type != "cpu" else backend
+
+
+def join(launch: Launch, backend: str, timeout: float | None) -> None:
+    """Make the process group; it is left at the end of the process.
+
+    Raises:
+        RuntimeError: the processes do not find each other.
+    """
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    try:
+        torch_dist.init_process_group(backend, **options)
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        fix = "see that all machines reach that address, and that all processes were started"
+        if "in use" in str(error).lower():
+            fix = (
+                "another job has that port: give another one, torchrun --master-port PORT (or "
+                "--rdzv-endpoint HOST:PORT); torchrun --standalone finds a free one"
+            )
+        error.add_note(f"rank {launch.rank} of {launch.world_size}, at {address}: {fix}")
+        raise
+    _Exit.prepare()
+
+
+class _Exit:
+    """Leaves the process group when the process ends, after the last Runner that uses it."""
+
+    users = 0
+    prepared = False
+    now = False
+
+    @classmethod
+    def prepare(cls) -> None:
+        if not cls.prepared:
+            cls.prepared = True
+            atexit.register(cls.begin)
+
+    @classmethod
+    def begin(cls) -> None:
+        cls.now = True
+        cls.leave_if_last()
+
+    @classmethod
+    def leave_if_last(cls) -> None:
+        if cls.prepared and cls.now and cls.users == 0 and dist.is_distributed():
+            torch_dist.destroy_process_group()
+
+
+def use() -> None:
+    """Count one who uses the process group."""
+    _Exit.users += 1
+
+
+def leave() -> None:
+    """That one needs it no more."""
+    _Exit.users -= 1
+    _Exit.leave_if_last()

@@ -1,0 +1,97 @@
+"""An error of one rank ends all of them, and each says whose it was."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+from hookengine import dist
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+
+
+class RankError(RuntimeError):
+    """Another rank has failed."""
+
+
+class Watch:
+    """Tells the other ranks of an error, and looks whether one of them has told of one.
+
+    What a rank tells is kept by the store in which the ranks have found each other. A thread of
+    each looks there. A rank that waits for one that failed mostly learns of it when the connection
+    breaks; one that has not ended after a while is ended by the thread.
+
+    Args:
+        number: How many watches this process had before: each has a key of its own.
+        logger: Told of the error of another rank.
+
+    Attributes:
+        failure: What another rank has told, or None.
+    """
+
+    def __init__(self, number: int, logger: Any) -> None:
+        self.failure: str | None = None
+        self._rank = dist.get_rank()
+        self._key = f"hookengine/{number}/failure"
+        self._logger = logger
+        self._over = threading.Event()
+        store = _get_default_store()
+        self._store = store.clone() if hasattr(store, "clone") else store
+        self._thread = threading.Thread(target=self._look, name="watch of ranks", daemon=True)
+        self._thread.start()
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others; where one of them was the first, the error gets a note that says so."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        first = self._first(f"rank {self._rank}: {type(error).__name__}: {error}"[:2000])
+        error.add_note(f"on rank {self._rank} of {dist.get_world_size()}")
+        if first is not None and not first.startswith(f"rank {self._rank}:"):
+            error.add_note(f"another rank failed before, which may be why: {first}")
+        elif "closed by peer" in str(error) or "reset by peer" in str(error):
+            error.add_note("another rank ended without a word: was it killed, or out of memory?")
+
+    def _first(self, text: str) -> str | None:
+        try:
+            told: bytes = self._store.compare_set(self._key, "", text)
+        except Exception:  # who keeps the store is gone
+            return self.failure
+        return told.decode(errors="replace")
+
+    def check(self) -> None:
+        """Raise if another rank has failed.
+
+        Raises:
+            RankError: one has.
+        """
+        if self.failure is not None:
+            raise RankError(self.failure)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            try:
+                if not self._store.check([self._key]):
+                    continue
+                self.failure = self._store.get(self._key).decode(errors="replace")
+            except Exception:  # who keeps the store is gone; if this rank needs it, it will notice
+                return
+            break
+        if self.failure is None or self._over.wait(GRACE_SECONDS):
+            return
+        self._logger.error(
+            f"{self.failure}; rank {self._rank} waits for it, and ends without closing"
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

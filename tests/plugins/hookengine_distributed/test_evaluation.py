@@ -1,0 +1,175 @@
+"""Each rank evaluates its share, and the metrics are those of one process, to the last bit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+from hookengine import BaseMetric, BaseModel, Runner, dist
+from tests.ranks import on_ranks
+
+
+class Normed(BaseModel):
+    """With batch norm, whose buffers differ on ranks that see other samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+        scores = self.net(inputs)
+        if mode == "loss":
+            return {"loss": F.cross_entropy(scores, labels), "norm": scores.square().mean()}
+        return (scores, labels) if mode == "predict" else scores
+
+
+class Sum(BaseMetric):
+    """A sum of floats per batch, which tells batches and their order apart."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(data_samples[0].float().sum().item())
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        total = 0.0
+        for value in results:
+            total = 1.1 * total + value
+        return {"sum": total, "batches": len(results)}
+
+
+class Labels(BaseMetric):
+    """One result per sample, in order."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.extend(data_samples[1].tolist())
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        return {"labels": results}
+
+
+class Curve(MulticlassAUROC):
+    """A metric of torchmetrics that keeps all scores, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(3, thresholds=None, validate_args=False)
+
+
+def evaluate(folder: Path, count: int, strategy: str = "ddp", seeded: bool = True) -> Any:
+    """Validate over ``count`` samples, shuffled, in batches of 4."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "No (positive|negative) samples")  # among so few
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator)
+    )
+    torch.manual_seed(0)
+    runner = Runner(
+        Normed(),
+        folder,
+        val_dataloader=DataLoader(data, batch_size=4, shuffle=True),
+        val_cfg=dict(loss=True),
+        val_evaluator=[Sum(), Labels(), MulticlassAccuracy(3, average="micro"), Curve()],
+        plugins=[
+            dict(type="distributed", strategy=strategy),
+            dict(type="seed", seed=1) if seeded else "no:seed",
+            dict(type="logging", level="ERROR"),
+            "no:progress_bar",
+        ],
+        device="cpu",
+    )
+    with runner:
+        if not seeded:
+            torch.manual_seed(dist.get_rank())  # nobody has made them alike
+        return runner.val()
+
+
+def evaluate_all(folder: Path) -> list[Any]:
+    return [evaluate(folder, *case) for case in CASES]
+
+
+CASES = [(24,), (21,), (10,), (3,), (1,), (21, "fsdp"), (3, "fsdp")]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_metrics_are_those_of_one_process(tmp_path: Path, world: int) -> None:
+    expected = [evaluate(tmp_path, count) for count, *_ in CASES]
+    for metrics in on_ranks(world, evaluate_all, tmp_path):
+        for case, found, wanted in zip(CASES, metrics, expected, strict=True):
+            if "fsdp" not in case:
+                assert found == wanted, case
+            else:
+                assert found["labels"] == wanted["labels"]
+                assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+                assert found["MulticlassAccuracy"] == wanted["MulticlassAccuracy"]
+
+
+def evaluate_unseeded(folder: Path) -> Any:
+    return evaluate(folder, 21, "ddp", False)
+
+
+def test_without_a_seed_the_ranks_still_draw_one_order(tmp_path: Path) -> None:
+    expected = evaluate(tmp_path, 21)
+    for metrics in on_ranks(2, evaluate_unseeded, tmp_path):
+        assert sorted(metrics["labels"]) == sorted(expected["labels"])
+        assert metrics["loss"] == pytest.approx(expected["loss"])
+
+
+def buffers(runner: Runner) -> list[float]:
+    return runner.bare_model.net[1].running_mean.tolist()  # type: ignore[index,union-attr]
+
+
+def train_with_own_buffers(folder: Path) -> dict[str, Any]:
+    """Train without broadcasts of buffers; what they are before, in and after a validation."""
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.randn(16, 6, generator=generator), torch.randint(3, (16,), generator=generator)
+    )
+    torch.manual_seed(0)
+    runner = Runner(
+        Normed(),
+        folder,
+        train_dataloader=DataLoader(data, batch_size=4),
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        val_dataloader=DataLoader(data, batch_size=4),
+        val_evaluator=Sum(),
+        plugins=[
+            dict(type="distributed", options=dict(broadcast_buffers=False)),
+            dict(type="logging", level="ERROR"),
+            "no:progress_bar",
+        ],
+        name="run",
+        device="cpu",
+    )
+    seen: dict[str, Any] = {}
+
+    @runner.on("before_val")
+    def before(runner: Runner) -> None:
+        seen["before"] = buffers(runner)
+
+    @runner.on("before_metrics")
+    def within(runner: Runner) -> None:
+        seen["in"] = buffers(runner)
+
+    with runner:
+        runner.train()
+        seen["after"] = buffers(runner)
+    return seen
+
+
+def test_the_buffers_of_rank_0_are_evaluated_and_each_keeps_its_own(tmp_path: Path) -> None:
+    first, second = on_ranks(2, train_with_own_buffers, tmp_path)
+    assert first["before"] == first["in"] == first["after"] == second["in"]
+    assert second["before"] == second["after"] != second["in"]
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("epoch_*")
+    state = torch.load(saved / "state.pth", weights_only=True)
+    kept = state["ranks"][1]["plugins"]["distributed"]["buffers"]["net.1.running_mean"]
+    assert state["state_dict"]["net.1.running_mean"].tolist() == first["after"]
+    assert kept.tolist() == second["after"]
