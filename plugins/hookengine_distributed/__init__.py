@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -49,8 +48,6 @@ __all__ = [
     "MMSeparateDistributedDataParallel",
     "RankError",
 ]
-
-_RUNNERS = itertools.count()
 
 
 class Distributed(Plugin, name="distributed"):
@@ -120,7 +117,7 @@ class Distributed(Plugin, name="distributed"):
             return
         use()
         self._ranks = dist.get_world_size()
-        self._watch = Watch(next(_RUNNERS), runner.logger)
+        self._watch = Watch(runner.logger)
         beside: Any = torch_dist.new_group(backend="gloo")
         self._agreement = Agreement(beside)
         self._seed: int = dist.broadcast_object(torch.initial_seed())

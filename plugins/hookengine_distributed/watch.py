@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import uuid
 from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
@@ -22,22 +23,24 @@ class RankError(RuntimeError):
 class Watch:
     """Tells the other ranks of an error, and looks whether one of them has told of one.
 
+    All ranks make one together.
+
     What a rank tells is kept by the store in which the ranks have found each other. A thread of
     each looks there. A rank that waits for one that failed mostly learns of it when the connection
     breaks; one that has not ended after a while is ended by the thread.
 
     Args:
-        number: How many watches this process had before: each has a key of its own.
         logger: Told of the error of another rank.
 
     Attributes:
         failure: What another rank has told, or None.
     """
 
-    def __init__(self, number: int, logger: Any) -> None:
+    def __init__(self, logger: Any) -> None:
         self.failure: str | None = None
         self._rank = dist.get_rank()
-        self._key = f"hookengine/{number}/failure"
+        # The store may outlive the processes: torchrun's does when it starts them again.
+        self._key = f"hookengine/{dist.broadcast_object(uuid.uuid4().hex)}/failure"
         self._logger = logger
         self._over = threading.Event()
         store = _get_default_store()
