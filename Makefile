@@ -21,6 +21,7 @@ bench: .venv/installed-bench
 	$(BIN)/python benchmarks/count_calls.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/distributed.py
 
 docs: .venv/installed
 	$(BIN)/hookengine events --markdown > docs/events.md

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from hookengine import preserved_random_state
+from hookengine import dist, preserved_random_state
 
 
 def compute_statistics(
@@ -29,6 +29,16 @@ def compute_statistics(
         for context in contexts:
             stack.enter_context(context)
         update_bn(_Batches(batches), _Forward(model))
+        _average_over_ranks(model)
+
+
+def _average_over_ranks(model: nn.Module) -> None:
+    """Of several ranks each has seen a share of the batches, all of them as many."""
+    ranks = dist.get_world_size()
+    for layer in batch_norms(model) if ranks > 1 else ():
+        for buffer in layer.buffers():
+            if buffer.is_floating_point():
+                dist.sum_over_ranks(buffer).div_(ranks)
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -28,7 +28,15 @@ from hookengine_distributed.ddp import (
 )
 from hookengine_distributed.exchange import average_gradients
 from hookengine_distributed.fsdp import MMFullyShardedDataParallel, is_sharded, reshard
-from hookengine_distributed.launch import Launch, choose_backend, join, leave, own_device, use
+from hookengine_distributed.launch import (
+    Launch,
+    choose_backend,
+    join,
+    leave,
+    own_device,
+    uncaught,
+    use,
+)
 from hookengine_distributed.sameness import described, exchange, require_same
 from hookengine_distributed.shares import (
     Shared,
@@ -117,7 +125,7 @@ class Distributed(Plugin, name="distributed"):
             return
         use()
         self._ranks = dist.get_world_size()
-        self._watch = Watch(runner.logger)
+        self._watch = Watch(runner)
         beside: Any = torch_dist.new_group(backend="gloo")
         self._agreement = Agreement(beside)
         self._seed: int = dist.broadcast_object(torch.initial_seed())
@@ -142,7 +150,7 @@ class Distributed(Plugin, name="distributed"):
         """Leave; tell the others, where an error is the reason."""
         if self._watch is None:
             return
-        error = sys.exception() or getattr(sys, "last_value", None)
+        error = sys.exception() or uncaught()
         if error is not None and not isinstance(error, SystemExit):
             self._watch.tell(error)
         self._watch.stop()
@@ -192,6 +200,11 @@ class Distributed(Plugin, name="distributed"):
         separate = issubclass(cls, MMSeparateDistributedDataParallel)
         if separate or issubclass(cls, DistributedDataParallel):
             options.setdefault("init_sync", False)  # they have the weights of rank 0 already
+        if not hasattr(cls, "train_step"):
+            raise TypeError(
+                f"distributed: the wrapper {cls.__name__} has no train_step(data, optim_wrapper), "
+                "val_step(data) and test_step(data): derive it from MMDistributedDataParallel"
+            )
         try:
             wrapper: nn.Module = cls(model, **options)
         except TypeError as error:

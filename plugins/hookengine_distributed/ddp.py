@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hookengine import MODELS, OptimWrapper, OptimWrapperDict
 from hookengine_distributed.exchange import Exchange, find_tensors
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 
 
@@ -41,6 +42,9 @@ class MMDistributedDataParallel(DistributedDataParallel):
     ) -> None:
         if "broadcast_buffers" in kwargs and "forward_sync_buffers" in _ARGUMENTS:
             kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")  # torch's newer name
+        empty = [name for name, buffer in module.named_buffers() if not buffer.numel()]
+        ignored = [*getattr(module, _IGNORED, ()), *empty]  # else a broadcast per iteration
+        setattr(module, _IGNORED, ignored)
         super().__init__(module=module, **kwargs)
         self.detect_anomalous_params = detect_anomalous_params
         self.exchange = Exchange()

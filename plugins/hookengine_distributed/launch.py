@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,13 +109,14 @@ def join(launch: Launch, backend: str, timeout: float | None) -> None:
             )
         error.add_note(f"rank {launch.rank} of {launch.world_size}, at {address}: {fix}")
         raise
-    _Exit.prepare()
+    _Exit.joined = True
 
 
 class _Exit:
     """Leaves the process group when the process ends, after the last Runner that uses it."""
 
     users = 0
+    joined = False  # by us: a group that the user made is left to the user
     prepared = False
     now = False
 
@@ -131,13 +133,19 @@ class _Exit:
 
     @classmethod
     def leave_if_last(cls) -> None:
-        if cls.prepared and cls.now and cls.users == 0 and dist.is_distributed():
+        if cls.joined and cls.now and cls.users == 0 and dist.is_distributed():
             torch_dist.destroy_process_group()
 
 
 def use() -> None:
     """Count one who uses the process group."""
+    _Exit.prepare()
     _Exit.users += 1
+
+
+def uncaught() -> BaseException | None:
+    """The error that ends the process, where one does."""
+    return getattr(sys, "last_value", None) if _Exit.now else None
 
 
 def leave() -> None:

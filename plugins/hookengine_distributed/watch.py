@@ -30,18 +30,18 @@ class Watch:
     breaks; one that has not ended after a while is ended by the thread.
 
     Args:
-        logger: Told of the error of another rank.
+        runner: Its logger is told of the error of another rank.
 
     Attributes:
         failure: What another rank has told, or None.
     """
 
-    def __init__(self, logger: Any) -> None:
+    def __init__(self, runner: Any) -> None:
         self.failure: str | None = None
         self._rank = dist.get_rank()
         # The store may outlive the processes: torchrun's does when it starts them again.
         self._key = f"hookengine/{dist.broadcast_object(uuid.uuid4().hex)}/failure"
-        self._logger = logger
+        self._runner = runner
         self._over = threading.Event()
         store = _get_default_store()
         self._store = store.clone() if hasattr(store, "clone") else store
@@ -92,7 +92,7 @@ class Watch:
             break
         if self.failure is None or self._over.wait(GRACE_SECONDS):
             return
-        self._logger.error(
+        self._runner.logger.error(
             f"{self.failure}; rank {self._rank} waits for it, and ends without closing"
         )
         sys.stdout.flush()

@@ -195,7 +195,8 @@ class Logging(Plugin, name="logging"):
         scalars = _learning_rates(runner.optim_wrapper, self._rates)
         scalars["time"] = clock.seconds / clock.iterations
         scalars["data_time"] = clock.data_seconds / clock.iterations
-        scalars["samples_per_second"] = clock.samples / clock.seconds if clock.seconds else 0.0
+        samples = clock.samples * dist.get_world_size()  # of all ranks, which have as many
+        scalars["samples_per_second"] = samples / clock.seconds if clock.seconds else 0.0
         scalars["memory"] = memory(runner.device)
         if progress.max_iters is not None:
             left = max(progress.max_iters - progress.iter, 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import nn
+from torch.profiler import profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from hookengine import BaseMetric, Runner, dist
+from hookengine import BaseMetric, Plugin, Runner
 from tests.ranks import on_ranks
 
 
@@ -40,7 +42,7 @@ def build(folder: Path, epochs: int = 3, **options: Any) -> Runner:
 
 def decide(folder: Path) -> dict[str, Any]:
     """Stop, save and early-stop as one rank wishes; where each rank stood then."""
-    rank = dist_rank()
+    rank = int(os.environ["RANK"])
     seen: dict[str, Any] = {}
     with build(folder / "stop", epochs=100) as runner:
 
@@ -77,12 +79,6 @@ def decide(folder: Path) -> dict[str, Any]:
     return seen
 
 
-def dist_rank() -> int:
-    import os
-
-    return int(os.environ["RANK"])
-
-
 def test_what_one_rank_asks_for_all_ranks_do(tmp_path: Path) -> None:
     first, second = on_ranks(2, decide, tmp_path)
     assert first["stop"] == second["stop"]
@@ -95,37 +91,41 @@ def test_what_one_rank_asks_for_all_ranks_do(tmp_path: Path) -> None:
     assert first["best"]["value"] == second["best"]["value"] == 64
 
 
-def count_collectives(folder: Path) -> dict[str, list[str]]:
-    """The names of the collectives of 8 iterations: the bare kernel's, and the plugin's."""
-    from torch.profiler import profile
+class Profile(Plugin):
+    """The shapes of what was reduced in 8 iterations within an epoch."""
 
-    seen: dict[str, list[str]] = {}
-    for name, options in (
-        ("accumulate", dict(plugins=[dict(type="accumulate", steps=4)])),
-        ("plain", dict(plugins=[])),
-    ):
-        defaults = ("distributed", "preprocess")
-        with build(folder, defaults=defaults, epochs=1, **options) as runner:
-            records: list[Any] = []
+    def configure(self) -> None:
+        self.profiler = profile(record_shapes=True)
 
-            @runner.on("after_train_iter")
-            def measure(runner: Any, records: Any = None) -> None: ...
+    def before_train_iter(self, batch_idx: int) -> None:
+        if batch_idx == 8:
+            self.profiler.__enter__()
+        elif batch_idx == 16:
+            self.profiler.__exit__(None, None, None)
 
-            events: list[str] = []
-            profiler = profile()
+    def reduced(self) -> list[int]:
+        """Elements of each all-reduce, and 0 for each other collective."""
+        events = [e for e in self.profiler.events() if e.name.startswith("gloo:")]
+        return [math.prod(e.input_shapes[0]) if e.name == "gloo:all_reduce" else 0 for e in events]
 
-            @runner.on("before_train_iter")
-            def start(runner: Any, batch_idx: int) -> None:
-                if batch_idx == 8:
-                    profiler.__enter__()
 
-            @runner.on("before_train_iter")
-            def stop(runner: Any, batch_idx: int) -> None:
-                if batch_idx == 16:
-                    profiler.__exit__(None, None, None)
-
+def reduce(folder: Path) -> list[list[int]]:
+    seen = []
+    for accumulate in ([dict(type="accumulate", steps=4)], []):
+        look = Profile()
+        options: dict[str, Any] = dict(defaults=("distributed", "preprocess"), epochs=1)
+        with build(folder, plugins=[*accumulate, look], **options) as runner:
             runner.train()
-            events = [e.name for e in profiler.events() if e.name.startswith("gloo:")]
-            seen[name] = events
-    torch_dist.barrier()
+        seen.append(look.reduced())
     return seen
+
+
+def test_gradients_are_exchanged_once_per_step_and_nothing_else_but_the_question(
+    tmp_path: Path,
+) -> None:
+    for accumulated, plain in on_ranks(2, reduce, tmp_path):
+        assert plain.count(15) == 8  # the gradients, 12 weights and 3 biases
+        assert accumulated.count(15) == 2  # once per window
+        assert accumulated.count(1) == 2  # its samples
+        assert set(plain) <= {15, 2}  # two numbers about once a second: who has a request
+        assert set(accumulated) <= {15, 1, 2}

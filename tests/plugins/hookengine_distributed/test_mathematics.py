@@ -309,3 +309,33 @@ def test_fsdp_is_ddp_to_the_accuracy_of_float32(tmp_path: Path) -> None:
             assert fsdp["metrics"]["accuracy"] == ddp["metrics"]["accuracy"]
             assert len(fsdp["metrics"]["order"]) == 17
             assert abs(fsdp["metrics"]["loss"] - ddp["metrics"]["loss"]) < 1e-5
+
+
+def skip_a_step(folder: Path) -> list[Any]:
+    """float16, with a gradient that is infinite in one element, of one rank's samples."""
+    ends = []
+    for strategy in ("ddp", "fsdp"):
+        case = dict(model=Single, optim_wrapper=ADAM)
+        data = DataLoader(samples(44, torch.float32), batch_size=4, shuffle=True)
+        amp = dict(type="amp", dtype="float16", init_scale=1024.0)
+        plugins = [dict(type="distributed", strategy=strategy), amp]
+        with build(folder / strategy, case, 4, train_dataloader=data, plugins=plugins) as runner:
+
+            @runner.on("scale_loss")
+            def spoil(runner: Any, loss: Tensor) -> Tensor | None:
+                if runner.progress.iter == 5 and dist.get_rank() == 1:
+                    return loss + runner.bare_model.net[0].weight[0, 0] * float("inf")
+                return None
+
+            runner.train()
+            scale = runner.plugins["amp"].state_dict()["optimizer"]["scale"]
+            end = torch.cat([full(p).detach().flatten() for p in runner.bare_model.parameters()])
+            ends.append([runner.progress.step, runner.progress.iter, scale, end])
+    return ends
+
+
+def test_a_step_that_one_rank_must_skip_all_skip(tmp_path: Path) -> None:
+    for ddp, fsdp in on_ranks(2, skip_a_step, tmp_path):
+        assert ddp[:3] == fsdp[:3] == [17, 18, 512.0]
+        assert torch.isfinite(ddp[3]).all()
+        torch.testing.assert_close(fsdp[3], ddp[3])
