@@ -309,6 +309,8 @@ class EvalLoop:
         metrics = _mean_over_samples([values for values, _ in shares], size)
         if self.evaluator is not None:
             total = dataset_size(self.dataloader)
+            if not dist.is_main_process() and all(count == total for _, count in shares):
+                self.evaluator.reset()  # each rank had all of it: once is enough
             consecutive = bool(getattr(self.dataloader, "consecutive", False))
             evaluated = self.evaluator.evaluate(size if total is None else total, consecutive)
             for name, value in evaluated.items():

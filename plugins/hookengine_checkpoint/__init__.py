@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ class Checkpoint(Plugin, name="checkpoint"):
                     f"checkpoint: whether more of {self.keep_best!r} is better cannot be told from "
                     "its name: give greater_is_better=True or False"
                 )
+        self.allow = sorted(self.allow)  # it may have been a set
         self._best = Best(self.keep_best, bool(greater))
 
     @property
@@ -106,7 +108,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best = Best(self.keep_best, self._best.greater)
         self._snapshot = Snapshot()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: Future[files.Saved | None] | None = None
+        self._write: Future[Any] | None = None
         self._shards: Any = None  # of a sharded model: copies them, and writes them
         self._retiring: Future[None] | None = None
         self._failed: str | None = None
@@ -283,17 +285,23 @@ class Checkpoint(Plugin, name="checkpoint"):
             state["plugins"] = {**state["plugins"], self.plugin_name: self.state_dict()}
         if runner.val_loop is not None:
             state["metrics"] = numbers(runner.val_loop.metrics)
+        problem: Exception | None = None
+        job: Callable[[], object] | None = None
+        shards: Path | None = None
         try:
             state, shards = self._take_shards(runner, state)
-            job: Callable[[], files.Saved | None]
             if ranks is not None:
                 job = self._prepare(runner, {**state, "ranks": ranks}, shards)
             elif shards is not None:
-                job = self._share_of(shards)
-            else:
-                return
+                job = self._share_of(runner, shards)
         except (OSError, TypeError) as error:
-            self._report(runner, error)
+            problem = error
+        if shards is not None:  # all ranks write, or none
+            text = dist.broadcast_object(problem and str(problem))
+            problem = problem or (OSError(text) if text else None)
+        if problem is not None:
+            self._report(runner, problem)
+        if problem is not None or job is None:
             return
         self._write = self._executor.submit(job)
         if not self.asynchronous:
@@ -324,13 +332,10 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._shards.take(tensors)
         return whole, folder
 
-    def _share_of(self, folder: Path) -> Callable[[], None]:
-        shards = self._shards
-
-        def job() -> None:
-            shards.write(folder)
-
-        return job
+    def _share_of(self, runner: Any, folder: Path) -> Callable[[], list[str]]:
+        """What writes the shards of this rank, and returns what in them is not finite."""
+        names = [name for name, _ in runner.bare_model.named_parameters()]
+        return partial(self._shards.write, folder, names)
 
     def _prepare(
         self, runner: Any, state: dict[str, Any], shards: Path | None
@@ -358,13 +363,12 @@ class Checkpoint(Plugin, name="checkpoint"):
         }
         parameters = [name for name, _ in runner.bare_model.named_parameters()]
 
-        share = self._share_of(shards) if shards is not None else None
+        share = self._share_of(runner, shards) if shards is not None else None
 
         def job() -> files.Saved:
             self._snapshot.wait()
-            if share is not None:
-                share()
-            manifest["finite"] = not (bad := nonfinite(copied["state_dict"], parameters))
+            bad = nonfinite(copied["state_dict"], parameters) if share is None else share()
+            manifest["finite"] = not bad
             manifest["saved_at"] = datetime.now(UTC).isoformat()
             saved = files.publish(path, copied, manifest, shards)
             if bad:
@@ -426,7 +430,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         else:
             self._failed = None
             self._best.settle()
-            if saved is None:  # the share of this rank in a checkpoint that rank 0 publishes
+            if not isinstance(saved, files.Saved):  # this rank's share in what rank 0 publishes
                 return
             if saved.number == self._best.number:
                 runner.logger.info(self._best.line(saved.name))

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hookengine import dist
+from hookengine_checkpoint.facts import nonfinite
 from hookengine_checkpoint.files import METADATA
 from hookengine_checkpoint.integrity import DamagedError
 
@@ -81,13 +82,20 @@ class Shards:
             copies[name] = copy
         self._copies = copies
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, parameters: list[str]) -> list[str]:
         """Write the copy; the writers of all ranks call it together.
+
+        Returns:
+            The parameters with NaN or infinite values, on whatever rank.
 
         Raises:
             OSError: it could not be written, on whatever rank.
         """
+        state = {name: self._copies.get(f"/state_dict/{name}") for name in parameters}
+        own = nonfinite({n: t.to_local() for n, t in state.items() if t is not None}, parameters)
+        found: list[list[str]] = [[]] * self._group.size()
         try:
+            torch_dist.all_gather_object(found, own, group=self._group)
             save_shards(
                 dict(self._copies),
                 storage_writer=FileSystemWriter(folder),
@@ -95,6 +103,7 @@ class Shards:
             )
         except Exception as error:
             raise OSError(f"the shards could not be written: {error}") from error
+        return list(dict.fromkeys(name for names in found for name in names))
 
 
 def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:

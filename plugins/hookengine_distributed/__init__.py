@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -116,10 +117,11 @@ class Distributed(Plugin, name="distributed"):
         self._kept: Any = None
         self._after_val = False
         launch = Launch.read()
+        if launch is not None:
+            runner.device = own_device(runner.device, launch)
         if not dist.is_distributed():
             if launch is None:
                 return
-            runner.device = own_device(runner.device, launch)
             join(launch, choose_backend(runner.device, self.backend), self.timeout)
         if dist.get_world_size() == 1:
             return
@@ -132,10 +134,16 @@ class Distributed(Plugin, name="distributed"):
         require_same("options", _options(runner))
         runner.name = runner.name if runner.named else dist.broadcast_object(runner.name)
 
+    @hookimpl(tryfirst=True)
+    def before_train(self) -> None:
+        """Refuse to go on after an error."""
+        if self._watch is not None:
+            self._watch.check()
+
     @hookimpl(trylast=True)
     def before_run(self, runner: Any) -> None:
         """Take the name that rank 0 has found a folder for."""
-        if self._ranks > 1:
+        if self._watch is not None:
             name = dist.broadcast_object(runner.name)
             if name != runner.name:
                 runner.continue_run(name)
@@ -163,19 +171,25 @@ class Distributed(Plugin, name="distributed"):
         """Give all ranks the weights of rank 0, and wrap."""
         if self._ranks == 1:
             return None
+        if isinstance(model, tuple(MODEL_WRAPPERS.objects())):
+            raise TypeError(
+                f"distributed: the model is in a {type(model).__name__} already: pass the model "
+                "itself to the Runner. dict(type='distributed', wrapper=..., options=dict(...)) "
+                "says how to wrap it"
+            )
         require_same("model", _parameters(model))
+        tensors = [*model.parameters(), *model.buffers()]
         with torch.no_grad():
-            dist.broadcast_tensors([*model.parameters(), *model.buffers()])
+            dist.broadcast_tensors(t for t in tensors if not hasattr(t, "to_local"))
         self._models.append(model)
         self._bare = runner.bare_model
-        if isinstance(model, tuple(MODEL_WRAPPERS.objects())):
-            return None
         trains = any(parameter.requires_grad for parameter in model.parameters())
         if self.strategy == "none" or ((role == "average" or not trains) and not self._shards):
             return None
         wrapper = self._wrap(runner, model)
         if role == "train":
             self._wrapper = wrapper
+            self._held = {id(p) for p in model.parameters() if p.requires_grad}
             runner.logger.info(
                 f"distributed: {self._ranks} ranks ({torch_dist.get_backend_config()}), "
                 f"{type(wrapper).__name__}"
@@ -218,6 +232,12 @@ class Distributed(Plugin, name="distributed"):
             told.expect(optim_wrapper)
 
     @hookimpl(tryfirst=True)
+    def backward(self) -> None:
+        """Tell the wrapper that a backward pass begins; the kernel runs it."""
+        if told := getattr(self._wrapper, "exchange", None):
+            told.before_backward()
+
+    @hookimpl(tryfirst=True)
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Exchange what no backward pass has exchanged; refuse what none ever would."""
         wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
@@ -229,28 +249,35 @@ class Distributed(Plugin, name="distributed"):
                 wrapper.exchange_now()
             else:
                 average_gradients(optim_wrapper.parameters())
-        elif isinstance(wrapper, MMDistributedDataParallel):
-            self._check_used(runner, optim_wrapper)
+        elif not self._shards:
+            self._look_after(runner, optim_wrapper)
 
-    def _check_used(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Name the parameters that DistributedDataParallel would wait for in vain."""
+    def _look_after(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """See to the parameters that DistributedDataParallel waits for in vain, or not at all."""
+        held = self._held
+        odd = [
+            p
+            for p in optim_wrapper.parameters()
+            if (id(p) in held) != p.requires_grad or (p.grad is None and p.requires_grad)
+        ]
+        if not odd:
+            return
+        thawed = [p for p in odd if p.requires_grad and id(p) not in held]
+        average_gradients(thawed)  # it does not know of them
         wrapper = self._wrapper
+        if not isinstance(wrapper, MMDistributedDataParallel):
+            return
         if wrapper.find_unused_parameters or wrapper.static_graph:
             return
-        if all(p.grad is not None or not p.requires_grad for p in optim_wrapper.parameters()):
-            return
-        held = {id(p) for p in optim_wrapper.parameters()}
-        unused = [
-            name
-            for name, p in runner.bare_model.named_parameters()
-            if p.grad is None and p.requires_grad and id(p) in held
-        ]
-        if unused:
+        waited_for = {id(p) for p in odd if id(p) in held}
+        names = [n for n, p in runner.bare_model.named_parameters() if id(p) in waited_for]
+        if names:
             raise RuntimeError(
-                f"{len(unused)} parameters got no gradient on rank {dist.get_rank()}, and the "
-                f"other ranks wait for it: {', '.join(unused[:8])}. Freeze them (requires_grad_("
-                "False)) or see that the loss depends on them; where that depends on the batch, "
-                "dict(type='distributed', options=dict(find_unused_parameters=True))"
+                f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, and the "
+                f"other ranks wait for it: {', '.join(names[:8])}. See that the loss depends on "
+                "them, or freeze them before the Runner is made; where it depends on the batch or "
+                "they are frozen later, dict(type='distributed', options=dict("
+                "find_unused_parameters=True))"
             )
 
     # -- the data -------------------------------------------------------------------------------
@@ -328,16 +355,18 @@ class Distributed(Plugin, name="distributed"):
         self._own_buffers = [(buffer, buffer.clone()) for buffer in buffers]
         dist.broadcast_tensors(buffers)
 
-    def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:
+    @hookimpl(trylast=True)  # the batch is what it will be
+    def before_val_iter(self, runner: Any, batch_idx: int, data_batch: Any) -> None:
         """Keep a batch, for passes that are not counted."""
-        self._keep("val", batch_idx, data_batch)
+        self._keep(runner, "val", batch_idx, data_batch)
 
-    def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
+    @hookimpl(trylast=True)
+    def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any) -> None:
         """Likewise."""
-        self._keep("test", batch_idx, data_batch)
+        self._keep(runner, "test", batch_idx, data_batch)
 
-    def _keep(self, phase: str, batch_idx: int, data_batch: Any) -> None:
-        if self._ranks > 1 and self._shards:
+    def _keep(self, runner: Any, phase: str, batch_idx: int, data_batch: Any) -> None:
+        if self._ranks > 1 and is_sharded(runner.model):
             self._kept = data_batch
             if batch_idx == 0:
                 self._give_batch(phase)
@@ -365,9 +394,12 @@ class Distributed(Plugin, name="distributed"):
         cfg = runner.val_cfg if phase == "val" else runner.test_cfg
         step = getattr(model, f"{phase}_step")
         for _ in range(max(numbers) - numbers[dist.get_rank()]):
-            step(kept)
-            if cfg.loss:
-                model.loss_step(kept)  # type: ignore[operator]
+            with ExitStack() as stack:
+                for context in runner.hooks.forward_context(runner, model, None, phase):
+                    stack.enter_context(context)
+                step(kept)
+                if cfg.loss:
+                    model.loss_step(kept)  # type: ignore[operator]
         reshard(model)  # what stays whole for a backward pass, which does not come
 
     def after_val(self) -> None:

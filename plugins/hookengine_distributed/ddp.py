@@ -35,6 +35,7 @@ class MMDistributedDataParallel(DistributedDataParallel):
 
     Attributes:
         exchange: Which gradients were exchanged.
+        held: The parameters whose gradients are exchanged: those to train when it was made.
     """
 
     def __init__(
@@ -49,6 +50,13 @@ class MMDistributedDataParallel(DistributedDataParallel):
         self.detect_anomalous_params = detect_anomalous_params
         self.exchange = Exchange()
         self.route = _Route(self)
+        self.held = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._has_begun = False
+        for sentinel in self.held[-1:]:  # one of them tells how many backward passes there are
+            sentinel.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
+
+    def _after_backward(self, parameter: Any) -> None:
+        self.exchange.after_backward(id(self))
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
         """Run the model's ``train_step``.
@@ -79,7 +87,10 @@ class MMDistributedDataParallel(DistributedDataParallel):
         if not torch.is_grad_enabled():
             return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         wanted = self.require_backward_grad_sync  # False within no_sync()
-        self.require_backward_grad_sync = self.exchange.decide(wanted)
+        exchanges = self.exchange.decide(id(self), wanted)
+        if self.static_graph and not self._has_begun:
+            exchanges = self._has_begun = True  # torch looks at the graph in the first pass
+        self.require_backward_grad_sync = exchanges
         try:
             outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         finally:

@@ -17,10 +17,12 @@ class Exchange:
 
     Attributes:
         reached: Whether a forward pass went through the wrapper since the iteration began.
+        armed: The wrappers whose next backward pass exchanges.
     """
 
     def __init__(self) -> None:
         self.reached = False
+        self.armed: set[int] = set()
         self._one: OptimWrapper | None = None
         self._all: list[OptimWrapper] = []
         self._local: set[str] = set()
@@ -28,6 +30,7 @@ class Exchange:
     def begin(self, optim_wrapper: OptimWrapper | Mapping[str, OptimWrapper]) -> None:
         """Begin an iteration that will step with these."""
         self.reached = False
+        self.armed.clear()
         if isinstance(optim_wrapper, Mapping):
             self._one, self._all = None, [*optim_wrapper.values()]
         else:
@@ -37,25 +40,42 @@ class Exchange:
         """The next forward pass is for a step of this one."""
         self._one = optim_wrapper
 
-    def decide(self, allowed: bool = True) -> bool:
+    def decide(self, wrapper: int, allowed: bool = True) -> bool:
         """Whether the backward pass that belongs to this forward pass exchanges gradients.
 
         Args:
+            wrapper: The ``id`` of who asks.
             allowed: Without, it does not.
         """
         self.reached = True
         one = self._one
-        if one is not None:
-            if one.will_step and allowed:
-                self._local.discard(one.name)
-                return True
-            self._local.add(one.name)
-            return False
-        # Of several optimizers nobody said whose turn it is: once too often does no harm.
-        exchanges = allowed and (not self._all or any(w.will_step for w in self._all))
+        if one is None:  # several, and nobody said whose turn it is: once too often does no harm
+            exchanges = allowed and (not self._all or any(w.will_step for w in self._all))
+        else:
+            exchanges = allowed and one.will_step
         if not exchanges:
-            self._local.update(wrapper.name for wrapper in self._all)
-        return exchanges
+            self._note_local()
+            return False
+        if one is not None and not self.armed:
+            self._local.discard(one.name)
+        self.armed.add(wrapper)
+        return True
+
+    def before_backward(self) -> None:
+        """A backward pass begins: one that no forward pass was for exchanges nothing."""
+        if not self.armed:
+            self._note_local()
+
+    def after_backward(self, wrapper: int) -> None:
+        """A backward pass has reached the parameters of a wrapper, and exchanges once at most."""
+        if wrapper in self.armed:
+            self.armed.discard(wrapper)
+        else:
+            self._note_local()
+
+    def _note_local(self) -> None:
+        for optim_wrapper in self._all if self._one is None else (self._one,):
+            self._local.add(optim_wrapper.name)
 
     def take_local(self, name: str) -> bool:
         """Whether gradients of that optimizer are not exchanged yet, which they now will be."""

@@ -104,7 +104,7 @@ class MMFullyShardedDataParallel(nn.Module):
 
     def _before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self.module.set_requires_gradient_sync(self.exchange.decide())
+            self.module.set_requires_gradient_sync(self.exchange.decide(id(self)))
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
         """Run the model's ``train_step``.

@@ -50,4 +50,12 @@ def require_same(what: str, facts: Mapping[str, Any]) -> None:
 
 def described(value: Any) -> str:
     """A value as text that is the same in another process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(_ordered(value)))
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, dict):
+        return {key: _ordered(item) for key, item in value.items()}
+    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value

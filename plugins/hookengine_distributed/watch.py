@@ -34,10 +34,12 @@ class Watch:
 
     Attributes:
         failure: What another rank has told, or None.
+        told: Whether this one has told of an error.
     """
 
     def __init__(self, runner: Any) -> None:
         self.failure: str | None = None
+        self.told = False
         self._rank = dist.get_rank()
         # The store may outlive the processes: torchrun's does when it starts them again.
         self._key = f"hookengine/{dist.broadcast_object(uuid.uuid4().hex)}/failure"
@@ -50,8 +52,9 @@ class Watch:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others; where one of them was the first, the error gets a note that says so."""
-        if self._over.is_set():
+        if self.told:
             return
+        self.told = True
         self._over.set()
         first = self._first(f"rank {self._rank}: {type(error).__name__}: {error}"[:2000])
         error.add_note(f"on rank {self._rank} of {dist.get_world_size()}")
@@ -68,13 +71,17 @@ class Watch:
         return told.decode(errors="replace")
 
     def check(self) -> None:
-        """Raise if another rank has failed.
+        """Raise if a rank has failed.
 
         Raises:
             RankError: one has.
         """
         if self.failure is not None:
             raise RankError(self.failure)
+        if self.told:
+            raise RankError(
+                f"rank {self._rank} has failed before, and the others have ended: start all anew"
+            )
 
     def stop(self) -> None:
         """Look no more."""

@@ -51,7 +51,9 @@ class Seed(Plugin, name="seed"):
     def configure(self, runner: Any) -> None:
         """Seed, before anything is built."""
         own = torch.initial_seed() & (2**63 - 1) if self.seed is None else self.seed
-        self.value: int = dist.broadcast_object(own)
+        seeds = dist.all_gather_objects(own)
+        self.value: int = seeds[0]
+        self._alike = self.seed is None and len(seeds) > 1 and len(set(seeds)) == 1
         self._loaders: dict[str, SeededLoader | StatefulLoader] = {}
         self._others: dict[str, str] = {}
         self._random: dict[str, Any] | None = None
@@ -128,6 +130,11 @@ class Seed(Plugin, name="seed"):
             remarks.append(
                 "a plugin reads batches ahead in this process: random augmentation is repeated "
                 "after a resume with dict(type='seed', per_sample=True)"
+            )
+        if self._alike:
+            runner.logger.info(
+                "seed: all ranks begin with the same random state, so that dropout may draw the "
+                "same on all of them: dict(type='seed', seed=0) gives each its own"
             )
         for remark in remarks:
             runner.logger.info(f"seed: train_dataloader: {remark}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from hookengine_checkpoint import export_weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from hookengine.dist import get_rank
 from tests.ranks import free_port, on_ranks
 
 
@@ -136,6 +138,54 @@ def test_a_sharded_checkpoint_is_exported_and_begun_with(
     begun = train(tmp_path / "begun", 1, dict(load_from=run))["begin"]
     assert begun["epoch"] == 0
     assert torch.equal(begun["tensors"][:163], saved[1][:163])
+
+
+def save_badly(folder: Path) -> dict[str, Any]:
+    """Sharded saves: one that rank 0 cannot prepare, one with a weight that is not a number."""
+    from hookengine import Plugin, Runner
+
+    class Odd(Plugin):
+        def state_dict(self) -> dict[str, Any]:
+            return {"kept": kept}
+
+        def after_train_epoch(self, runner: Any) -> None:
+            kept[0] = object() if runner.progress.epoch == 2 and get_rank() == 0 else 0
+            if runner.progress.epoch == 4:
+                with torch.no_grad():
+                    model[1].weight.to_local()[-1, 0] = float("nan")  # each rank in its shard
+
+    kept: list[Any] = [0]
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
+    runner = Runner(
+        model,
+        folder,
+        train_dataloader=[(torch.randn(8, 6), torch.zeros(8, dtype=torch.long))] * 2,
+        train_cfg=dict(max_epochs=4),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=[dict(type="distributed", strategy="fsdp"), Odd(), "no:progress_bar"],
+        name="run",
+        device="cpu",
+    )
+
+    runner.train()
+    checkpoint = runner.plugins["checkpoint"]
+    names = sorted(path.name for path in (runner.run_dir / "checkpoints").glob("epoch_*"))
+    runner.close()
+    return {"names": names, "written": checkpoint.written}
+
+
+def test_a_sharded_save_fails_on_all_ranks_and_tells_what_is_not_finite(tmp_path: Path) -> None:
+    first, second = on_ranks(2, save_badly, tmp_path)
+    assert first == second
+    assert first["names"] == ["epoch_3", "epoch_4"]  # the last good one is kept
+    folder = tmp_path / "run" / "checkpoints"
+    manifest = json.loads((folder / "epoch_4" / "manifest.json").read_text())
+    assert manifest["finite"] is False
+    assert (folder / "latest").resolve().name == "epoch_3"
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "it could not be saved (TypeError: the state" in log
+    assert "the weights in epoch_4 are not finite (1.weight)" in log
 
 
 def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:

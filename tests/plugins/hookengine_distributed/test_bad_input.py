@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hookengine_checkpoint import Checkpoint
 from hookengine_distributed import Distributed
+from hookengine_distributed.sameness import described
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from hookengine import BaseModel, Runner, dist
+from hookengine.model import MMDistributedDataParallel
 from tests.ranks import on_ranks
 
 
@@ -53,6 +56,13 @@ class NoGradient(Used):
     def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
         out = super().forward(inputs, labels, mode)
         return {"loss": out["loss"].detach()} if dist.get_rank() == 1 else out
+
+
+class FrozenLater(Used):
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        if optim_wrapper.steps == 1:
+            self.unused.requires_grad_(False)
+        return super().train_step(data, optim_wrapper)
 
 
 class PastTheWrapper(Used):
@@ -135,7 +145,7 @@ SAME: dict[str, Case] = {
     ),
     "unused": (
         lambda: dict(model=Net()),
-        r"2 parameters got no gradient on rank \d, .*: unused.weight, unused.bias. Freeze them",
+        r"2 parameters got no gradient on rank \d, .*: unused.weight, unused.bias. See that",
     ),
     "past the wrapper": (
         lambda: dict(model=PastTheWrapper()),
@@ -144,6 +154,18 @@ SAME: dict[str, Case] = {
     "wrapper": (
         lambda: dict(plugins=[dict(type="distributed", options=dict(find_unused=True))]),
         r"unexpected keyword argument 'find_unused'",
+    ),
+    "wrapped": (
+        lambda: dict(model=MMDistributedDataParallel(Used())),
+        r"the model is in a MMDistributedDataParallel already: pass the model itself",
+    ),
+    "foreign wrapper": (
+        lambda: dict(plugins=[dict(type="distributed", wrapper="DistributedDataParallel")]),
+        r"DistributedDataParallel has no train_step.*derive it from MMDistributedDataParallel",
+    ),
+    "frozen later": (
+        lambda: dict(model=FrozenLater()),
+        r"2 parameters got no gradient on rank \d.*unused.weight, unused.bias.*frozen later",
     ),
     "policy": (
         lambda: dict(
@@ -190,6 +212,38 @@ def test_what_all_ranks_see_is_the_same_error_on_all(both: Any, name: str) -> No
     for rank, ended in enumerate(both):
         assert re.search(SAME[name][1], ended[name]), ended[name]
         assert f"on rank {rank} of 2" in ended[name]
+
+
+def test_options_that_are_sets_are_the_same_in_whatever_order() -> None:
+    many = [f"plugin_{i}" for i in range(20)]
+    assert described({"options": [{"b", "a"}]}) == described({"options": [["'a'", "'b'"]]})
+    assert Checkpoint(allow=set(many)).allow == sorted(many)  # type: ignore[arg-type]
+
+
+def go_on(folder: Path) -> list[str]:
+    """Train again after an error that the script has caught."""
+    ends = []
+    runner = Runner(
+        Used(),
+        folder,
+        train_dataloader=loader(),
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        device="cpu",
+    )
+    runner.on("after_train_iter")(lambda: 1 / 0)
+    for _ in range(2):
+        try:
+            runner.train()
+        except Exception as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+def test_after_an_error_nothing_goes_on(tmp_path: Path) -> None:
+    for ends in on_ranks(2, go_on, tmp_path):
+        assert ends[0] == "ZeroDivisionError: division by zero"
+        assert re.match(r"RankError: rank \d has failed before, .* start all anew", ends[1])
 
 
 def no_gradient(folder: Path) -> str:

@@ -61,13 +61,15 @@ class Curve(MulticlassAUROC):
         super().__init__(3, thresholds=None, validate_args=False)
 
 
-def evaluate(folder: Path, count: int, strategy: str = "ddp", seeded: bool = True) -> Any:
+def evaluate(
+    folder: Path, count: int, strategy: str = "ddp", seeded: bool = True, **options: Any
+) -> Any:
     """Validate over ``count`` samples, shuffled, in batches of 4."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "No (positive|negative) samples")  # among so few
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(
-        torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator)
+        torch.randn(count, 7, generator=generator), torch.randint(3, (count,), generator=generator)
     )
     torch.manual_seed(0)
     runner = Runner(
@@ -77,13 +79,18 @@ def evaluate(folder: Path, count: int, strategy: str = "ddp", seeded: bool = Tru
         val_cfg=dict(loss=True),
         val_evaluator=[Sum(), Labels(), MulticlassAccuracy(3, average="micro"), Curve()],
         plugins=[
-            dict(type="distributed", strategy=strategy),
+            dict(type="distributed", strategy=strategy, **options),
             dict(type="seed", seed=1) if seeded else "no:seed",
             dict(type="logging", level="ERROR"),
             "no:progress_bar",
         ],
         device="cpu",
     )
+
+    @runner.on("before_val_iter")
+    def change(data_batch: Any) -> Any:
+        return data_batch[0][:, :6], data_batch[1]
+
     with runner:
         if not seeded:
             torch.manual_seed(dist.get_rank())  # nobody has made them alike
@@ -119,6 +126,16 @@ def test_without_a_seed_the_ranks_still_draw_one_order(tmp_path: Path) -> None:
     for metrics in on_ranks(2, evaluate_unseeded, tmp_path):
         assert sorted(metrics["labels"]) == sorted(expected["labels"])
         assert metrics["loss"] == pytest.approx(expected["loss"])
+
+
+def evaluate_everything(folder: Path) -> Any:
+    return evaluate(folder, 21, "ddp", True, share_data=False)
+
+
+def test_ranks_that_all_evaluate_everything_are_counted_once(tmp_path: Path) -> None:
+    expected = evaluate(tmp_path, 21)
+    for metrics in on_ranks(2, evaluate_everything, tmp_path):
+        assert metrics == expected
 
 
 def buffers(runner: Runner) -> list[float]:

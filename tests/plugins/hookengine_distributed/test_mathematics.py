@@ -44,6 +44,34 @@ class OwnStep(Net):
         return {"loss": loss.detach()}
 
 
+class SeveralBackwards(Net):
+    """Two backward passes after two forward passes, and one past the wrapper, before one step."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        with optim_wrapper.optim_context(self):
+            inputs, labels = self.data_preprocessor(data, True)
+            first = F.cross_entropy(self(inputs, labels), labels)
+            second = F.cross_entropy(self(0.5 * inputs, labels), labels)
+        optim_wrapper.backward(first)
+        optim_wrapper.backward(second)
+        optim_wrapper.backward(F.cross_entropy(self.net(2 * inputs), labels))
+        optim_wrapper.step()
+        return {"loss": first.detach()}
+
+
+class Thawed(Net):
+    """Its first layer is frozen when the Runner is made, and trained from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        if optim_wrapper.steps == 6:
+            self.net[0].requires_grad_(True)
+        return super().train_step(data, optim_wrapper)
+
+
 class Two(BaseModel):
     """Two parts, each with an optimizer, trained in turn: as a GAN."""
 
@@ -103,6 +131,13 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": dict(model=Net, optim_wrapper=SGD, plugins=[dict(type="ema", momentum=0.1)]),
     "own train_step": dict(model=OwnStep, optim_wrapper=SGD),
     "own train_step, accumulate": dict(model=OwnStep, optim_wrapper=SGD, plugins=[ACCUMULATE]),
+    "several backward passes": dict(model=SeveralBackwards, optim_wrapper=SGD),
+    "frozen at first": dict(model=Thawed, optim_wrapper=SGD),
+    "static graph, accumulate": dict(
+        model=Net,
+        optim_wrapper=SGD,
+        plugins=[ACCUMULATE, dict(type="distributed", options=dict(static_graph=True))],
+    ),
     "two optimizers": dict(model=Two, optim_wrapper=dict(generator=SGD, discriminator=ADAM)),
     "two optimizers, accumulate": dict(
         model=Two,
@@ -136,7 +171,7 @@ class Compare(Plugin):
 
     @hookimpl(tryfirst=True)
     def before_optim_step(self, optim_wrapper: Any) -> None:
-        own = [p.grad for p in optim_wrapper.parameters()]
+        own = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]
         first = [grad.clone() for grad in own]
         dist.broadcast_tensors(first)
         self.same &= all(map(torch.equal, own, first))
