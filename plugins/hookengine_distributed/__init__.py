@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from hookengine import (
     MODEL_WRAPPERS,
@@ -27,8 +25,9 @@ from hookengine_distributed.ddp import (
     MMDistributedDataParallel,
     MMSeparateDistributedDataParallel,
 )
+from hookengine_distributed.evaluation import Evaluation
 from hookengine_distributed.exchange import average_gradients
-from hookengine_distributed.fsdp import MMFullyShardedDataParallel, is_sharded, reshard
+from hookengine_distributed.fsdp import MMFullyShardedDataParallel
 from hookengine_distributed.launch import (
     Launch,
     choose_backend,
@@ -39,16 +38,9 @@ from hookengine_distributed.launch import (
     use,
 )
 from hookengine_distributed.sameness import described, exchange, require_same
-from hookengine_distributed.shares import (
-    Shared,
-    can_be_shared,
-    fingerprint,
-    is_shared,
-    share_evaluation,
-    share_list,
-    share_training,
-)
+from hookengine_distributed.shares import OF_ITS_OWN, Shared, fingerprint, share, share_list
 from hookengine_distributed.watch import RankError, Watch
+from hookengine_distributed.wrap import look_after, shapes, wrap, wrapper_class
 
 __all__ = [
     "Distributed",
@@ -111,10 +103,9 @@ class Distributed(Plugin, name="distributed"):
         self._watch: Watch | None = None
         self._wrapper: Any = None
         self._models: list[nn.Module] = []
-        self._own_buffers: list[tuple[Tensor, Tensor]] = []
         self._shares: dict[str, Shared] = {}
         self._batches: dict[str, list[int | None]] = {}
-        self._kept: Any = None
+        self._evaluation = Evaluation()
         self._after_val = False
         launch = Launch.read()
         if launch is not None:
@@ -177,53 +168,25 @@ class Distributed(Plugin, name="distributed"):
                 "itself to the Runner. dict(type='distributed', wrapper=..., options=dict(...)) "
                 "says how to wrap it"
             )
-        require_same("model", _parameters(model))
+        require_same("model", shapes(model))
         tensors = [*model.parameters(), *model.buffers()]
         with torch.no_grad():
             dist.broadcast_tensors(t for t in tensors if not hasattr(t, "to_local"))
         self._models.append(model)
         self._bare = runner.bare_model
-        trains = any(parameter.requires_grad for parameter in model.parameters())
-        if self.strategy == "none" or ((role == "average" or not trains) and not self._shards):
+        if self.strategy == "none":
             return None
-        wrapper = self._wrap(runner, model)
+        cls = wrapper_class(self.strategy, self.wrapper, len(runner.optimizer_names))
+        trains = any(parameter.requires_grad for parameter in model.parameters())
+        if not issubclass(cls, MMFullyShardedDataParallel) and (role == "average" or not trains):
+            return None  # there are no gradients to exchange
+        wrapper = wrap(cls, model, self.options)
         if role == "train":
             self._wrapper = wrapper
-            self._held = {id(p) for p in model.parameters() if p.requires_grad}
             runner.logger.info(
                 f"distributed: {self._ranks} ranks ({torch_dist.get_backend_config()}), "
                 f"{type(wrapper).__name__}"
             )
-        return wrapper
-
-    @property
-    def _shards(self) -> bool:
-        return self.strategy == "fsdp" or self.wrapper in (
-            MMFullyShardedDataParallel,
-            MMFullyShardedDataParallel.__name__,
-        )
-
-    def _wrap(self, runner: Any, model: nn.Module) -> nn.Module:
-        kind: Any = self.wrapper
-        if kind is None:
-            several = len(runner.optimizer_names) > 1
-            ddp = MMSeparateDistributedDataParallel if several else MMDistributedDataParallel
-            kind = MMFullyShardedDataParallel if self.strategy == "fsdp" else ddp
-        cls = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
-        options = dict(self.options)
-        separate = issubclass(cls, MMSeparateDistributedDataParallel)
-        if separate or issubclass(cls, DistributedDataParallel):
-            options.setdefault("init_sync", False)  # they have the weights of rank 0 already
-        if not hasattr(cls, "train_step"):
-            raise TypeError(
-                f"distributed: the wrapper {cls.__name__} has no train_step(data, optim_wrapper), "
-                "val_step(data) and test_step(data): derive it from MMDistributedDataParallel"
-            )
-        try:
-            wrapper: nn.Module = cls(model, **options)
-        except TypeError as error:
-            error.add_note(f"while wrapping the model in {cls.__name__} with {options!r}")
-            raise
         return wrapper
 
     def forward_context(self, optim_wrapper: OptimWrapper | None) -> None:
@@ -244,41 +207,13 @@ class Distributed(Plugin, name="distributed"):
         if told is None:
             return
         told.check(wrapper.module)
-        if told.take_local(optim_wrapper.name):
-            if self._shards:
-                wrapper.exchange_now()
-            else:
-                average_gradients(optim_wrapper.parameters())
-        elif not self._shards:
-            self._look_after(runner, optim_wrapper)
-
-    def _look_after(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """See to the parameters that DistributedDataParallel waits for in vain, or not at all."""
-        held = self._held
-        odd = [
-            p
-            for p in optim_wrapper.parameters()
-            if (id(p) in held) != p.requires_grad or (p.grad is None and p.requires_grad)
-        ]
-        if not odd:
-            return
-        thawed = [p for p in odd if p.requires_grad and id(p) not in held]
-        average_gradients(thawed)  # it does not know of them
-        wrapper = self._wrapper
-        if not isinstance(wrapper, MMDistributedDataParallel):
-            return
-        if wrapper.find_unused_parameters or wrapper.static_graph:
-            return
-        waited_for = {id(p) for p in odd if id(p) in held}
-        names = [n for n, p in runner.bare_model.named_parameters() if id(p) in waited_for]
-        if names:
-            raise RuntimeError(
-                f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, and the "
-                f"other ranks wait for it: {', '.join(names[:8])}. See that the loss depends on "
-                "them, or freeze them before the Runner is made; where it depends on the batch or "
-                "they are frozen later, dict(type='distributed', options=dict("
-                "find_unused_parameters=True))"
-            )
+        if not told.take_local(optim_wrapper.name):
+            if not isinstance(wrapper, MMFullyShardedDataParallel):
+                look_after(optim_wrapper, wrapper, runner.bare_model)
+        elif isinstance(wrapper, MMFullyShardedDataParallel):
+            wrapper.exchange_now()
+        else:
+            average_gradients(optim_wrapper.parameters())
 
     # -- the data -------------------------------------------------------------------------------
 
@@ -300,30 +235,17 @@ class Distributed(Plugin, name="distributed"):
         return shared
 
     def _share(self, loader: Any, phase: str, name: str) -> tuple[Any, str]:
-        kind = type(loader).__name__
         samples = length_of(getattr(loader, "dataset", ()))
-        require_same(name, {"class": kind, "samples": samples})
+        require_same(name, {"class": type(loader).__name__, "samples": samples})
         if not self.share_data:
             return None, "is left as it is (share_data=False)"
-        by_itself = "unless it takes its share by itself (hookengine.dist.get_rank())"
-        if not can_be_shared(loader):
-            return None, f"a {kind} is left as it is: each rank gets all of it, {by_itself}"
         drop = None if self.uneven is None else self.uneven == "drop"
         if isinstance(loader, (list, tuple)):
-            if len(set(exchange(name, fingerprint(loader)))) > 1:
-                return None, "lists that differ are left as they are: each rank has its own"
-            if phase == "train" and len(loader) < self._ranks:
-                raise ValueError(f"{name} has {len(loader)} batches for {self._ranks} ranks")
-            share = share_list(loader, phase, drop)
-            return share, f"{len(share)} of its {len(loader)} batches are this rank's"
-        if is_shared(loader):
-            return None, "its sampler shares it already"
-        if phase == "train":
-            shared, self._shares[phase], text = share_training(loader, drop, self.split_batches)
-            return shared, text
-        if (evaluation := share_evaluation(loader)) is None:
-            return None, f"its sampler has no length: each rank gets all of it, {by_itself}"
-        shared, self._shares[phase], text = evaluation
+            alike = len(set(exchange(name, fingerprint(loader)))) == 1
+            return share_list(loader, phase, drop) if alike else (None, OF_ITS_OWN)
+        shared, sampler, text = share(loader, phase, drop, self.split_batches)
+        if sampler is not None:
+            self._shares[phase] = sampler
         return shared, text
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -341,81 +263,36 @@ class Distributed(Plugin, name="distributed"):
 
     def before_val_epoch(self, runner: Any) -> None:
         """Give all ranks the buffers of rank 0, which are those that are saved."""
-        self._before_evaluation(runner, runner.val_loop, "val")
+        self._draw_alike("val", runner.val_loop.dataloader, 0)
+        self._evaluation.begin(self._models)
 
     def before_test_epoch(self, runner: Any) -> None:
         """Likewise."""
-        self._before_evaluation(runner, runner.test_loop, "test")
-
-    def _before_evaluation(self, runner: Any, loop: Any, phase: str) -> None:
-        if self._ranks == 1:
-            return
-        self._draw_alike(phase, loop.dataloader, 0)
-        buffers = [buffer for model in self._models for buffer in model.buffers()]
-        self._own_buffers = [(buffer, buffer.clone()) for buffer in buffers]
-        dist.broadcast_tensors(buffers)
+        self._draw_alike("test", runner.test_loop.dataloader, 0)
+        self._evaluation.begin(self._models)
 
     @hookimpl(trylast=True)  # the batch is what it will be
-    def before_val_iter(self, runner: Any, batch_idx: int, data_batch: Any) -> None:
+    def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:
         """Keep a batch, for passes that are not counted."""
-        self._keep(runner, "val", batch_idx, data_batch)
+        self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("val", ()))
 
     @hookimpl(trylast=True)
-    def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any) -> None:
+    def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
         """Likewise."""
-        self._keep(runner, "test", batch_idx, data_batch)
-
-    def _keep(self, runner: Any, phase: str, batch_idx: int, data_batch: Any) -> None:
-        if self._ranks > 1 and is_sharded(runner.model):
-            self._kept = data_batch
-            if batch_idx == 0:
-                self._give_batch(phase)
-
-    def _give_batch(self, phase: str) -> None:
-        """Give a batch to ranks that have none, before the first pass, which needs all ranks."""
-        counts = self._batches[phase]
-        if 0 in counts and (having := [rank for rank, count in enumerate(counts) if count]):
-            self._kept = dist.broadcast_object(self._kept, src=having[0])
+        self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("test", ()))
 
     def before_metrics(self, runner: Any, model: nn.Module, phase: str) -> None:
         """Run the forward passes that sharded ranks with more batches need this one for."""
-        if self._ranks == 1 or not is_sharded(model):
-            return
-        counts = self._batches[phase]
-        if None in counts:
-            raise ValueError(
-                f"{phase}_dataloader has no length, and each forward pass of a sharded model needs "
-                "all ranks: give one with a length, or evaluate with strategy='ddp'"
-            )
-        numbers = [count or 0 for count in counts]
-        if numbers[dist.get_rank()] == 0:
-            self._give_batch(phase)
-        kept, self._kept = self._kept, None
-        cfg = runner.val_cfg if phase == "val" else runner.test_cfg
-        step = getattr(model, f"{phase}_step")
-        for _ in range(max(numbers) - numbers[dist.get_rank()]):
-            with ExitStack() as stack:
-                for context in runner.hooks.forward_context(runner, model, None, phase):
-                    stack.enter_context(context)
-                step(kept)
-                if cfg.loss:
-                    model.loss_step(kept)  # type: ignore[operator]
-        reshard(model)  # what stays whole for a backward pass, which does not come
+        self._evaluation.catch_up(runner, model, phase, self._batches.get(phase, ()))
 
     def after_val(self) -> None:
         """Give the rank its own buffers back; what validation asks for is settled at once."""
-        self._after_evaluation()
+        self._evaluation.end()
         self._after_val = True
 
     def after_test(self) -> None:
         """Give the rank its own buffers back."""
-        self._after_evaluation()
-
-    def _after_evaluation(self) -> None:
-        with torch.no_grad():
-            for buffer, own in self._own_buffers:
-                buffer.copy_(own)
-        self._own_buffers = []
+        self._evaluation.end()
 
     # -- decisions ------------------------------------------------------------------------------
 
@@ -459,12 +336,3 @@ def _options(runner: Any) -> dict[str, str]:
     facts["name"] = runner.name if runner.named else "none"
     facts["resume"] = described(runner.resume_from)
     return facts
-
-
-def _parameters(model: nn.Module) -> dict[str, str]:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: f"{tuple(t.shape)} {t.dtype}{' frozen' * (not t.requires_grad)}"
-        for name, t in named.items()
-        if not nn.parameter.is_lazy(t)
-    }

@@ -50,9 +50,10 @@ class MMDistributedDataParallel(DistributedDataParallel):
         self.detect_anomalous_params = detect_anomalous_params
         self.exchange = Exchange()
         self.route = _Route(self)
-        self.held = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.held = {*trained}
         self._has_begun = False
-        for sentinel in self.held[-1:]:  # one of them tells how many backward passes there are
+        for sentinel in trained[-1:]:  # one of them tells how many backward passes there are
             sentinel.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
 
     def _after_backward(self, parameter: Any) -> None:
@@ -159,6 +160,7 @@ class MMSeparateDistributedDataParallel(nn.Module):
     Attributes:
         wrappers: Those of the children, by name.
         exchange: Which gradients were exchanged.
+        held: The parameters whose gradients are exchanged.
     """
 
     def __init__(
@@ -188,6 +190,7 @@ class MMSeparateDistributedDataParallel(nn.Module):
                 )
                 wrapper.exchange = self.exchange
                 self.wrappers[name] = wrapper
+        self.held = {p for wrapper in self.wrappers.values() for p in wrapper.held}
         if not self.wrappers:
             raise ValueError(f"no child of {type(module).__name__} has parameters to train")
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
@@ -102,11 +102,26 @@ def is_shared(loader: DataLoader[Any]) -> bool:
     return False
 
 
-def can_be_shared(loader: Any) -> bool:
-    """Whether it is a dataloader with a sampler, or a list of batches."""
-    if isinstance(loader, (list, tuple)):
-        return True
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+OF_ITS_OWN = "lists that differ are left as they are: each rank has its own"
+_BY_ITSELF = "each rank gets all of it, unless it takes its share by itself (hookengine.dist)"
+
+
+def share(
+    loader: Any, phase: str, drop: bool | None, split: bool
+) -> tuple[Any, Shared | None, str]:
+    """A dataloader of this rank's share, its sampler, and what to say about it.
+
+    Nothing is shared (None, None) of what has no sampler, or one that shares already.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        kind = type(getattr(loader, "dataset", loader)).__name__
+        return None, None, f"a {kind} is left as it is: {_BY_ITSELF}"
+    if is_shared(loader):
+        return None, None, "its sampler shares it already"
+    if phase == "train":
+        return share_training(loader, drop, split)
+    evaluation = share_evaluation(loader)
+    return evaluation or (None, None, f"its sampler has no length: {_BY_ITSELF}")
 
 
 def share_training(
@@ -197,13 +212,20 @@ class BatchList(list[Any]):
     consecutive = False
 
 
-def share_list(batches: Iterable[Any], phase: str, drop: bool | None) -> BatchList:
-    """This rank's share of a list of batches, dealt in training and consecutive in evaluation."""
+def share_list(batches: Sequence[Any], phase: str, drop: bool | None) -> tuple[BatchList, str]:
+    """This rank's share of a list of batches, dealt in training and consecutive in evaluation.
+
+    Raises:
+        ValueError: there are fewer to train on than ranks.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    sampler = Dealt(batches, rank, ranks, bool(drop)) if phase == "train" else None
-    share = BatchList(Block(batches, rank, ranks) if sampler is None else sampler)
-    share.consecutive = sampler is None
-    return share
+    training = phase == "train"
+    if training and len(batches) < ranks:
+        raise ValueError(f"there are {len(batches)} batches to train on for {ranks} ranks")
+    block = Block(batches, rank, ranks)
+    share = BatchList(Dealt(batches, rank, ranks, bool(drop)) if training else block)
+    share.consecutive = not training
+    return share, f"{len(share)} of its {len(batches)} batches are this rank's"
 
 
 def fingerprint(batches: Any) -> str:

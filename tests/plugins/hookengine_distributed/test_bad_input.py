@@ -119,7 +119,7 @@ SAME: dict[str, Case] = {
     ),
     "fewer batches than ranks": (
         lambda: dict(train_dataloader=[tuple(samples(2).tensors)]),
-        r"train_dataloader has 1 batches for 2 ranks",
+        r"there are 1 batches to train on for 2 ranks",
     ),
     "unequal batches": (
         lambda: dict(
