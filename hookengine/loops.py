@@ -43,7 +43,11 @@ class TrainLoop:
         progress = self.runner.progress
         progress.epoch_length = length = length_of(self.dataloader)
         progress.max_epochs = cfg.max_epochs
-        known = None if length is None or cfg.max_epochs is None else length * cfg.max_epochs
+        known = None
+        if length is not None and cfg.max_epochs is not None:
+            # What is left, since earlier epochs may have had another length (on other ranks).
+            left = (cfg.max_epochs - progress.epoch) * length - progress.batch
+            known = progress.iter + max(left, 0)
         progress.max_iters = known if cfg.by_epoch else cfg.max_iters
 
     @property
@@ -309,9 +313,9 @@ class EvalLoop:
         metrics = _mean_over_samples([values for values, _ in shares], size)
         if self.evaluator is not None:
             total = dataset_size(self.dataloader)
-            if not dist.is_main_process() and all(count == total for _, count in shares):
-                self.evaluator.reset()  # each rank had all of it: once is enough
-            consecutive = bool(getattr(self.dataloader, "consecutive", False))
+            # A rank that has seen a whole dataset was dealt nothing: it has one of its own.
+            own = total is not None and any(count >= total for _, count in shares)
+            consecutive = own or bool(getattr(self.dataloader, "consecutive", False))
             evaluated = self.evaluator.evaluate(size if total is None else total, consecutive)
             for name, value in evaluated.items():
                 if name in metrics:

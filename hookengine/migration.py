@@ -38,9 +38,24 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "data_preprocessor": (None, "the model's: BaseModel(data_preprocessor=...)", ""),
     "env_cfg": (
         "distributed",
-        "plugins=[dict(type='distributed', ...)]",
+        "plugins=[dict(type='distributed', backend='gloo', timeout=600)]",
         "torch.distributed.init_process_group before the Runner",
     ),
+    "model_wrapper_cfg": (
+        "distributed",
+        "plugins=[dict(type='distributed', wrapper='MMSeparateDistributedDataParallel', "
+        "options=dict(find_unused_parameters=True))]",
+        "",
+    ),
+    "find_unused_parameters": (
+        "distributed",
+        "plugins=[dict(type='distributed', options=dict(find_unused_parameters=True))]",
+        "",
+    ),
+    "strategy": ("distributed", "plugins=[dict(type='distributed', strategy='fsdp')]", ""),
+    "sync_bn": ("syncbn", "plugins=['syncbn']", ""),
+    "ddp": ("distributed", "on by default: start the script with torchrun", ""),
+    "fsdp": ("distributed", "plugins=[dict(type='distributed', strategy='fsdp')]", ""),
     "randomness": (
         "seed",
         "plugins=[dict(type='seed', seed=...)]",

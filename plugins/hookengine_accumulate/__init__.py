@@ -124,7 +124,7 @@ class Accumulate(Plugin, name="accumulate"):
         if not isinstance(self._weight, Tensor):
             self._last = self._weight or self._last
         if self._weight_is_zero():
-            return _zero_loss(optim_wrapper)
+            return _zero_loss(optim_wrapper, loss)
         factor = self._weight / window.expected  # type: ignore[operator]  # known by now
         if isinstance(factor, float) and factor == 1.0:
             return None
@@ -199,9 +199,15 @@ class Accumulate(Plugin, name="accumulate"):
         self._reference, self._last = state["reference"], state["last"]
 
 
-def _zero_loss(optim_wrapper: OptimWrapper) -> Tensor:
-    """A loss of 0 that gives each parameter a gradient of 0, as DDP wants it, past the model."""
+def _zero_loss(optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor:
+    """A loss of 0 that gives each parameter a gradient of 0, as DDP wants it, past the model.
+
+    Not past a sharded model, whose backward pass all ranks need: there the loss of no token must
+    have finite gradients, as ``F.cross_entropy`` has.
+    """
     parameters = [p for p in optim_wrapper.parameters() if p.requires_grad]
+    if any(hasattr(parameter, "to_local") for parameter in parameters):
+        return loss.nan_to_num(0.0, 0.0, 0.0) * 0
     return torch.stack([p.sum() * 0 for p in parameters]).sum()
 
 

@@ -21,7 +21,7 @@ def main(
         written = export_weights(checkpoint, path, weights)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(str(error.args[0] if isinstance(error, KeyError) else error))
-    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    print(f"{written}: {written.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

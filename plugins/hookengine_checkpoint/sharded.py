@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -101,7 +102,7 @@ class Shards:
                 storage_writer=FileSystemWriter(folder),
                 process_group=self._group,
             )
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             raise OSError(f"the shards could not be written: {error}") from error
         return list(dict.fromkeys(name for names in found for name in names))
 
@@ -205,12 +206,15 @@ def _tensors_of(runner: Any) -> dict[str, Tensor]:
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant so
-        load_shards(
-            tensors,
-            storage_reader=_Reader(folder),
-            planner=_Planner(),
-            no_dist=alone or not dist.is_distributed(),
-        )
+        try:
+            load_shards(
+                tensors,
+                storage_reader=_Reader(folder),
+                planner=_Planner(),
+                no_dist=alone or not dist.is_distributed(),
+            )
+        except CheckpointException as error:  # a BaseException
+            raise DamagedError(f"the shards in {folder} cannot be read: {error}") from error
 
 
 class _Reader(FileSystemReader):

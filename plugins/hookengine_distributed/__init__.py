@@ -30,6 +30,7 @@ from hookengine_distributed.exchange import average_gradients
 from hookengine_distributed.fsdp import MMFullyShardedDataParallel
 from hookengine_distributed.launch import (
     Launch,
+    backend_of,
     choose_backend,
     join,
     leave,
@@ -126,10 +127,12 @@ class Distributed(Plugin, name="distributed"):
         runner.name = runner.name if runner.named else dist.broadcast_object(runner.name)
 
     @hookimpl(tryfirst=True)
-    def before_train(self) -> None:
-        """Refuse to go on after an error."""
+    def before_train(self, runner: Any) -> None:
+        """See that all ranks do the same; refuse to go on after an error."""
         if self._watch is not None:
             self._watch.check()
+            counters = "max_epochs", "max_iters", "epoch", "iter", "batch"
+            require_same("training", {n: getattr(runner.progress, n) for n in counters})
 
     @hookimpl(trylast=True)
     def before_run(self, runner: Any) -> None:
@@ -184,10 +187,23 @@ class Distributed(Plugin, name="distributed"):
         if role == "train":
             self._wrapper = wrapper
             runner.logger.info(
-                f"distributed: {self._ranks} ranks ({torch_dist.get_backend_config()}), "
+                f"distributed: {self._ranks} ranks ({backend_of(runner.device)}), "
                 f"{type(wrapper).__name__}"
             )
         return wrapper
+
+    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+        """Refuse optimizers that differ."""
+        if self._ranks > 1:
+            facts = {"class": type(optim_wrapper.optimizer).__name__}
+            for number, group in enumerate(optim_wrapper.param_groups):
+                facts |= {
+                    f"{name} of group {number}": described(value)
+                    for name, value in group.items()
+                    if name != "params"
+                }
+                facts[f"size of group {number}"] = str(len(group["params"]))
+            require_same(f"optimizer {optim_wrapper.name!r}", facts)
 
     def forward_context(self, optim_wrapper: OptimWrapper | None) -> None:
         """Tell the wrapper for whose step the next forward pass is."""
@@ -206,7 +222,7 @@ class Distributed(Plugin, name="distributed"):
         wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
         if told is None:
             return
-        told.check(wrapper.module)
+        told.check(type(runner.bare_model).__name__.removeprefix("FSDP"))
         if not told.take_local(optim_wrapper.name):
             if not isinstance(wrapper, MMFullyShardedDataParallel):
                 look_after(optim_wrapper, wrapper, runner.bare_model)
@@ -263,13 +279,20 @@ class Distributed(Plugin, name="distributed"):
 
     def before_val_epoch(self, runner: Any) -> None:
         """Give all ranks the buffers of rank 0, which are those that are saved."""
+        self._before_evaluation("validation")
         self._draw_alike("val", runner.val_loop.dataloader, 0)
         self._evaluation.begin(self._models)
 
     def before_test_epoch(self, runner: Any) -> None:
         """Likewise."""
+        self._before_evaluation("test")
         self._draw_alike("test", runner.test_loop.dataloader, 0)
         self._evaluation.begin(self._models)
+
+    def _before_evaluation(self, name: str) -> None:
+        if self._watch is not None:
+            self._watch.check()
+            require_same(name, {})
 
     @hookimpl(trylast=True)  # the batch is what it will be
     def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:

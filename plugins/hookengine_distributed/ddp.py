@@ -25,7 +25,8 @@ class MMDistributedDataParallel(DistributedDataParallel):
     through ``DistributedDataParallel.forward``, so that the backward pass averages the gradients
     over the ranks; in an iteration without an optimizer step (``optim_wrapper.will_step``) they
     stay where they are. Several optimizers that train parts of the model need
-    ``MMSeparateDistributedDataParallel``.
+    ``MMSeparateDistributedDataParallel``. Without a Runner, as in torch, each backward pass needs a
+    forward pass of its own.
 
     Args:
         module: The model, on its device.
@@ -50,14 +51,11 @@ class MMDistributedDataParallel(DistributedDataParallel):
         self.detect_anomalous_params = detect_anomalous_params
         self.exchange = Exchange()
         self.route = _Route(self)
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.held = {*trained}
+        self.held = {parameter for parameter in module.parameters() if parameter.requires_grad}
         self._has_begun = False
-        for sentinel in trained[-1:]:  # one of them tells how many backward passes there are
-            sentinel.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
 
-    def _after_backward(self, parameter: Any) -> None:
-        self.exchange.after_backward(id(self))
+    def _within_backward(self, gradient: Any) -> None:
+        self.exchange.within_backward(id(self))
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
         """Run the model's ``train_step``.
@@ -68,7 +66,7 @@ class MMDistributedDataParallel(DistributedDataParallel):
         self.exchange.begin(optim_wrapper)
         with self.route:
             outputs = self.module.train_step(data, optim_wrapper)
-        self.exchange.check(self.module)
+        self.exchange.check(type(self.module).__name__)
         return outputs
 
     def val_step(self, data: Any) -> Any:
@@ -96,7 +94,9 @@ class MMDistributedDataParallel(DistributedDataParallel):
             outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.require_backward_grad_sync = wanted
-        if self.detect_anomalous_params and (found := find_tensors(outputs)):
+        for tensor in find_tensors(outputs):
+            tensor.register_hook(self._within_backward)  # type: ignore[no-untyped-call]
+        if self.detect_anomalous_params and (found := find_tensors(outputs, losses=True)):
             total = torch.stack([tensor.sum().float() for tensor in found]).sum()
             MODELS.get("detect_anomalous_params")(total, self.module)
         return outputs
@@ -205,7 +205,7 @@ class MMSeparateDistributedDataParallel(nn.Module):
             for wrapper in self.wrappers.values():
                 stack.enter_context(wrapper.route)
             outputs = self.module.train_step(data, optim_wrapper)
-        self.exchange.check(self.module, f"self.{next(iter(self.wrappers))}(...)")
+        self.exchange.check(type(self.module).__name__, f"self.{next(iter(self.wrappers))}(...)")
         return outputs
 
     def val_step(self, data: Any) -> Any:

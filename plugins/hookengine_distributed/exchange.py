@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ class Exchange:
 
     Attributes:
         reached: Whether a forward pass went through the wrapper since the iteration began.
-        armed: The wrappers whose next backward pass exchanges.
+        armed: The wrappers that a forward pass has prepared to exchange in its backward pass.
     """
 
     def __init__(self) -> None:
         self.reached = False
         self.armed: set[int] = set()
+        self._within: set[int] = set()
         self._one: OptimWrapper | None = None
         self._all: list[OptimWrapper] = []
         self._local: set[str] = set()
@@ -31,6 +33,7 @@ class Exchange:
         """Begin an iteration that will step with these."""
         self.reached = False
         self.armed.clear()
+        self._within.clear()
         if isinstance(optim_wrapper, Mapping):
             self._one, self._all = None, [*optim_wrapper.values()]
         else:
@@ -66,8 +69,15 @@ class Exchange:
         if not self.armed:
             self._note_local()
 
-    def after_backward(self, wrapper: int) -> None:
-        """A backward pass has reached the parameters of a wrapper, and exchanges once at most."""
+    def within_backward(self, wrapper: int) -> None:
+        """A backward pass has come to the outputs of a wrapper, which exchanges once at most."""
+        if wrapper in self._within:
+            return
+        self._within.add(wrapper)
+        # Gradients reach one output after another, all in the same pass.
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: self._within.discard(wrapper)
+        )
         if wrapper in self.armed:
             self.armed.discard(wrapper)
         else:
@@ -83,11 +93,11 @@ class Exchange:
         self._local.discard(name)
         return local
 
-    def check(self, model: nn.Module, call: str = "self(...)") -> None:
+    def check(self, model: str, call: str = "self(...)") -> None:
         """Refuse an iteration whose gradients stayed with the rank.
 
         Args:
-            model: Whose iteration it was.
+            model: The class whose iteration it was.
             call: What it should have called.
 
         Raises:
@@ -95,7 +105,7 @@ class Exchange:
         """
         if not self.reached:
             raise RuntimeError(
-                f"the train_step of {type(model).__name__} never called {call} with gradients, "
+                f"the train_step of {model} never called {call} with gradients, "
                 "which is how they are exchanged: the ranks would drift apart. Call the model as "
                 f"{call} (not its forward(...), and not its layers one by one), or exchange the "
                 "gradients yourself, with dict(type='distributed', strategy='none')"
@@ -123,13 +133,20 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
                 parameter.grad = (total / dist.get_world_size()).view_as(parameter)
 
 
-def find_tensors(value: Any) -> list[Tensor]:
-    """The tensors with gradients in the outputs of a model: its losses, where they are named."""
+def find_tensors(value: Any, losses: bool = False) -> list[Tensor]:
+    """The tensors with gradients in the outputs of a model.
+
+    Args:
+        value: The outputs.
+        losses: Of dicts those that are called so, if there are any.
+    """
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, Mapping):
-        losses = {name: item for name, item in value.items() if "loss" in str(name)}
-        return find_tensors([*(losses or value).values()])
+        named = {name: item for name, item in value.items() if losses and "loss" in str(name)}
+        value = [*(named or value).values()]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in find_tensors(item)]
+        return [tensor for item in value for tensor in find_tensors(item, losses)]
     return []

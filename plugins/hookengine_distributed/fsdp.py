@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -32,8 +33,8 @@ class MMFullyShardedDataParallel(nn.Module):
     """A model whose parameters, gradients and optimizer states are spread over the ranks.
 
     It is torch's FSDP2 (``fully_shard``), in place: ``module`` keeps the names of its parameters,
-    which become DTensors. An optimizer that holds the parameters from before is pointed to them by
-    the Runner.
+    which become DTensors. An optimizer that holds the parameters from before is pointed to them in
+    the first ``train_step``, or by the Runner.
 
     Args:
         module: The model, with the same weights on all ranks.
@@ -95,6 +96,9 @@ class MMFullyShardedDataParallel(nn.Module):
             kwargs["mesh"] = _mesh(device.type, process_group)
         kwargs["offload_policy"] = _offload(cpu_offload, device)
         kwargs["mp_policy"] = _precision(mixed_precision)
+        names = {p: name for name, p in module.named_parameters()}
+        self._before = {id(p): (weakref.ref(p), name) for p, name in names.items()}
+        self._name = type(module).__name__  # which fully_shard changes
         for part in parts_to_wrap(module, auto_wrap_policy):
             fully_shard(part, **kwargs)
         fully_shard(module, **kwargs)
@@ -112,10 +116,23 @@ class MMFullyShardedDataParallel(nn.Module):
         Raises:
             RuntimeError: it never called the model with gradients.
         """
+        if self._before:
+            self._point_at_shards(optim_wrapper)
         self.exchange.begin(optim_wrapper)
         outputs = self.module.train_step(data, optim_wrapper)
-        self.exchange.check(self.module)
+        self.exchange.check(self._name)
         return outputs
+
+    def _point_at_shards(self, optim_wrapper: OptimWrapper | OptimWrapperDict) -> None:
+        """Replace the parameters of an optimizer that was built before they were sharded."""
+        now = dict(self.module.named_parameters())
+        for wrapper in optim_wrapper.by_name().values():
+            for group in wrapper.param_groups:
+                for index, parameter in enumerate(group["params"]):
+                    old, name = self._before.get(id(parameter), (None, ""))
+                    if old is not None and old() is parameter:
+                        group["params"][index] = now[name]
+        self._before = {}
 
     def val_step(self, data: Any) -> Any:
         """The predictions of the model. All ranks must call it equally often."""
@@ -190,6 +207,15 @@ def parts_to_wrap(module: nn.Module, policy: Policy | None) -> list[nn.Module]:
         return []
     chooses = _chooser(module, policy)
     chosen: list[nn.Module] = []
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(owner)
+
+    def is_closed(part: nn.Module) -> bool:
+        """Whether no parameter of the part is tied to one outside."""
+        inside = {*part.modules()}
+        return all(owners[parameter] <= inside for parameter in part.parameters())
 
     def visit(part: nn.Module, is_root: bool) -> int:
         """Parameters of the part that no chosen part within it has."""
@@ -198,7 +224,8 @@ def parts_to_wrap(module: nn.Module, policy: Policy | None) -> list[nn.Module]:
             left = sum(p.numel() for p in part.parameters())
         else:
             left += sum(visit(child, is_root=False) for child in part.children())
-        if not is_root and not isinstance(part, _CONTAINERS) and chooses(part, left):
+        may = not is_root and not isinstance(part, _CONTAINERS)
+        if may and chooses(part, left) and is_closed(part):
             chosen.append(part)
             return 0
         return left

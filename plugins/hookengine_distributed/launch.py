@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hookengine import dist
 
@@ -59,6 +63,10 @@ def own_device(device: torch.device, launch: Launch) -> torch.device:
     if device.type in ("cpu", "meta"):
         return device
     count = torch.get_device_module(device).device_count()
+    if count == 0:
+        raise ValueError(
+            f"this machine has no {device.type} device: train on the CPU with Runner(device='cpu')"
+        )
     if launch.local_rank >= count:
         raise ValueError(
             f"rank {launch.rank} is process {launch.local_rank} of its machine, which has {count} "
@@ -98,7 +106,11 @@ def join(launch: Launch, backend: str, timeout: float | None) -> None:
     """
     options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     try:
-        torch_dist.init_process_group(backend, **options)
+        store, rank, world_size = next(rendezvous("env://", **options))
+        store = PrefixStore(_meet(store, rank, world_size), store)
+        torch_dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, **options
+        )
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         fix = "see that all machines reach that address, and that all processes were started"
@@ -110,6 +122,40 @@ def join(launch: Launch, backend: str, timeout: float | None) -> None:
         error.add_note(f"rank {launch.rank} of {launch.world_size}, at {address}: {fix}")
         raise
     _Exit.joined = True
+
+
+def _meet(store: Any, rank: int, world_size: int) -> str:
+    """A name that the processes of this start have in common, and no earlier ones.
+
+    torchrun keeps one store when it starts processes anew, with the addresses of those that are
+    dead. So each says hello with a name of its own, to which rank 0 answers.
+
+    Raises:
+        RuntimeError: some do not come within the store's timeout.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hookengine/hello/{rank}", own)
+        common = store.get(f"hookengine/answer/{own}").decode()
+        store.set(f"hookengine/{common}/{rank}", "met")
+        return str(common)
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    answered: set[str] = set()
+    missing = [*range(1, world_size)]
+    while missing:
+        for other in missing:
+            if store.check([f"hookengine/hello/{other}"]):
+                hello = store.get(f"hookengine/hello/{other}").decode()
+                if hello not in answered:  # the first one may be of a process that is dead
+                    answered.add(hello)
+                    store.set(f"hookengine/answer/{hello}", own)
+        missing = [r for r in missing if not store.check([f"hookengine/{own}/{r}"])]
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(
+                f"of {world_size} processes these did not come: rank {', '.join(map(str, missing))}"
+            )
+        time.sleep(0.01 if missing else 0)
+    return own
 
 
 class _Exit:
@@ -135,6 +181,13 @@ class _Exit:
     def leave_if_last(cls) -> None:
         if cls.joined and cls.now and cls.users == 0 and dist.is_distributed():
             torch_dist.destroy_process_group()
+
+
+def backend_of(device: torch.device) -> str:
+    """The backend by which tensors on a device are exchanged."""
+    config = str(torch_dist.get_backend_config())
+    pairs = (part.partition(":") for part in config.split(","))
+    return next((name for kind, _, name in pairs if kind == device.type), config)
 
 
 def use() -> None:

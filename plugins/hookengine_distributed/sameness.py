@@ -19,8 +19,8 @@ def exchange(what: str, facts: Any) -> list[Any]:
     for rank, (place, _) in enumerate(everybody):
         if place != everybody[0][0]:
             raise ValueError(
-                f"the ranks build different Runners: rank 0 is at its {everybody[0][0]}, rank "
-                f"{rank} at its {place}. Give the same arguments on all of them"
+                f"the ranks do different things: rank 0 is at its {everybody[0][0]}, rank {rank} "
+                f"at its {place}. All must make the same Runner, and call it alike"
             )
     return [said for _, said in everybody]
 
@@ -39,7 +39,7 @@ def require_same(what: str, facts: Mapping[str, Any]) -> None:
     for rank, said in enumerate(everybody):
         for name in everybody[0] | said:
             first, other = (
-                str(one[name]) if name in one else "nothing" for one in (everybody[0], said)
+                str(one[name]) if name in one else "missing" for one in (everybody[0], said)
             )
             if first != other:
                 raise ValueError(

@@ -138,6 +138,7 @@ def share_training(
         ValueError: there are fewer samples than ranks; or a batch size that cannot be split.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    size_text = ""
     inner = copy.copy(loader)
     own = vars(inner)
     own["_iterator"] = None
@@ -153,7 +154,8 @@ def share_training(
         sampler = Dealt(loader.sampler, rank, ranks, drop)
         own["sampler"], own["batch_size"] = sampler, size
         own["batch_sampler"] = BatchSampler(cast("Any", sampler), size, loader.drop_last)
-        what, unit = "samples", f", in batches of {size}: {size * ranks} per step"
+        what, size_text = "samples", f" with batches of {size}"
+        unit = f", in batches of {size}: {size * ranks} per iteration"
     elif loader.batch_sampler is not None:
         sampler = Dealt(loader.batch_sampler, rank, ranks, drop)
         own["batch_sampler"] = sampler
@@ -171,9 +173,10 @@ def share_training(
     if whole is None:
         return inner, sampler, f"its {what}, without an end, are dealt to {ranks} ranks in turn"
     if whole < ranks or length_of(inner) == 0:
+        dropping = " and drop_last=True" * bool(loader.drop_last)
         raise ValueError(
-            f"there are {whole} {what} to train on for {ranks} ranks{unit}: none is left for some. "
-            "Start fewer processes, or take a smaller batch_size"
+            f"{whole} {what} to train on are too few for {ranks} ranks{size_text}{dropping}: some "
+            "would have no batch. Start fewer processes, or take a smaller batch_size"
         )
     left = len(sampler) * ranks - whole
     rest = f" ({left} of them twice)" if left > 0 else f" ({-left} left out)" if left else ""

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
@@ -56,12 +57,27 @@ class Watch:
             return
         self.told = True
         self._over.set()
-        first = self._first(f"rank {self._rank}: {type(error).__name__}: {error}"[:2000])
+        text = f"{type(error).__name__}: {error}"[:2000]
+        first = self._first(f"rank {self._rank}: {text}")
         error.add_note(f"on rank {self._rank} of {dist.get_world_size()}")
-        if first is not None and not first.startswith(f"rank {self._rank}:"):
+        lost = "closed by peer" in str(error) or "reset by peer" in str(error)
+        if first is not None and not first.endswith(text):
             error.add_note(f"another rank failed before, which may be why: {first}")
-        elif "closed by peer" in str(error) or "reset by peer" in str(error):
+            self._runner.logger.error(f"rank {self._rank} ends, since another failed: {first}")
+        elif lost and (gone := self._ended()):
+            error.add_note(
+                f"rank {gone[0]} has closed its Runner already: all ranks must call train(), val() "
+                "and test() alike"
+            )
+        elif lost:
             error.add_note("another rank ended without a word: was it killed, or out of memory?")
+
+    def _ended(self) -> list[int]:
+        """The ranks that have closed their Runner."""
+        ranks = range(dist.get_world_size())
+        with suppress(Exception):  # who keeps the store is gone
+            return [r for r in ranks if self._store.check([f"{self._key}/closed/{r}"])]
+        return []
 
     def _first(self, text: str) -> str | None:
         try:
@@ -84,7 +100,10 @@ class Watch:
             )
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more; the Runner is closed."""
+        if not self.told:
+            with suppress(Exception):
+                self._store.set(f"{self._key}/closed/{self._rank}", "closed")
         self._over.set()
         self._thread.join()
 
@@ -94,13 +113,16 @@ class Watch:
                 if not self._store.check([self._key]):
                     continue
                 self.failure = self._store.get(self._key).decode(errors="replace")
-            except Exception:  # who keeps the store is gone; if this rank needs it, it will notice
-                return
+            except Exception:  # who keeps the store is gone: torchrun, or rank 0 at its end
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    return
+                self.failure = "torchrun has ended"
             break
         if self.failure is None or self._over.wait(GRACE_SECONDS):
             return
         self._runner.logger.error(
-            f"{self.failure}; rank {self._rank} waits for it, and ends without closing"
+            f"{self.failure}; rank {self._rank} still waits after {GRACE_SECONDS:g} s, and its "
+            "process is ended"
         )
         sys.stdout.flush()
         sys.stderr.flush()

@@ -24,9 +24,15 @@ def wrapper_class(
     """The class for a strategy; or the one that was asked for.
 
     Raises:
-        KeyError: there is none of that name. TypeError: it has no ``train_step``.
+        KeyError: there is none of that name. TypeError: it has no ``train_step``. ValueError:
+            several optimizers, and ``strategy="fsdp"``.
     """
     if wrapper is None:
+        if strategy == "fsdp" and optimizers > 1:
+            raise ValueError(
+                "distributed: strategy='fsdp' shards a model that is called as a whole, and "
+                "several optimizers train parts of it: take strategy='ddp'"
+            )
         if strategy == "fsdp":
             return MMFullyShardedDataParallel
         return MMSeparateDistributedDataParallel if optimizers > 1 else MMDistributedDataParallel
@@ -89,8 +95,9 @@ def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> N
     names = [name for name, p in model.named_parameters() if p in waited_for]
     if names:
         raise RuntimeError(
-            f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, and the other "
-            f"ranks wait for it: {', '.join(names[:8])}. See that the loss depends on them, or "
-            "freeze them before the Runner is made; where it depends on the batch or they are "
-            "frozen later, dict(type='distributed', options=dict(find_unused_parameters=True))"
+            f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, for which "
+            f"DistributedDataParallel would wait: {', '.join(names[:8])}. See that the loss "
+            "depends on them, or freeze them before the Runner is made (later, give them lr=0); "
+            "where it depends on the batch, dict(type='distributed', options=dict("
+            "find_unused_parameters=True))"
         )

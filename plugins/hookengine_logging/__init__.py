@@ -38,8 +38,8 @@ class Logging(Plugin, name="logging"):
     """Write what happens to the console and to the run's folder.
 
     What ``train_step`` returns, and what ``runner.log`` is given, is kept as it is (tensors on
-    their device) and averaged once per ``interval`` iterations and at the end of an epoch: the
-    iterations between never synchronise the device. Only rank 0 writes.
+    their device) and averaged once per ``interval`` iterations and at the end of an epoch, over
+    all ranks: the iterations between never synchronise the device. Only rank 0 writes.
 
     Where the values are read, and before a state is saved, a loss that is NaN or infinite ends
     the run with an error that names the iteration and the terms of the loss.
@@ -176,7 +176,7 @@ class Logging(Plugin, name="logging"):
             details = f" ({notes})" if notes else ""
             runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
         if self._stopwatch.iterations:
-            self._write_interval(runner)
+            self._write_interval(runner, alone=True)
 
     def _write_training(self, runner: Any) -> None:
         if self._stopwatch.iterations == 0:
@@ -186,9 +186,11 @@ class Logging(Plugin, name="logging"):
         if problem is not None:
             self._report_nonfinite(runner, problem)
 
-    def _write_interval(self, runner: Any) -> None:
+    def _write_interval(self, runner: Any, alone: bool = False) -> None:
         clock, progress = self._stopwatch, runner.progress
         values, media = self._meters.reduce("train")
+        if not alone:
+            values = _mean_over_ranks(values)
         outputs = {name: values.pop(name) for name in self._names if name in values}
         values = {**outputs, **values}  # the losses first
         self._losses.clear()
@@ -315,6 +317,16 @@ class Logging(Plugin, name="logging"):
             (self._metrics or MetricsFile(path)).mend()
 
 
+def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The means of what several ranks have logged, each of those that have logged it."""
+    ranks = dist.all_gather_objects(values)
+    if len(ranks) == 1:
+        return values
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    by_name = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    return {name: sum(logged) / len(logged) for name, logged in by_name.items()}
+
+
 def _description(runner: Any) -> dict[str, Any]:
     """What a run consists of, as plain values."""
     plugins = [
@@ -332,6 +344,7 @@ def _description(runner: Any) -> dict[str, Any]:
         "plugins": plugins,
         "hooks": runner.plugins.calls(),
         "environment": describe_environment(),
+        "ranks": dist.get_world_size(),
     }
 
 

@@ -118,6 +118,11 @@ class Seed(Plugin, name="seed"):
 
     def _tell(self, runner: Any) -> None:
         given = "" if self.seed is not None else ", which is torch's; nothing was seeded with it"
+        if self._alike:
+            given += (
+                ", and all ranks draw the same random numbers (dict(type='seed', seed=0) gives "
+                "each its own)"
+            )
         runner.logger.info(f"seed {self.value}{given}")
         loader = self._loaders.get("train")
         remarks = [] if loader is None else list(loader.remarks())
@@ -130,11 +135,6 @@ class Seed(Plugin, name="seed"):
             remarks.append(
                 "a plugin reads batches ahead in this process: random augmentation is repeated "
                 "after a resume with dict(type='seed', per_sample=True)"
-            )
-        if self._alike:
-            runner.logger.info(
-                "seed: all ranks begin with the same random state, so that dropout may draw the "
-                "same on all of them: dict(type='seed', seed=0) gives each its own"
             )
         for remark in remarks:
             runner.logger.info(f"seed: train_dataloader: {remark}")

@@ -129,7 +129,7 @@ def test_a_sharded_checkpoint_is_exported_and_begun_with(
     assert torch.equal(torch.cat([weights[name].flatten() for name in names]), saved[1][:163])
     averages = export_weights(run, tmp_path / "ema.pth", "ema_state_dict")
     loaded = torch.load(averages, weights_only=True)
-    kept = [loaded[f"module.{name}"].flatten() for name in names]
+    kept = [loaded[name].flatten() for name in names]
     assert torch.equal(torch.cat(kept), saved[1][163:326])
     with pytest.raises(KeyError, match=r"has no 'swa_state_dict'.*ema_state_dict"):
         export_weights(run, out, "swa_state_dict")
@@ -186,6 +186,48 @@ def test_a_sharded_save_fails_on_all_ranks_and_tells_what_is_not_finite(tmp_path
     log = (tmp_path / "run" / "run.log").read_text()
     assert "it could not be saved (TypeError: the state" in log
     assert "the weights in epoch_4 are not finite (1.weight)" in log
+
+
+def fill_the_disk(folder: Path, full: int) -> dict[str, Any]:
+    """Sharded saves, while the files of one rank may not grow."""
+    import resource
+
+    from hookengine import Runner
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    runner = Runner(
+        nn.Sequential(nn.Linear(200, 400), nn.Linear(400, 3)),
+        folder,
+        train_dataloader=[(torch.randn(8, 200), torch.zeros(8, dtype=torch.long))] * 2,
+        train_cfg=dict(max_epochs=4),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=[dict(type="distributed", strategy="fsdp"), "no:progress_bar"],
+        name="run",
+        device="cpu",
+    )
+
+    @runner.on("before_train_epoch")
+    def limit(runner: Any) -> None:
+        runner.plugins["checkpoint"].wait(runner)
+        small = runner.progress.epoch == 1 and get_rank() == full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14 if small else hard, hard))
+
+    with runner:
+        runner.train()
+        checkpoints = runner.run_dir / "checkpoints"
+        return {
+            "epoch": runner.progress.epoch,
+            "names": sorted(p.name for p in checkpoints.iterdir()),
+        }
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_of_one_rank_does_not_end_sharded_training(tmp_path: Path, full: int) -> None:
+    for rank in on_ranks(2, fill_the_disk, tmp_path, full):
+        assert rank["epoch"] == 4
+        assert "epoch_4" in rank["names"]
+    assert "it could not be saved" in (tmp_path / "run" / "run.log").read_text()
 
 
 def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:

@@ -95,11 +95,28 @@ SAME: dict[str, Case] = {
     ),
     "plugins": (
         lambda: dict(plugins=on_second(["amp"], [])),
-        r"the plugin 'amp' is nothing on rank 0 and .* on rank 1",
+        r"the plugin 'amp' is missing on rank 0 and .* on rank 1",
     ),
     "train_cfg": (
         lambda: dict(train_cfg=dict(max_epochs=on_second(2, 1))),
         r"train_cfg is TrainCfg\(.*max_epochs=1.* on rank 0 and TrainCfg\(.*max_epochs=2",
+    ),
+    "optimizer": (
+        lambda: dict(optim_wrapper=dict(optimizer=dict(type="SGD", lr=on_second(0.2, 0.1)))),
+        r"differ in their optimizer 'optimizer': lr of group 0 is 0.1 on rank 0 and 0.2 on rank 1",
+    ),
+    "too large batches": (
+        lambda: dict(train_dataloader=loader(16, batch_size=10, drop_last=True)),
+        r"16 samples to train on are too few for 2 ranks with batches of 10 and drop_last=True",
+    ),
+    "several optimizers": (
+        lambda: dict(
+            plugins=[dict(type="distributed", strategy="fsdp")],
+            optim_wrapper={
+                n: dict(optimizer=dict(type="SGD", lr=0.1)) for n in ("first", "second")
+            },
+        ),
+        r"several optimizers train parts of it: take strategy='ddp'",
     ),
     "dataset": (
         lambda: dict(train_dataloader=loader(on_second(19, 16))),
@@ -115,7 +132,7 @@ SAME: dict[str, Case] = {
     ),
     "more ranks than samples": (
         lambda: dict(train_dataloader=loader(1)),
-        r"there are 1 samples to train on for 2 ranks.*Start fewer processes",
+        r"1 samples to train on are too few for 2 ranks with batches of 4: .*Start fewer proc",
     ),
     "fewer batches than ranks": (
         lambda: dict(train_dataloader=[tuple(samples(2).tensors)]),
@@ -145,7 +162,7 @@ SAME: dict[str, Case] = {
     ),
     "unused": (
         lambda: dict(model=Net()),
-        r"2 parameters got no gradient on rank \d, .*: unused.weight, unused.bias. See that",
+        r"2 parameters got no gradient on rank \d, .* wait: unused.weight, unused.bias. See that",
     ),
     "past the wrapper": (
         lambda: dict(model=PastTheWrapper()),
@@ -165,7 +182,7 @@ SAME: dict[str, Case] = {
     ),
     "frozen later": (
         lambda: dict(model=FrozenLater()),
-        r"2 parameters got no gradient on rank \d.*unused.weight, unused.bias.*frozen later",
+        r"2 parameters got no gradient on rank \d.*unused.weight, unused.bias.*give them lr=0",
     ),
     "policy": (
         lambda: dict(
@@ -244,6 +261,35 @@ def test_after_an_error_nothing_goes_on(tmp_path: Path) -> None:
     for ends in on_ranks(2, go_on, tmp_path):
         assert ends[0] == "ZeroDivisionError: division by zero"
         assert re.match(r"RankError: rank \d has failed before, .* start all anew", ends[1])
+
+
+def do_other_things(folder: Path) -> list[str]:
+    """Ranks that call the Runner differently."""
+    ends = []
+    for options in (dict(), dict(val_dataloader=loader(), val_cfg=dict(loss=True))):
+        runner = Runner(
+            Used(),
+            folder,
+            train_dataloader=loader(),
+            train_cfg=dict(max_epochs=1),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+            device="cpu",
+            **options,
+        )
+        try:
+            if options and dist.get_rank() == 0:
+                runner.val()
+            else:
+                runner.train(max_epochs=dist.get_rank() + 1)
+        except ValueError as error:
+            ends.append(str(error))
+    return ends
+
+
+def test_ranks_that_call_it_differently_are_told(tmp_path: Path) -> None:
+    for ends in on_ranks(2, do_other_things, tmp_path):
+        assert "differ in their training: max_epochs is 1 on rank 0 and 2 on rank 1" in ends[0]
+        assert "rank 0 is at its validation, rank 1 at its training" in ends[1]
 
 
 def no_gradient(folder: Path) -> str:

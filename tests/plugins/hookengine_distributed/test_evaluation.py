@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from hookengine import BaseMetric, BaseModel, Runner, dist
@@ -128,14 +129,38 @@ def test_without_a_seed_the_ranks_still_draw_one_order(tmp_path: Path) -> None:
         assert metrics["loss"] == pytest.approx(expected["loss"])
 
 
-def evaluate_everything(folder: Path) -> Any:
-    return evaluate(folder, 21, "ddp", True, share_data=False)
+class OwnShare(IterableDataset[Any]):
+    """Gives each rank half of 20 samples, and the length of that."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[Any]:
+        start = 10 * dist.get_rank()
+        return ((torch.full((6,), float(i)), i) for i in range(start, start + 10))
 
 
-def test_ranks_that_all_evaluate_everything_are_counted_once(tmp_path: Path) -> None:
+def evaluate_unshared(folder: Path) -> list[Any]:
+    everything = evaluate(folder, 21, "ddp", True, share_data=False)
+    runner = Runner(
+        Normed(),
+        folder,
+        val_dataloader=DataLoader(OwnShare(), batch_size=4),
+        val_evaluator=Labels(),
+        plugins=["no:progress_bar", dict(type="logging", level="ERROR")],
+        device="cpu",
+    )
+    with runner:
+        return [everything, runner.val()["labels"]]
+
+
+def test_where_the_plugin_shares_nothing_no_result_is_cut_off(tmp_path: Path) -> None:
     expected = evaluate(tmp_path, 21)
-    for metrics in on_ranks(2, evaluate_everything, tmp_path):
-        assert metrics == expected
+    for everything, own in on_ranks(2, evaluate_unshared, tmp_path):
+        assert everything["labels"] == 2 * expected["labels"]  # each rank was to evaluate all
+        assert everything["loss"] == expected["loss"]
+        assert everything["MulticlassAccuracy"] == expected["MulticlassAccuracy"]
+        assert own == [*range(20)]
 
 
 def buffers(runner: Runner) -> list[float]:

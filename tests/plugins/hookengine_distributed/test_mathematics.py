@@ -374,3 +374,31 @@ def test_a_step_that_one_rank_must_skip_all_skip(tmp_path: Path) -> None:
         assert ddp[:3] == fsdp[:3] == [17, 18, 512.0]
         assert torch.isfinite(ddp[3]).all()
         torch.testing.assert_close(fsdp[3], ddp[3])
+
+
+def train_on_tokens(folder: Path) -> list[Tensor]:
+    """Batches of which one has no valid token: alone, on one of two ranks, sharded."""
+    rank = dist_rank()
+    data = samples(32)
+    labels = data.tensors[1].clone()
+    labels[8:12] = -100
+    batches = [(data.tensors[0][i : i + 4], labels[i : i + 4]) for i in range(0, 32, 4)]
+    steps = 4 if rank is None else 2
+    weigh = dict(type="accumulate", steps=steps, weight="token", tokens=1, ignore_index=-100)
+    ends = []
+    for strategy in ("ddp", "fsdp"):
+        plugins = [weigh, dict(type="distributed", strategy=strategy, share_data=False)]
+        own = batches if rank is None else batches[rank::2]
+        case = dict(model=Net, optim_wrapper=SGD, train_dataloader=own)
+        with build(folder / strategy, case, 4, plugins=plugins) as runner:
+            runner.train()
+            parameters = runner.bare_model.parameters()
+            ends.append(torch.cat([full(p).detach().flatten() for p in parameters]))
+    return ends
+
+
+def test_a_batch_without_a_token_on_one_rank_counts_for_nothing(tmp_path: Path) -> None:
+    alone, _ = train_on_tokens(tmp_path / "one")
+    for ddp, fsdp in on_ranks(2, train_on_tokens, tmp_path / "ranks"):
+        torch.testing.assert_close(ddp, alone, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(fsdp, alone, rtol=1e-10, atol=1e-10)
