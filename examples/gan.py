@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.utils import save_image
 
-from hookengine import BaseModel, Plugin, Runner
+from hookengine import BaseModel, Plugin, Runner, dist
 
 NOISE = 32
 
@@ -83,7 +83,7 @@ class Samples(Plugin):
 
     @torch.no_grad()
     def after_train_epoch(self, runner):
-        if runner.progress.epoch % self.every == 0:
+        if runner.progress.epoch % self.every == 0 and dist.is_main_process():
             digits = runner.bare_model.eval().generator(self.noise)
             path = runner.make_run_dir() / f"samples_{runner.progress.epoch:03}.png"
             save_image(F.interpolate(digits, scale_factor=8), path, normalize=True)

@@ -57,6 +57,9 @@ class MMDistributedDataParallel(DistributedDataParallel):
     def _within_backward(self, gradient: Any) -> None:
         self.exchange.within_backward(id(self))
 
+    def _in_backward(self, gradient: Any) -> None:
+        self.exchange.in_backward(id(self))
+
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
         """Run the model's ``train_step``.
 
@@ -85,17 +88,20 @@ class MMDistributedDataParallel(DistributedDataParallel):
         """Run the model; the backward pass exchanges gradients if this iteration steps."""
         if not torch.is_grad_enabled():
             return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        wanted = self.require_backward_grad_sync  # False within no_sync()
+        own = vars(self)  # faster than nn.Module's own ways
+        wanted = own["require_backward_grad_sync"]  # False within no_sync()
         exchanges = self.exchange.decide(id(self), wanted)
         if self.static_graph and not self._has_begun:
             exchanges = self._has_begun = True  # torch looks at the graph in the first pass
-        self.require_backward_grad_sync = exchanges
+        own["require_backward_grad_sync"] = exchanges
         try:
             outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         finally:
-            self.require_backward_grad_sync = wanted
-        for tensor in find_tensors(outputs):
-            tensor.register_hook(self._within_backward)  # type: ignore[no-untyped-call]
+            own["require_backward_grad_sync"] = wanted
+        tensors: list[Any] = find_tensors(outputs)
+        notice = self._within_backward if len(tensors) > 1 else self._in_backward
+        for tensor in tensors:
+            tensor.register_hook(notice)
         if self.detect_anomalous_params and (found := find_tensors(outputs, losses=True)):
             total = torch.stack([tensor.sum().float() for tensor in found]).sum()
             MODELS.get("detect_anomalous_params")(total, self.module)

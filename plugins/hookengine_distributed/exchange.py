@@ -70,7 +70,7 @@ class Exchange:
             self._note_local()
 
     def within_backward(self, wrapper: int) -> None:
-        """A backward pass has come to the outputs of a wrapper, which exchanges once at most."""
+        """A backward pass has come to one of the outputs of a wrapper."""
         if wrapper in self._within:
             return
         self._within.add(wrapper)
@@ -78,6 +78,10 @@ class Exchange:
         torch.autograd.Variable._execution_engine.queue_callback(
             lambda: self._within.discard(wrapper)
         )
+        self.in_backward(wrapper)
+
+    def in_backward(self, wrapper: int) -> None:
+        """A backward pass has come to the output of a wrapper, which exchanges once at most."""
         if wrapper in self.armed:
             self.armed.discard(wrapper)
         else:
@@ -142,11 +146,11 @@ def find_tensors(value: Any, losses: bool = False) -> list[Tensor]:
     """
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
-    if is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         named = {name: item for name, item in value.items() if losses and "loss" in str(name)}
         value = [*(named or value).values()]
+    elif is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in find_tensors(item, losses)]
     return []
