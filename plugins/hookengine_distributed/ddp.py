@@ -57,9 +57,6 @@ class MMDistributedDataParallel(DistributedDataParallel):
     def _within_backward(self, gradient: Any) -> None:
         self.exchange.within_backward(id(self))
 
-    def _in_backward(self, gradient: Any) -> None:
-        self.exchange.in_backward(id(self))
-
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> Any:
         """Run the model's ``train_step``.
 
@@ -98,10 +95,8 @@ class MMDistributedDataParallel(DistributedDataParallel):
             outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             own["require_backward_grad_sync"] = wanted
-        tensors: list[Any] = find_tensors(outputs)
-        notice = self._within_backward if len(tensors) > 1 else self._in_backward
-        for tensor in tensors:
-            tensor.register_hook(notice)
+        for tensor in find_tensors(outputs):
+            tensor.register_hook(self._within_backward)  # type: ignore[no-untyped-call]
         if self.detect_anomalous_params and (found := find_tensors(outputs, losses=True)):
             total = torch.stack([tensor.sum().float() for tensor in found]).sum()
             MODELS.get("detect_anomalous_params")(total, self.module)

@@ -70,18 +70,16 @@ class Exchange:
             self._note_local()
 
     def within_backward(self, wrapper: int) -> None:
-        """A backward pass has come to one of the outputs of a wrapper."""
+        """A backward pass has come to one of the outputs of a wrapper, and exchanges once at most.
+
+        Gradients reach the outputs of one or several forward passes one after another.
+        """
         if wrapper in self._within:
             return
         self._within.add(wrapper)
-        # Gradients reach one output after another, all in the same pass.
         torch.autograd.Variable._execution_engine.queue_callback(
             lambda: self._within.discard(wrapper)
         )
-        self.in_backward(wrapper)
-
-    def in_backward(self, wrapper: int) -> None:
-        """A backward pass has come to the output of a wrapper, which exchanges once at most."""
         if wrapper in self.armed:
             self.armed.discard(wrapper)
         else:

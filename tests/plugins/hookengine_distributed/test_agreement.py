@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from hookengine import BaseMetric, Plugin, Runner
+from hookengine import BaseMetric, BaseModel, Plugin, Runner
 from tests.ranks import on_ranks
 
 
@@ -27,16 +27,19 @@ class Count(BaseMetric):
 def build(folder: Path, epochs: int = 3, **options: Any) -> Runner:
     data = TensorDataset(torch.randn(64, 4), torch.arange(64) % 3)
     return Runner(
-        nn.Linear(4, 3),
+        options.pop("model", None) or nn.Linear(4, 3),
         folder,
         train_dataloader=DataLoader(data, batch_size=1),
         train_cfg=dict(max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         val_dataloader=DataLoader(data, batch_size=8),
         val_evaluator=Count(),
-        loss=nn.functional.cross_entropy,
         device="cpu",
-        **{"plugins": ["no:progress_bar", dict(type="logging", level="ERROR")], **options},
+        **{
+            "loss": nn.functional.cross_entropy,
+            "plugins": ["no:progress_bar", dict(type="logging", level="ERROR")],
+            **options,
+        },
     )
 
 
@@ -109,11 +112,29 @@ class Profile(Plugin):
         return [math.prod(e.input_shapes[0]) if e.name == "gloo:all_reduce" else 0 for e in events]
 
 
+class Twice(BaseModel):
+    """Calls itself twice before its backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
+        return self.net(inputs), labels
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
+        with optim_wrapper.optim_context(self):
+            losses = [nn.functional.cross_entropy(*self(x, data[1])) for x in (data[0], -data[0])]
+        optim_wrapper.update_params(losses[0] + losses[1])
+        return {"loss": losses[0].detach()}
+
+
 def reduce(folder: Path) -> list[list[int]]:
     seen = []
-    for accumulate in ([dict(type="accumulate", steps=4)], []):
+    twice = dict(model=Twice(), loss=None)
+    for accumulate, more in (([dict(type="accumulate", steps=4)], {}), ([], {}), ([], twice)):
         look = Profile()
-        options: dict[str, Any] = dict(defaults=("distributed", "preprocess"), epochs=1)
+        options: dict[str, Any] = dict(defaults=("distributed", "preprocess"), epochs=1, **more)
         with build(folder, plugins=[*accumulate, look], **options) as runner:
             runner.train()
         seen.append(look.reduced())
@@ -123,7 +144,8 @@ def reduce(folder: Path) -> list[list[int]]:
 def test_gradients_are_exchanged_once_per_step_and_nothing_else_but_the_question(
     tmp_path: Path,
 ) -> None:
-    for accumulated, plain in on_ranks(2, reduce, tmp_path):
+    for accumulated, plain, twice in on_ranks(2, reduce, tmp_path):
+        assert twice.count(15) == 8
         assert plain.count(15) == 8  # the gradients, 12 weights and 3 biases
         assert accumulated.count(15) == 2  # once per window
         assert accumulated.count(1) == 2  # its samples
