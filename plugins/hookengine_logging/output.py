@@ -52,7 +52,7 @@ class Output:
 
     def _print(self, text: str) -> None:
         try:
-            print(text, flush=True)
+            print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
         except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
             self._console = False
             with suppress(OSError, ValueError):

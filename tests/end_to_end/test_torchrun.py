@@ -87,7 +87,9 @@ def job(tmp_path: Path) -> Path:
 
 
 def ends(printed: str) -> list[str]:
-    return sorted(re.findall(r"end of rank .*", printed))
+    return sorted(
+        re.findall(r"end of rank \d of \d, iteration \d+: -?0x[0-9a-f.]+p[-+]\d+", printed)
+    )
 
 
 def test_the_quickstart_on_two_processes_is_as_good_as_on_one(tmp_path: Path) -> None:
