@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookengine import MODELS, OptimWrapper, OptimWrapperDict
 from hookengine_distributed.exchange import Exchange, find_tensors
+from hookengine_distributed.steps import ModelSteps
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 
 
-class MMDistributedDataParallel(DistributedDataParallel):
+class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
     """DistributedDataParallel with ``train_step``, ``val_step`` and ``test_step`` of the model.
 
     The model's own ``train_step`` is run. Where it calls itself, as ``self(...)``, the call goes
@@ -68,18 +69,6 @@ class MMDistributedDataParallel(DistributedDataParallel):
             outputs = self.module.train_step(data, optim_wrapper)
         self.exchange.check(type(self.module).__name__)
         return outputs
-
-    def val_step(self, data: Any) -> Any:
-        """The predictions of the model; no rank waits for another."""
-        return self.module.val_step(data)
-
-    def test_step(self, data: Any) -> Any:
-        """The predictions of the model, as ``val_step``."""
-        return self.module.test_step(data)
-
-    def loss_step(self, data: Any) -> Any:
-        """The losses of the model, without an update."""
-        return self.module.loss_step(data)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model; the backward pass exchanges gradients if this iteration steps."""
@@ -144,7 +133,7 @@ class _Route:
             self._set(own)
 
 
-class MMSeparateDistributedDataParallel(nn.Module):
+class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
     """Each child of a model in a DistributedDataParallel of its own, as GANs need it.
 
     A step that trains the discriminator gives the generator no gradients, which one
@@ -208,18 +197,6 @@ class MMSeparateDistributedDataParallel(nn.Module):
             outputs = self.module.train_step(data, optim_wrapper)
         self.exchange.check(type(self.module).__name__, f"self.{next(iter(self.wrappers))}(...)")
         return outputs
-
-    def val_step(self, data: Any) -> Any:
-        """The predictions of the model; no rank waits for another."""
-        return self.module.val_step(data)
-
-    def test_step(self, data: Any) -> Any:
-        """The predictions of the model, as ``val_step``."""
-        return self.module.test_step(data)
-
-    def loss_step(self, data: Any) -> Any:
-        """The losses of the model, without an update."""
-        return self.module.loss_step(data)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 
 from hookengine import OptimWrapper, OptimWrapperDict, dist
 from hookengine_distributed.exchange import Exchange
+from hookengine_distributed.steps import ModelSteps
 
 Policy: TypeAlias = (
     "int | str | type[nn.Module] | Iterable[Any] | Mapping[str, Any] | Callable[..., bool]"
@@ -29,7 +30,7 @@ RESHARDS = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}
 """What FSDP1's sharding strategies are for FSDP2's ``reshard_after_forward``."""
 
 
-class MMFullyShardedDataParallel(nn.Module):
+class MMFullyShardedDataParallel(ModelSteps, nn.Module):
     """A model whose parameters, gradients and optimizer states are spread over the ranks.
 
     It is torch's FSDP2 (``fully_shard``), in place: ``module`` keeps the names of its parameters,
@@ -133,18 +134,6 @@ class MMFullyShardedDataParallel(nn.Module):
                     if old is not None and old() is parameter:
                         group["params"][index] = now[name]
         self._before = {}
-
-    def val_step(self, data: Any) -> Any:
-        """The predictions of the model. All ranks must call it equally often."""
-        return self.module.val_step(data)
-
-    def test_step(self, data: Any) -> Any:
-        """The predictions of the model, as ``val_step``."""
-        return self.module.test_step(data)
-
-    def loss_step(self, data: Any) -> Any:
-        """The losses of the model, without an update. All ranks must call it equally often."""
-        return self.module.loss_step(data)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""

@@ -279,6 +279,7 @@ class Single(Net):
 
 SHARDED = {
     "plain": dict(),
+    "in host memory": dict(cpu_offload=True),
     "parts": dict(auto_wrap_policy=["Linear"], sharding_strategy="SHARD_GRAD_OP"),
 }
 
