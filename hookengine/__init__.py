@@ -6,12 +6,15 @@ from hookengine.data import batch_size, length_of
 from hookengine.environment import describe_environment
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
 from hookengine.hookspecs import EVENTS, hookimpl
+from hookengine.log_context import log_context
 from hookengine.manager import PluginManager
+from hookengine.media import Histogram, Image, Table, as_medium
 from hookengine.model import BaseModel, BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.optim import OptimWrapper, OptimWrapperDict
 from hookengine.plugins import DEFAULT_PLUGINS, Plugin, options_of
 from hookengine.progress import Progress
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
+from hookengine.record import Record, read_records
 from hookengine.registry import (
     MODEL_WRAPPERS,
     MODELS,
@@ -21,7 +24,7 @@ from hookengine.registry import (
     did_you_mean,
 )
 from hookengine.runner import Runner
-from hookengine.sink import Record, Sink
+from hookengine.sink import Sink
 
 __version__ = "0.1.0"
 
@@ -37,6 +40,8 @@ __all__ = [
     "BaseModule",
     "EvalCfg",
     "Evaluator",
+    "Histogram",
+    "Image",
     "ModuleDict",
     "ModuleList",
     "OptimWrapper",
@@ -49,7 +54,9 @@ __all__ = [
     "Runner",
     "Sequential",
     "Sink",
+    "Table",
     "TrainCfg",
+    "as_medium",
     "batch_size",
     "describe_environment",
     "did_you_mean",
@@ -58,8 +65,10 @@ __all__ = [
     "greater_is_better",
     "hookimpl",
     "length_of",
+    "log_context",
     "metric_value",
     "options_of",
     "preserved_random_state",
+    "read_records",
     "set_random_state",
 ]

@@ -47,7 +47,7 @@ not a plain *event*; the kinds are explained below. ::
 
 ``runner.log(...)`` emits ``log``; a plugin that reduces values emits ``write`` for the sinks.
 ``runner.state_dict()`` emits ``before_save_checkpoint``, ``runner.load_state_dict()``
-``after_load_checkpoint``.
+``after_load_checkpoint``, where each sink asks for the ``history``.
 
 Kinds
 -----
@@ -83,8 +83,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hookengine.optim import OptimWrapper
+    from hookengine.record import Record
     from hookengine.runner import Runner
-    from hookengine.sink import Record
 
 PROJECT = "hookengine"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -435,6 +435,14 @@ class Records(Protocol):
     @event
     def write(self, runner: Runner, record: Record) -> None:
         """Receive one reduced record: phase, progress, Python floats, media."""
+
+    @decision
+    def history(self, runner: Runner) -> Iterable[Record] | None:
+        """Answer with the records that the run has so far, oldest first, to be read once.
+
+        Asked when a checkpoint was loaded, on behalf of each sink: what the sink does not hold of
+        them it is given. After a load these are the records up to where the run goes on from.
+        """
 
 
 SUBJECTS: tuple[type, ...] = (Life, Build, Train, Val, Test, Evaluation, Step, State, Records)

@@ -124,10 +124,12 @@ def options_of(plugin: object) -> dict[str, Any]:
     if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
         return {}
     values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
-    return {
-        name: pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
-        for name, value in values.items()
-    }
+    return {name: as_json(value) for name, value in values.items()}
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON would hold it; what JSON cannot hold, as its repr."""
+    return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
 
 
 def name_of(plugin: object) -> str:

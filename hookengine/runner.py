@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import structlog
 import torch
 from torch import nn
 
@@ -28,9 +26,11 @@ from hookengine.build import (
     point_at_model,
 )
 from hookengine.config import EvalCfg, TrainCfg, parse
+from hookengine.description import describe
 from hookengine.dispatch import SILENT
 from hookengine.hookspecs import Phase
 from hookengine.life import Life
+from hookengine.log_context import make_logger
 from hookengine.loops import EvalLoop, TrainLoop
 from hookengine.manager import FunctionPlugin, PluginLike, PluginManager
 from hookengine.model import BaseModel, SupervisedModel
@@ -88,7 +88,7 @@ class Runner(Life):
         agreed: During ``safe_point``, the requests that all ranks agreed on.
         resume_from: ``"auto"``, a path, or None; a plugin's ``resume`` does it.
         load_from: The weights to begin with, or None; a plugin loads them.
-        logger: A structlog logger.
+        logger: A structlog logger; its lines are bound with run, epoch, iteration and plugin.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Runner(Life):
         self.progress = Progress()
         self.requests = {}
         self.agreed: Mapping[str, str] = {}
-        self.logger = _make_logger()
+        self.logger = make_logger(self)
         self.loss = loss
         self.model: Any = None
         self.optim_wrapper: Any = None
@@ -298,7 +298,12 @@ class Runner(Life):
         self.requests["stop"] = reason
 
     def log(self, values: Mapping[str, Any], phase: Phase = "train") -> None:
-        """Hand values to the log, by name; tensors stay on the device until it is their turn."""
+        """Hand values to the log, by name; tensors stay on the device until it is their turn.
+
+        Numbers are averaged until their record is due. Of images, figures, histograms, tables and
+        texts (``hookengine.Image``, ``Histogram``, ``Table``, or what ``media.as_medium`` knows)
+        the last of each name joins the record, as it was when it was handed over.
+        """
         if phase not in ("train", "val", "test"):
             raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")
         self.hooks.log(self, phase, values)
@@ -375,6 +380,14 @@ class Runner(Life):
 
     # -- state ----------------------------------------------------------------------------------
 
+    def describe(self) -> dict[str, Any]:
+        """What the run consists of, as plain values that JSON holds.
+
+        The model and its parameters, the optimizers and their options, the configuration, the
+        plugins with their options, the order in which the hooks are called, the environment.
+        """
+        return describe(self)
+
     def state_dict(self) -> dict[str, Any]:
         """What all ranks share: weights, optimizers, counters, plugins; plain containers.
 
@@ -426,14 +439,3 @@ def _beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
             f"load_from takes a path, a URL or dict(checkpoint=..., strict=...), got {load_from!r}"
         )
     return resume or None, load_from
-
-
-def _make_logger() -> Any:
-    """A structlog logger over a standard one, which nobody else shares; plugins add handlers."""
-    logger = logging.Logger("hookengine", logging.INFO)
-    logger.parent = logging.getLogger("hookengine")
-    return structlog.wrap_logger(
-        logger,
-        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )

@@ -7,38 +7,18 @@ import inspect
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import structlog
 
+from hookengine import dist
 from hookengine.hookspecs import EVENTS
 from hookengine.plugins import Plugin
+from hookengine.record import Record
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a run's history, reduced: what every sink gets.
-
-    Attributes:
-        phase: ``train``, ``val`` or ``test``.
-        epoch: The epoch, from 1, that the last iteration belongs to.
-        iter: Finished iterations.
-        step: Optimizer steps taken.
-        scalars: Python floats by name.
-        media: Images, figures, histograms, tables by name.
-    """
-
-    phase: str
-    epoch: int
-    iter: int
-    step: int
-    scalars: Mapping[str, float]
-    media: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sink(Plugin):
@@ -55,9 +35,9 @@ class Sink(Plugin):
     moved since is not waited for again), and ``close`` as many. What was dropped stands in the
     run's ``metrics.jsonl``.
 
-    A record at or before the iteration that ``held`` names for its phase is one that the sink
-    already had when it was opened, or when a checkpoint was loaded: a run that was resumed repeats
-    some, and they are left out.
+    A run that goes on gives no gap and no repetition: ``open`` says in ``held`` what is there
+    already, by phase and iteration. A record at or before that is left out (``skip`` is told), and
+    what the event ``history`` has beyond it is written before anything else.
     """
 
     queue_size: ClassVar[int] = 1000
@@ -75,6 +55,23 @@ class Sink(Plugin):
 
     def close(self, runner: Runner) -> None:
         """Disconnect; on the sink's thread, after the last record."""
+
+    def skip(self, runner: Runner, record: Record) -> None:
+        """A record that the sink holds already; on the sink's thread."""
+
+    def enqueue(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
+        self._state.put(lambda: self._state.guard("a job", job, everything=True))
+
+    def replay(self, runner: Any, records: Iterable[Record]) -> None:
+        """Give the sink all of ``records`` that it does not hold, whatever ``queue_size`` is.
+
+        Args:
+            runner: The Runner, or what stands for it.
+            records: Read on the sink's thread, once.
+        """
+        self._state.runner = runner
+        self._state.put(lambda: self._state.fill(records))
 
     @property
     def held(self) -> dict[str, int]:
@@ -109,6 +106,13 @@ class Sink(Plugin):
         """What is written from here on may be a repetition."""
         self._state.flush(self.flush_timeout)
         self._state.repeat()
+        self._state.history = runner.hooks.history(runner)
+
+    def before_run(self, runner: Runner) -> None:
+        """What the history has, and the sink has not, comes first."""
+        history, self._state.history = self._state.history, None
+        if history is not None and dist.is_main_process():
+            self.replay(runner, history)
 
     def after_run(self, runner: Runner) -> None:
         """Wait, ``flush_timeout`` seconds at most, until the records so far are written."""
@@ -131,6 +135,7 @@ class _SinkState:
         self.thread: threading.Thread | None = None
         self.written: dict[str, int] = {}
         self.left_behind = 0
+        self.history: Iterable[Record] | None = None
         self.runner: Any = None
 
     def put(self, job: Callable[[], None]) -> None:
@@ -158,6 +163,18 @@ class _SinkState:
         if record.iter > self.held.get(record.phase, -1):
             self.written[record.phase] = record.iter
             self.guard("write", write, everything=True)
+        else:
+            self.guard("skip", lambda: self.sink.skip(self.runner, record), everything=True)
+
+    def fill(self, records: Iterable[Record]) -> None:
+        """Write what the sink does not hold, on the thread."""
+        write = cast(Any, self.sink).write  # a sink is a plugin that has one
+
+        def each() -> None:
+            for record in records:
+                self.deliver(record, functools.partial(write, self.runner, record))
+
+        self.guard("history", each, everything=True)
 
     def repeat(self) -> None:
         """Take what was written so far for held."""
@@ -183,7 +200,8 @@ class _SinkState:
     def warn(self, message: str, error: BaseException | None = None) -> None:
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         logger = structlog.get_logger() if self.runner is None else self.runner.logger
-        logger.warning(f"sink {self.sink.plugin_name!r} {message}", **details)
+        name = self.sink.plugin_name
+        logger.bind(plugin=name).warning(f"sink {name!r} {message}", **details)
 
     def flush(self, timeout: float) -> bool:
         if self.thread is None:

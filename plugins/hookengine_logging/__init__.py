@@ -1,15 +1,18 @@
 """Logging: readable lines on the console, the run's log, and its metrics as JSON lines.
 
-In the run's folder: ``metrics.jsonl``, one record per line, the complete local history;
-``run.log``, every line of the console; ``run.json``, the model, the options of every plugin, the
-order in which the hooks are called, and the environment.
+In the run's folder: ``metrics.jsonl``, one record per line, the complete local history, with its
+images in ``media``; ``run.log``, every line of the console, and the warnings of Python and torch;
+``run.json``, the model, the options of every plugin, the order in which the hooks are called, the
+environment, and how the run ended.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import functools
+import time
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from itertools import islice
 from math import isfinite
 from time import perf_counter
 from typing import Any, Literal
@@ -19,19 +22,25 @@ from torch import Tensor
 
 from hookengine import (
     EVENTS,
+    PLUGINS,
+    Image,
     Plugin,
     Record,
     batch_size,
-    describe_environment,
+    did_you_mean,
     dist,
     hookimpl,
-    options_of,
+    log_context,
+    read_records,
 )
-from hookengine_logging.files import MetricsFile
-from hookengine_logging.meters import Meters, Stopwatch, memory
+from hookengine_logging.captured import CapturedWarnings
+from hookengine_logging.files import MetricsFile, RunFile
+from hookengine_logging.meters import Medium, Meters, Stopwatch, memory
 from hookengine_logging.output import Output, make_logger
 
 __all__ = ["Logging"]
+
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 class Logging(Plugin, name="logging"):
@@ -46,8 +55,12 @@ class Logging(Plugin, name="logging"):
     """
 
     interval: int = Field(50, gt=0, description="iterations between two records of training")
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="what is shown on the console and in run.log"
+    level: Level = Field("INFO", description="what is shown on the console and in run.log")
+    levels: dict[str, Level] = Field(
+        default_factory=dict, description="another level for the lines of a plugin, by its name"
+    )
+    renderer: Literal["console", "json"] = Field(
+        "console", description="lines to read, or JSON objects with run, epoch, iteration, plugin"
     )
 
     nonfinite: Literal["stop", "warn"] = Field(
@@ -56,25 +69,42 @@ class Logging(Plugin, name="logging"):
 
     def configure(self, runner: Any) -> None:
         """Take over ``runner.logger``; the files are opened when the run begins."""
-        self._meters = Meters()
+        self._meters = Meters(functools.partial(self._refuse, runner))
         self._stopwatch = Stopwatch()
         self._main = dist.is_main_process()
         self._metrics: MetricsFile | None = None
         self._by_epoch = True
-        self._media_told: set[str] = set()
+        self._run_file: RunFile | None = None
+        self._error: BaseException | None = None
+        self._refused: set[str] = set()
         self._losses: list[tuple[int, dict[str, Any]]] = []  # by iteration, since the last record
         self._names: list[str] = []
         self._rates: dict[str, Any] = {}
         self._nonfinite_told = False
         self._loaded_records = 0
         self._records: int | None = None  # that a run goes on from, while it has not trained yet
-        self._output = Output(self._main)
+        self._evaluation_began = 0.0
+        self._check_levels(runner.plugins)
+        self._output = Output(self._main, self.renderer == "json")
         self._previous_logger = runner.logger
-        runner.logger = make_logger(self._output, self.level)
+        context = log_context(runner)
+        runner.logger = make_logger(self._output, context, self.level, self.levels)
+        self._captured = CapturedWarnings(lambda: runner.logger, self._main)
+        self._captured.start()
+
+    def _check_levels(self, plugins: Iterable[str]) -> None:
+        for name in self.levels:
+            if name not in (known := [*plugins, *PLUGINS.names()]):
+                raise ValueError(
+                    f"logging: levels names {name!r}, which is no plugin.{did_you_mean(name, known)}"
+                )
 
     @hookimpl(tryfirst=True)
     def before_run(self, runner: Any) -> None:
         """Open the files; write down what the run consists of."""
+        self._error = None
+        if self._run_file is not None:
+            self._write_run_file(runner, "running")
         if not self._main or self._metrics is not None:
             return
         folder = runner.make_run_dir()
@@ -83,7 +113,8 @@ class Logging(Plugin, name="logging"):
         if runner.progress.iter == 0:
             aside = self._metrics.begin()
         self._output.open(folder / "run.log")
-        (folder / "run.json").write_text(json.dumps(_description(runner), indent=2) + "\n")
+        self._run_file = RunFile(folder / "run.json", runner.describe())
+        self._write_run_file(runner, "running")
         blocked = f" (blocked: {', '.join(runner.plugins.blocked)})" * bool(runner.plugins.blocked)
         runner.logger.info(
             f"run {runner.name}: files in {folder}, device {runner.device}, plugins "
@@ -97,8 +128,25 @@ class Logging(Plugin, name="logging"):
                 continue  # most plugins leave the model or the dataloader alone in the end
             runner.logger.info(f"{event}: {', then '.join(names)} replace the {value}")
 
+    def after_run(self, runner: Any) -> None:
+        """Write down how it ended."""
+        if self._run_file is not None:
+            stopped = runner.progress.stopped
+            status = "finished" if stopped is None else f"stopped: {stopped}"
+            if self._error is not None:
+                status = f"failed: {type(self._error).__name__}: {self._error}"
+            self._write_run_file(runner, status, ended=round(time.time(), 3))
+
+    def _write_run_file(self, runner: Any, status: str, **more: Any) -> None:
+        try:
+            assert self._run_file is not None
+            self._run_file.write(status, **more)
+        except OSError as error:
+            runner.logger.warning(f"cannot write {error.filename}: {error.strerror}")
+
     def unconfigure(self, runner: Any) -> None:
         """Close the files and give the logger back."""
+        self._captured.stop()
         if self._metrics is not None:
             self._metrics.close(runner.logger)
         runner.logger = self._previous_logger
@@ -145,7 +193,7 @@ class Logging(Plugin, name="logging"):
         clock.iterations += 1
         clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
-            self._meters.add(outputs)
+            self._meters.add(outputs, media=False)
             self._names = [*outputs]
             losses = {n: v for n, v in outputs.items() if "loss" in n and _is_number(v)}
             self._losses.append((runner.progress.iter, losses))
@@ -167,6 +215,7 @@ class Logging(Plugin, name="logging"):
 
     def on_exception(self, runner: Any, error: BaseException) -> None:
         """Write the error, and what is left."""
+        self._error = error
         progress = runner.progress
         where = f"in epoch {progress.current_epoch}, after iteration {progress.iter}"
         if isinstance(error, KeyboardInterrupt):
@@ -248,6 +297,11 @@ class Logging(Plugin, name="logging"):
     def before_val(self, runner: Any) -> None:
         """What was trained before a validation stands before it in the history."""
         self._write_training(runner)
+        self._evaluation_began = perf_counter()
+
+    def before_test(self) -> None:
+        """Start the clock."""
+        self._evaluation_began = perf_counter()
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -263,7 +317,9 @@ class Logging(Plugin, name="logging"):
 
     def _write_metrics(self, runner: Any, phase: str, metrics: Mapping[str, Any]) -> None:
         self._meters.add(metrics, phase)
-        self._write(runner, phase, *self._meters.reduce(phase))
+        scalars, media = self._meters.reduce(phase)
+        scalars.setdefault("seconds", perf_counter() - self._evaluation_began)
+        self._write(runner, phase, scalars, media)
 
     # -- records --------------------------------------------------------------------------------
 
@@ -271,23 +327,43 @@ class Logging(Plugin, name="logging"):
         """Keep values until the next record of their phase."""
         self._meters.add(values, phase)
 
+    def history(self, runner: Any) -> Iterable[Record] | None:
+        """What ``metrics.jsonl`` holds, up to where the run goes on from."""
+        if not self._main or not (runner.run_dir / "metrics.jsonl").exists():
+            return None
+        return islice(read_records(runner.run_dir), self._records)
+
+    def _refuse(self, runner: Any, name: str, text: str) -> None:
+        if name not in self._refused:
+            self._refused.add(name)
+            runner.logger.warning(f"{name!r} {text}")
+
     def _write(
-        self, runner: Any, phase: str, scalars: dict[str, float], media: dict[str, Any]
+        self, runner: Any, phase: str, scalars: dict[str, float], media: dict[str, Medium]
     ) -> None:
-        progress = runner.progress
-        counters = progress.current_epoch, progress.iter, progress.step
-        record = Record(phase, *counters, scalars, media)
         if self._metrics is None:
             return
+        progress = runner.progress
+        counters = progress.current_epoch, progress.iter, progress.step
+        record = Record(phase, *counters, scalars, self._encoded(runner, media))
         if self._records is not None:  # who evaluates a run again replaces what it had
             self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
-        runner.logger.info(_line(record, progress))
-        for name in media.keys() - self._media_told:
-            self._media_told.add(name)
-            kind = type(media[name]).__name__
-            runner.logger.info(f"{name!r} ({kind}) is no number: it goes to the sinks alone")
+        values = {"phase": phase, "step": record.step, **scalars}
+        runner.logger.info(_line(record, progress), plugin=self.plugin_name, values=values)
+
+    def _encoded(self, runner: Any, media: dict[str, Medium]) -> dict[str, Medium]:
+        """Those that can be encoded."""
+        good: dict[str, Medium] = {}
+        for name, medium in media.items():
+            try:
+                if isinstance(medium, Image):
+                    len(medium.png)
+                good[name] = medium
+            except Exception as error:
+                self._refuse(runner, name, f"({medium!r}) is left out of the records: {error}")
+        return good
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -327,27 +403,6 @@ def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(logged) / len(logged) for name, logged in by_name.items()}
 
 
-def _description(runner: Any) -> dict[str, Any]:
-    """What a run consists of, as plain values."""
-    plugins = [
-        {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
-        for name, plugin in runner.plugins.items()
-    ]
-    configured = {f"{p}_cfg": getattr(runner, f"{p}_cfg") for p in ("train", "val", "test")}
-    wrappers = runner.optim_wrapper.by_name() if runner.optim_wrapper is not None else {}
-    return {
-        "name": runner.name,
-        "model": type(runner.bare_model).__name__,
-        "parameters": sum(p.numel() for p in runner.bare_model.parameters()),
-        "optimizers": {name: repr(w.optimizer).splitlines() for name, w in wrappers.items()},
-        **{name: cfg.model_dump() for name, cfg in configured.items() if cfg is not None},
-        "plugins": plugins,
-        "hooks": runner.plugins.calls(),
-        "environment": describe_environment(),
-        "ranks": dist.get_world_size(),
-    }
-
-
 def _learning_rates(optim_wrapper: Any, used: Mapping[str, Any]) -> dict[str, float]:
     """``lr`` of the first parameter group; ``NAME/lr`` where there are several optimizers.
 
@@ -381,6 +436,8 @@ def _line(record: Record, progress: Any) -> str:
             values.append(f"eta {timedelta(seconds=round(value))}")
         elif name == "samples_per_second":
             values.append(f"{value:.0f} samples/s")
+        elif name == "seconds":
+            values += [f"{value:.1f} s"] if value >= 1 else []
         elif name == "time":
             values.append(f"{1000 * value:.1f} ms")
         elif name == "data_time":

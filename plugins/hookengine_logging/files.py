@@ -1,25 +1,26 @@
-"""``metrics.jsonl``: the complete local history of a run."""
+"""``metrics.jsonl``, the whole local history of a run; ``run.json``, what it consists of."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
+import time
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from hookengine import Record
+from hookengine import Image, Record
 
 
 class MetricsFile:
     """Records as JSON lines, each in the file before the next event.
 
-    Where the disk fails, training goes on: what could not be written is kept, said once, and
-    tried again with the next record. A number that JSON does not have is written as a string,
-    ``"nan"``, ``"inf"`` or ``"-inf"``; a value that has the name of one of the record's own fields
-    is written as ``"value/NAME"``.
+    Images are PNG files in the folder ``media`` beside it. Where the disk fails, training goes on:
+    what could not be written is kept, said once, and tried again with the next record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,19 +50,35 @@ class MetricsFile:
 
     def append(self, record: Record, logger: Any) -> None:
         """Write one record."""
-        fields = {
-            "phase": record.phase,
-            "epoch": record.epoch,
-            "iter": record.iter,
-            "step": record.step,
-        }
-        for name, value in record.scalars.items():
-            key = f"value/{name}" if name in fields else name
-            fields[key] = value if math.isfinite(value) else str(value)
-        self._waiting.append(json.dumps(fields).encode() + b"\n")
+        line = record.to_line(self._save_images(record, logger))
+        self._waiting.append(line.encode() + b"\n")
         self.count += 1
         if not self._closed:
             self._write(logger)
+
+    def _save_images(self, record: Record, logger: Any) -> dict[str, str]:
+        """Where the images are now, by name; a repeated iteration replaces its own."""
+        saved = {}
+        for name, medium in record.media.items():
+            if not isinstance(medium, Image):
+                continue
+            file = f"media/{record.phase}_{record.iter:06}_{_file_name(name)}.png"
+            try:
+                (self.path.parent / "media").mkdir(exist_ok=True)
+                (self.path.parent / file).write_bytes(medium.png)
+                saved[name] = file
+            except OSError as error:
+                self._warn(error, logger)
+        return saved
+
+    def _warn(self, error: OSError, logger: Any) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"cannot write {error.filename or self.path}: {error.strerror}. Training goes on; "
+                "make room or mend the folder: what is missing is kept and written with the next "
+                "record"
+            )
 
     def _write(self, logger: Any) -> None:
         try:
@@ -72,12 +89,7 @@ class MetricsFile:
                 self._waiting.pop(0)
         except OSError as error:
             self._drop_partial_line()
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    f"cannot write {self.path}: {error.strerror}. Training goes on; make room or "
-                    "mend the folder: what is missing is kept and written with the next record"
-                )
+            self._warn(error, logger)
 
     def _open(self) -> None:
         self._file = FileIO(self.path, "a+")
@@ -157,6 +169,37 @@ class MetricsFile:
             with suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+class RunFile:
+    """``run.json``: what a run consists of, and how it ended.
+
+    Args:
+        path: Of the file.
+        description: Plain values.
+    """
+
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+        self._path = path
+        self._fields = {**description, "started": round(time.time(), 3)}
+
+    def write(self, status: str, **more: Any) -> None:
+        """Write it anew, whole or not at all.
+
+        Args:
+            status: ``running``, or how the run ended.
+            more: Further fields, plain values.
+        """
+        fields = {**self._fields, "status": status, **more}
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(fields, indent=2) + "\n")
+        temporary.replace(self._path)
+
+
+def _file_name(name: str) -> str:
+    """A name as a part of a file's; two names never give the same one."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:80]
+    return plain if plain == name else f"{plain}_{zlib.crc32(name.encode()):08x}"
 
 
 def _is_whole(line: bytes) -> bool:

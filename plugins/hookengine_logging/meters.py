@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookengine import Histogram, Image, Table, as_medium
+
+Medium = Histogram | Image | Table | str
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class Meters:
     """Values by phase and name: numbers as they come, averaged when their record is due.
 
-    What is no number (an image, a table, a text) is a medium; the last one of a name is kept.
+    What is no number (an image, a table, a text) is a medium, taken as it is at that moment; the
+    last one of a name is kept.
+
+    Args:
+        refuse: Told the name of a value that is neither, and why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refuse: Callable[[str, str], None]) -> None:
+        self._refuse = refuse
         phases = ("train", "val", "test")
         self._numbers: dict[str, defaultdict[str, list[Any]]] = {
             p: defaultdict(list) for p in phases
         }
-        self._media: dict[str, dict[str, Any]] = {phase: {} for phase in phases}
+        self._media: dict[str, dict[str, Medium]] = {phase: {} for phase in phases}
 
-    def add(self, values: Mapping[str, Any], phase: str = "train") -> None:
-        """Keep values; a tensor stays on its device, without its graph."""
+    def add(self, values: Mapping[str, Any], phase: str = "train", media: bool = True) -> None:
+        """Keep values; a tensor stays on its device, without its graph.
+
+        Args:
+            values: By name.
+            phase: Whose record they join.
+            media: Whether what is no number is kept too.
+        """
         kept = self._numbers[phase]
         for name, value in values.items():
             if isinstance(value, Tensor):
@@ -38,21 +55,33 @@ class Meters:
                     kept[name].append(value)
                 elif value.numel() == 1:
                     kept[name].append(value.reshape(()))
-                else:
-                    self._media[phase][name] = value
+                elif media:
+                    self._keep_medium(phase, name, value)
             elif (number := _as_float(value)) is not None:
                 kept[name].append(number)
-            else:
-                self._media[phase][name] = value
+            elif media:
+                self._keep_medium(phase, name, value)
 
-    def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Any]]:
-        """(the averages of the numbers, the media) by name; forgets them all."""
+    def _keep_medium(self, phase: str, name: str, value: Any) -> None:
+        try:
+            self._media[phase][name] = as_medium(value)
+        except Exception as error:  # of a figure that cannot be drawn, too
+            kind = type(value).__name__
+            shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+            self._refuse(str(name), f"({kind}{shape}) is left out of the records: {error}")
+
+    def reduce(self, phase: str) -> tuple[dict[str, float], dict[str, Medium]]:
+        """(the averages of the numbers, the media) by name; forgets them all.
+
+        A name is a text on one line: what is none becomes its ``str``, and each control character
+        or lone surrogate in it an underscore.
+        """
         scalars = {
-            name: math.fsum(numbers) / len(numbers)
+            clean(name): _mean(numbers)
             for name, numbers in _read(self._numbers[phase]).items()
             if numbers
         }
-        media = self._media[phase]
+        media = {clean(name): medium for name, medium in self._media[phase].items()}
         for numbers in self._numbers[phase].values():
             numbers.clear()  # the names stay, in the order in which they came first
         self._media[phase] = {}
@@ -79,13 +108,27 @@ class Meters:
 
 
 def _as_float(value: Any) -> float | None:
-    """A Python or NumPy number as a float, None for anything else."""
+    """A Python or NumPy number as a float, None for anything else; beyond all floats, infinity."""
     if isinstance(value, (str, bytes)) or getattr(value, "size", 1) != 1:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
         return None
+
+
+def clean(name: Any) -> str:
+    """A name as every sink can hold it."""
+    return _UNFIT.sub("_", str(name)) or "_"
+
+
+def _mean(numbers: list[float]) -> float:
+    try:
+        return math.fsum(numbers) / len(numbers)
+    except (OverflowError, ValueError):  # beyond all floats, or infinities of both signs
+        return sum(numbers) / len(numbers)
 
 
 def _read(kept: Mapping[str, list[Any]]) -> dict[str, list[float]]:

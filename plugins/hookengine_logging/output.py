@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import EventDict
+from structlog.typing import EventDict, Processor
+
+_CONTEXT = ("run", "epoch", "iteration", "plugin")
 
 
 class Output:
@@ -17,15 +22,18 @@ class Output:
 
     Each line is printed to what ``sys.stdout`` is at that moment, so that a progress bar that has
     put itself there can place the line above itself. Until the file is opened its lines are kept.
-    An event may come with ``run_log="..."``: the text that the file gets in its stead, where the
-    whole is too long for the console.
+    An event may come with ``run_log="..."``, the text that the file gets in its stead, where the
+    whole is too long for the console; with ``console=False``, for the file alone; and with
+    ``values={...}``, what its text tells, as values, for JSON alone.
 
     Args:
         console: Whether this process prints all lines; without, it prints errors only.
+        json: Whether a line is a JSON object, with run, epoch, iteration and plugin.
     """
 
-    def __init__(self, console: bool) -> None:
+    def __init__(self, console: bool, json: bool = False) -> None:
         self._console = console
+        self._json = json
         self._file: TextIO | None = None
         self._early: list[str] | None = []
 
@@ -38,17 +46,18 @@ class Output:
 
     def line(self, event: EventDict) -> None:
         """Write one event."""
-        level = event.pop("level").upper()
-        timestamp = event.pop("timestamp")
+        level = event["level"].upper()
+        prints = event.pop("console", True) and (self._console or level in ("ERROR", "CRITICAL"))
         text = str(event.pop("event"))
         whole = str(event.pop("run_log", text))
-        exception = event.pop("exception", None)
-        mark = "" if level == "INFO" else f"{level} "
-        details = "".join(f"  {key}={value}" for key, value in event.items())
-        details += f"\n{exception}" if exception else ""
-        if self._console or level in ("ERROR", "CRITICAL"):
-            self._print(f"{timestamp[11:]}  {mark}{text}{details}")
-        self._write(f"{timestamp}  {mark}{whole}{details}")
+        values = event.pop("values", {})
+        if self._json:
+            texts = [_json_line({"event": e, **event, **values}) for e in (text, whole)]
+        else:
+            texts = _plain_lines(event, text, whole)
+        if prints:
+            self._print(texts[0])
+        self._write(texts[1])
 
     def _print(self, text: str) -> None:
         try:
@@ -79,6 +88,21 @@ class Output:
             self._file = None
 
 
+def _json_line(event: Mapping[str, Any]) -> str:
+    plain = {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in event.items()}
+    return json.dumps(plain, default=repr)
+
+
+def _plain_lines(event: EventDict, text: str, whole: str) -> list[str]:
+    """For the console, and for the file."""
+    timestamp, level = event.pop("timestamp"), event.pop("level").upper()
+    exception = event.pop("exception", None)
+    mark = "" if level == "INFO" else f"{level} "
+    details = "".join(f"  {k}={value}" for k, value in event.items() if k not in _CONTEXT)
+    details += f"\n{exception}" if exception else ""
+    return [f"{timestamp[11:]}  {mark}{text}{details}", f"{timestamp}  {mark}{whole}{details}"]
+
+
 class _Logger:
     """What structlog calls last: one method per level, each of which writes the event."""
 
@@ -91,14 +115,32 @@ class _Logger:
     debug = info = warning = warn = error = err = critical = fatal = exception = msg = _write
 
 
-def make_logger(output: Output, level: str) -> Any:
-    """A structlog logger that writes to ``output`` from ``level`` up."""
+def make_logger(output: Output, context: Processor, level: str, levels: Mapping[str, str]) -> Any:
+    """A structlog logger that writes to ``output``.
+
+    Args:
+        output: Where the lines go.
+        context: Binds each line with run, epoch, iteration and plugin.
+        level: From which on lines are written.
+        levels: Another one for the lines of a plugin, by its name.
+    """
+    number = logging.getLevelName(level)
+    numbers = {name: logging.getLevelName(own) for name, own in levels.items()}
+
+    def filter_by_plugin(logger: Any, method: str, event: EventDict) -> EventDict:
+        at_least = numbers.get(event.get("plugin", ""), number)
+        if logging.getLevelName(event["level"].upper()) < at_least:
+            raise structlog.DropEvent
+        return event
+
     return structlog.wrap_logger(
         _Logger(output),
         processors=[
             structlog.processors.add_log_level,
+            context,
+            filter_by_plugin,
             structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False),
             structlog.processors.format_exc_info,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
+        wrapper_class=structlog.make_filtering_bound_logger(min([number, *numbers.values()])),
     )

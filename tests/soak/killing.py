@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hookengine import BaseMetric, BaseModel, Plugin, Runner
 
-TIMES = ("time", "data_time", "samples_per_second", "memory", "eta")
+TIMES = ("time", "data_time", "samples_per_second", "memory", "eta", "seconds", "timestamp")
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink")
 
 

@@ -1,0 +1,264 @@
+"""What a record holds beside numbers: images, histograms, tables and texts."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Cell: TypeAlias = str | int | float | bool | None
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CHANNELS = (1, 3, 4)
+
+
+class Image:
+    """A picture, taken as it is at that moment; it is read from the device and encoded later.
+
+    Args:
+        data: A tensor or array (H, W), (C, H, W) or (H, W, C) of 1, 3 or 4 channels, or a batch
+            (N, C, H, W), which becomes a grid; floats from 0 to 1, integers from 0 to 255, what
+            lies beyond is cut off and NaN is black. Or a PIL image, a matplotlib figure, or the
+            bytes of a PNG file.
+        caption: A line below it.
+
+    Raises:
+        ValueError: another shape, or no pixels. TypeError: something else.
+    """
+
+    def __init__(self, data: Any, caption: str | None = None) -> None:
+        self.caption = caption
+        self._pixels: Tensor | None = None
+        self._file: Path | None = None
+        self._png = b""
+        if isinstance(data, bytes):
+            if not data.startswith(_PNG):
+                raise ValueError("an image as bytes must be a PNG file")
+            self._png = data
+        elif hasattr(data, "savefig"):
+            self._png = _saved(data.savefig)
+        elif hasattr(data, "getbands"):
+            self._png = _saved(data.save)
+        else:
+            self._pixels = _channels_last(_tensor(data)).clone()
+
+    @classmethod
+    def from_file(cls, path: Path, caption: str | None = None) -> Image:
+        """One that is a PNG file already; it is read when it is looked at."""
+        image = cls(_PNG, caption)
+        image._file = path
+        return image
+
+    @property
+    def png(self) -> bytes:
+        """The bytes of a PNG file."""
+        if self._file is not None:
+            self._png, self._file = self._file.read_bytes(), None
+        if self._pixels is not None:
+            self._png, self._pixels = _encoded(self._pixels), None
+        return self._png
+
+    def __repr__(self) -> str:
+        return "Image()" if self.caption is None else f"Image(caption={self.caption!r})"
+
+
+class Histogram:
+    """How values are distributed: counted on their device, read from it later.
+
+    Values that are NaN or infinite are not counted.
+
+    Args:
+        values: A tensor or array of any shape, with at least one value.
+        bins: How many, of equal width.
+
+    Raises:
+        ValueError: no values. TypeError: no numbers.
+    """
+
+    def __init__(self, values: Any, bins: int = 64) -> None:
+        if bins < 1:
+            raise ValueError(f"a histogram needs at least one bin, got {bins}")
+        tensor = _tensor(values).reshape(-1)
+        if not tensor.numel():
+            raise ValueError("a histogram needs at least one value")
+        self._counts, self._edges = _counted(tensor, bins)
+
+    @classmethod
+    def counted(cls, counts: Iterable[float], edges: Iterable[float]) -> Histogram:
+        """One that is counted already.
+
+        Args:
+            counts: N of them.
+            edges: N + 1, in ascending order.
+        """
+        histogram = cls.__new__(cls)
+        histogram._counts = torch.tensor([*counts], dtype=torch.float64)
+        histogram._edges = torch.tensor([*edges], dtype=torch.float64)
+        if len(histogram._edges) != len(histogram._counts) + 1:
+            raise ValueError(
+                f"N counts have N + 1 edges, got {len(histogram._counts)} and "
+                f"{len(histogram._edges)}"
+            )
+        return histogram
+
+    @property
+    def counts(self) -> list[float]:
+        """How many values lie in each bin."""
+        return [float(count) for count in self._counts.tolist()]
+
+    @property
+    def edges(self) -> list[float]:
+        """The limits of the bins, one more than bins."""
+        return [float(edge) for edge in self._edges.tolist()]
+
+    def __repr__(self) -> str:
+        return f"Histogram({len(self._counts)} bins)"
+
+
+class Table:
+    """Rows of texts and numbers.
+
+    Args:
+        columns: Their names.
+        rows: Each as long as ``columns``; a tensor of one value is a number, and what is neither
+            text, number, bool nor None becomes its ``str``.
+
+    Raises:
+        ValueError: a row of another length.
+    """
+
+    def __init__(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        self.columns = [str(column) for column in columns]
+        self.rows: list[list[Cell]] = [[_cell(value) for value in row] for row in rows]
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {number} of the table has {len(row)} cells, for {len(self.columns)} "
+                    "columns"
+                )
+
+    def __repr__(self) -> str:
+        return f"Table({self.columns}, {len(self.rows)} rows)"
+
+
+Medium: TypeAlias = Image | Histogram | Table | str
+
+
+def as_medium(value: Any) -> Medium:
+    """What a value is that is no number.
+
+    A tensor or array of one dimension is a histogram, of two to four an image; a PIL image and a
+    matplotlib figure are images, a pandas DataFrame is a table, a string a text.
+
+    Raises:
+        TypeError or ValueError: none of these; the message says what would be.
+    """
+    if isinstance(value, (Image, Histogram, Table, str)):
+        return value
+    if hasattr(value, "savefig") or hasattr(value, "getbands"):
+        return Image(value)
+    if hasattr(value, "itertuples") and hasattr(value, "columns"):
+        return Table([*value.columns], value.itertuples(index=False))
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        tensor = _tensor(value)
+        return Histogram(tensor) if tensor.dim() == 1 else Image(tensor)
+    raise TypeError(
+        "it is no number, tensor, image, figure or text; hookengine.Image, Histogram and Table "
+        "say what a value is"
+    )
+
+
+def _tensor(data: Any) -> Tensor:
+    if isinstance(data, Tensor):
+        tensor = data.detach()
+    else:
+        try:
+            tensor = torch.as_tensor(data)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{type(data).__name__} holds no numbers: {error}") from error
+    if tensor.is_complex() or tensor.is_sparse:
+        raise TypeError("complex and sparse tensors cannot be shown: take their parts")
+    return tensor
+
+
+def _channels_last(pixels: Tensor) -> Tensor:
+    """(H, W, C) of any of the shapes that an image may have."""
+    shape = list(pixels.shape)
+    if not pixels.numel():
+        raise ValueError(f"an image of shape {shape} has no pixels")
+    if pixels.dim() == 4 and shape[1] in _CHANNELS:
+        pixels = _grid(pixels)
+    if pixels.dim() == 2:
+        return pixels.unsqueeze(-1)
+    if pixels.dim() == 3 and pixels.shape[0] in _CHANNELS:
+        return pixels.permute(1, 2, 0)
+    if pixels.dim() == 3 and pixels.shape[-1] in _CHANNELS:
+        return pixels
+    raise ValueError(
+        f"an image is (H, W), (C, H, W), (H, W, C) or (N, C, H, W) with 1, 3 or 4 channels, got "
+        f"{shape}"
+    )
+
+
+def _grid(images: Tensor, gap: int = 2) -> Tensor:
+    """(N, C, H, W) beside and below each other, as square as can be: (C, rows, columns)."""
+    number, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
+    down, across = height + gap, width + gap
+    grid = images.new_zeros(channels, rows * down - gap, columns * across - gap)
+    for index, image in enumerate(images):
+        top, left = index // columns * down, index % columns * across
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def _encoded(pixels: Tensor) -> bytes:
+    """(H, W, C) as PNG."""
+    import PIL.Image
+
+    if pixels.dtype.is_floating_point:
+        pixels = pixels.float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
+    elif pixels.dtype == torch.bool:
+        pixels = pixels.to(torch.uint8) * 255
+    pixels = pixels.clamp(0, 255).to("cpu", torch.uint8).contiguous()
+    height, width, channels = pixels.shape
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    image = PIL.Image.frombytes(mode, (width, height), pixels.numpy().tobytes())
+    return _saved(image.save)
+
+
+def _saved(save: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _counted(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """(counts, edges) without a synchronisation; from the order of the values alone."""
+    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    finite = values.isfinite()
+    low = torch.where(finite, values, math.inf).amin()
+    high = torch.where(finite, values, -math.inf).amax()
+    low = torch.where(low.isfinite(), low, 0.0)  # no value is finite
+    high = torch.where(high.isfinite(), high, 1.0)
+    flat = low == high
+    low, high = torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high)
+    steps = torch.linspace(0, 1, bins + 1, device=values.device, dtype=values.dtype)
+    edges = low + (high - low) * steps
+    edges[-1] = high
+    ordered = values.sort().values  # NaN come last
+    below = torch.searchsorted(ordered, edges)
+    below[-1] = torch.searchsorted(ordered, high, right=True)
+    return below.diff(), edges
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        value = value.item() if getattr(value, "ndim", 1) == 0 else value
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -1,0 +1,145 @@
+"""Records: one type behind ``write``, and the lines of ``metrics.jsonl`` that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hookengine.media import Histogram, Image, Medium, Table
+
+_FIELDS = ("phase", "epoch", "iter", "step", "timestamp", "media")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a run's history, reduced: what every sink gets.
+
+    Attributes:
+        phase: ``train``, ``val`` or ``test``.
+        epoch: The epoch, from 1, that the last iteration belongs to.
+        iter: Finished iterations.
+        step: Optimizer steps taken.
+        scalars: Python floats by name; NaN and infinities are as they are.
+        media: Images, histograms, tables, texts by name.
+        timestamp: When it was made, in seconds since 1970.
+    """
+
+    phase: str
+    epoch: int
+    iter: int
+    step: int
+    scalars: Mapping[str, float]
+    media: Mapping[str, Medium] = field(default_factory=dict)
+    timestamp: float = field(default_factory=time.time)
+
+    def to_line(self, image_files: Mapping[str, str]) -> str:
+        """As JSON, without the newline.
+
+        A number that JSON does not have is written as a string, ``"nan"``, ``"inf"`` or
+        ``"-inf"``; a value that has the name of one of the record's own fields is written as
+        ``"value/NAME"``.
+
+        Args:
+            image_files: Where the images are, by name, relative to the file that the line is for.
+                One that is not there is left out.
+        """
+        fields: dict[str, Any] = {
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "iter": self.iter,
+            "step": self.step,
+            "timestamp": round(self.timestamp, 3),
+        }
+        for name, value in self.scalars.items():
+            key = f"value/{name}" if name in _FIELDS else name
+            fields[key] = value if math.isfinite(value) else str(value)
+        if self.media:
+            packed = {name: _pack(one, image_files.get(name)) for name, one in self.media.items()}
+            fields["media"] = {name: one for name, one in packed.items() if one is not None}
+        return json.dumps(fields)
+
+    @classmethod
+    def from_line(cls, line: str | bytes, folder: Path) -> Record:
+        """Back from JSON.
+
+        Args:
+            line: What ``to_line`` returned.
+            folder: That of the file; images that are missing are left out.
+
+        Raises:
+            ValueError: it is no such line.
+        """
+        try:
+            fields = json.loads(line)
+            counters = (fields.pop(name) for name in ("phase", "epoch", "iter", "step"))
+            phase, epoch, iteration, step = counters
+            timestamp = float(fields.pop("timestamp", math.nan))
+            packed = fields.pop("media", {})
+            media = {name: _unpack(one, folder) for name, one in packed.items()}
+            scalars = {_plain(name): float(value) for name, value in fields.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no record: {line[:80]!r} ({error})") from error
+        there = {name: one for name, one in media.items() if one is not None}
+        return cls(phase, epoch, iteration, step, scalars, there, timestamp)
+
+
+def read_records(run_dir: str | Path) -> Iterator[Record]:
+    """The records of a run, oldest first, one after another from its ``metrics.jsonl``.
+
+    A line that a kill has cut short is left out.
+
+    Args:
+        run_dir: The folder of the run, ``runner.run_dir``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = Record.from_line(line, path.parent)
+            except ValueError:
+                continue
+            yield record
+
+
+def _plain(name: str) -> str:
+    own = name.removeprefix("value/")
+    return own if own in _FIELDS else name
+
+
+def _pack(medium: Medium, file: str | None) -> dict[str, Any] | None:
+    if isinstance(medium, Image):
+        if file is None:
+            return None
+        caption = {} if medium.caption is None else {"caption": medium.caption}
+        return {"image": file, **caption}
+    if isinstance(medium, Histogram):
+        return {"histogram": {"counts": medium.counts, "edges": medium.edges}}
+    if isinstance(medium, Table):
+        rows = [[_json_cell(cell) for cell in row] for row in medium.rows]
+        return {"table": {"columns": medium.columns, "rows": rows}}
+    return {"text": medium}
+
+
+def _json_cell(cell: Any) -> Any:
+    return str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+
+def _unpack(packed: Mapping[str, Any], folder: Path) -> Medium | None:
+    if "image" in packed:
+        path = (folder / packed["image"]).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return None
+        return Image.from_file(path, packed.get("caption"))
+    if "histogram" in packed:
+        return Histogram.counted(packed["histogram"]["counts"], packed["histogram"]["edges"])
+    if "table" in packed:
+        return Table(packed["table"]["columns"], packed["table"]["rows"])
+    return str(packed["text"])
