@@ -46,7 +46,8 @@ not a plain *event*; the kinds are explained below. ::
     runner.close()                              unconfigure
 
 ``runner.log(...)`` emits ``log``; a plugin that reduces values emits ``write`` for the sinks.
-``runner.state_dict()`` emits ``before_save_checkpoint``, ``runner.load_state_dict()``
+``runner.state_dict()`` emits ``before_save_checkpoint``, a plugin that has written it to the disk
+``after_save_checkpoint``; ``runner.load_state_dict()`` emits
 ``after_load_checkpoint``, where each sink asks for the ``history``.
 
 Kinds
@@ -79,6 +80,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
 
@@ -411,6 +414,10 @@ class State(Protocol):
     @event
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Add to the state that ``runner.state_dict()`` is about to return."""
+
+    @event
+    def after_save_checkpoint(self, runner: Runner, path: Path) -> None:
+        """A checkpoint is on the disk, whole, in the folder ``path``; on the rank that saved it."""
 
     @event
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
@@ -25,8 +25,9 @@ class Sink(Plugin):
     """A plugin whose ``write(runner, record)`` runs on a thread of its own, behind a queue.
 
     A subclass defines ``write``, and may define ``open(runner)`` and ``close(runner)``, which
-    run on that thread before the first record and after the last one. It may also answer events,
-    on the main thread. Whatever any of these raises is reported once and counted; training goes
+    run on that thread before the first record and after the last one; of the Runner these three
+    ask for no more than ``name``, ``run_dir``, ``logger`` and ``describe()``, since records may be
+    replayed when there is no Runner any more. It may also answer events, on the main thread. Whatever any of these raises is reported once and counted; training goes
     on, bit-identically.
 
     The delay that a sink adds is bounded: a record that finds the queue full (``queue_size``
@@ -40,8 +41,8 @@ class Sink(Plugin):
     what the event ``history`` has beyond it is written before anything else.
     """
 
-    queue_size: ClassVar[int] = 1000
-    flush_timeout: ClassVar[float] = 10.0
+    queue_size = 1000
+    flush_timeout = 10.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in EVENTS.keys() & cls.__dict__.keys():
@@ -63,20 +64,28 @@ class Sink(Plugin):
         """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
         self._state.put(lambda: self._state.guard("a job", job, everything=True))
 
-    def replay(self, runner: Any, records: Iterable[Record]) -> None:
+    def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
         """Give the sink all of ``records`` that it does not hold, whatever ``queue_size`` is.
 
         Args:
-            runner: The Runner, or what stands for it.
+            runner: The Runner, or what stands for it: with ``name``, ``run_dir``, ``logger`` and
+                ``describe()``, which is all that ``open``, ``write`` and ``close`` may ask for.
             records: Read on the sink's thread, once.
+            continues: Whether to add to what is there of the run already; else it begins anew.
         """
         self._state.runner = runner
+        self._state.continues = continues
         self._state.put(lambda: self._state.fill(records))
 
     @property
     def held(self) -> dict[str, int]:
         """Per phase the last iteration that this sink had a record of before it was opened."""
         return self._state.held
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run goes on from a checkpoint, so that there may be something to hold."""
+        return self._state.continues
 
     @property
     def failures(self) -> int:
@@ -107,6 +116,7 @@ class Sink(Plugin):
         self._state.flush(self.flush_timeout)
         self._state.repeat()
         self._state.history = runner.hooks.history(runner)
+        self._state.continues = True
 
     def before_run(self, runner: Runner) -> None:
         """What the history has, and the sink has not, comes first."""
@@ -135,6 +145,7 @@ class _SinkState:
         self.thread: threading.Thread | None = None
         self.written: dict[str, int] = {}
         self.left_behind = 0
+        self.continues = False
         self.history: Iterable[Record] | None = None
         self.runner: Any = None
 
@@ -240,17 +251,19 @@ class _SinkState:
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:
     """Put a call of ``write`` into the sink's queue; on the sink's own thread call it directly."""
+    wanted = [*inspect.signature(write).parameters][1:]
 
-    @functools.wraps(write)
     def put(self: Sink, runner: Runner, record: Record) -> None:
         state = self._state
         state.runner = runner
+        arguments = {"runner": runner, "record": record}
+        call = functools.partial(write, self, **{name: arguments[name] for name in wanted})
         if threading.current_thread() is state.thread:
-            write(self, runner, record)
-            return
+            call()
+        else:
+            state.put(lambda: state.deliver(record, call))
 
-        state.put(lambda: state.deliver(record, lambda: write(self, runner, record)))
-
+    put.__name__, put.__doc__ = write.__name__, write.__doc__  # the signature is that of the event
     return put
 
 

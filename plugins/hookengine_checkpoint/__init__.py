@@ -435,6 +435,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             if saved.number == self._best.number:
                 runner.logger.info(self._best.line(saved.name))
             runner.logger.debug(f"checkpoint: {saved.path} is saved")
+            runner.hooks.after_save_checkpoint(runner, saved.path)
 
     @property
     def written(self) -> bool:

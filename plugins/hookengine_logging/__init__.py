@@ -95,9 +95,8 @@ class Logging(Plugin, name="logging"):
     def _check_levels(self, plugins: Iterable[str]) -> None:
         for name in self.levels:
             if name not in (known := [*plugins, *PLUGINS.names()]):
-                raise ValueError(
-                    f"logging: levels names {name!r}, which is no plugin.{did_you_mean(name, known)}"
-                )
+                hint = did_you_mean(name, known)
+                raise ValueError(f"logging: levels names {name!r}, which is no plugin.{hint}")
 
     @hookimpl(tryfirst=True)
     def before_run(self, runner: Any) -> None:

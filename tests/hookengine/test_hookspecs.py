@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hookengine import hookimpl, hookspecs
+from hookengine import Sink, hookimpl, hookspecs
 from hookengine.cli import events_page
 from hookengine.hookspecs import EVENTS, SUBJECTS
 
@@ -139,4 +139,13 @@ def test_every_event_fires_somewhere(make: Any) -> None:
     )
     with pytest.raises(ValueError, match="no"):
         runner.val()
-    assert set(log) == set(EVENTS) - {"history"}  # for sinks: see test_sink
+
+    class Nowhere(Sink):
+        def write(self, record: Any) -> None: ...
+
+    plugins = [recorder(log), Nowhere()]
+    runner = make(plugins=plugins, validate=True, defaults=("logging", "checkpoint"))
+    runner.load_state_dict(runner.state_dict())
+    runner.train()
+    runner.close()
+    assert set(log) == set(EVENTS)

@@ -1,0 +1,92 @@
+"""``python -m hookengine_logging.replay RUN --to wandb``: give a sink what a run has written."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+from hookengine import PLUGINS, Sink, read_records
+
+
+class FinishedRun:
+    """What stands for the Runner where there is none any more: its folder.
+
+    Args:
+        folder: That of the run.
+
+    Raises:
+        FileNotFoundError: it is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.run_dir = folder
+        for name in ("metrics.jsonl", "run.json"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is no run's folder: there is no {name}")
+        self._description = json.loads((folder / "run.json").read_text())
+        self.name = self._description["name"]
+        self.logger = structlog.get_logger("hookengine")
+
+    def describe(self) -> dict[str, Any]:
+        """What the run consisted of."""
+        return dict(self._description)
+
+
+def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
+    """Give a sink the records of a run that it does not hold; waits until it is done.
+
+    Args:
+        folder: That of the run.
+        sink: A sink that no Runner has.
+        anew: Begin another run there, instead of going on with the one that there is.
+
+    Returns:
+        How often the sink failed.
+    """
+    run: Any = FinishedRun(folder)
+    sink.configure(run)
+    sink.flush_timeout = threading.TIMEOUT_MAX
+    sink.replay(run, read_records(folder), continues=not anew)
+    sink.unconfigure(run)
+    return sink.failures
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    to: Annotated[list[str], typer.Option(help="the name of a sink; may be given several times")],
+    option: Annotated[
+        list[str], typer.Option(help="an option of the sink, NAME=VALUE; VALUE as JSON or a text")
+    ] = [],  # noqa: B006  (typer only reads it)
+    anew: Annotated[bool, typer.Option(help="begin another run there")] = False,
+) -> None:
+    """Write the records of a run, with their images, to sinks that missed them."""
+    try:
+        options = dict(_parsed(each) for each in option)
+        sinks = [PLUGINS.build({"type": name, **options}) for name in to]
+        for name, sink in zip(to, sinks, strict=True):
+            if not isinstance(sink, Sink):
+                raise TypeError(f"{name!r} is no sink: records cannot be replayed to it")
+        failures = sum(replay(run, sink, anew=anew) for sink in sinks)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        typer.echo(error.args[0] if isinstance(error, KeyError) else error, err=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(int(failures > 0))
+
+
+def _parsed(option: str) -> tuple[str, Any]:
+    name, equals, value = option.partition("=")
+    if not equals:
+        raise ValueError(f"an option is NAME=VALUE, got {option!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    typer.run(main)

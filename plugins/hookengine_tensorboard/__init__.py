@@ -1,0 +1,88 @@
+"""TensorBoard: the records of a run as event files in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from hookengine import Record, Sink
+from hookengine_tensorboard.summaries import hyperparameters, session_end, summary_of
+
+__all__ = ["TensorBoard"]
+
+
+class TensorBoard(Sink, name="tensorboard"):
+    """Write records where ``tensorboard --logdir work_dir`` finds them, one run per folder.
+
+    A value is ``PHASE/NAME`` at the iteration of its record; images, figures, histograms, tables
+    and texts that a hook hands to ``runner.log`` are there too, and what the run consists of are
+    its hyperparameters. A record is one event, which is in the file whole or not at all, so that a
+    run that was killed goes on without gap or repetition. The event files of an earlier run that
+    began in the same folder are moved to ``tensorboard_1``.
+    """
+
+    _failed = False
+
+    def open(self, runner: Any) -> None:
+        """Look at what is there, and begin another file."""
+        self._hyperparameters: dict[str, Any] | None = None
+        folder: Path = runner.run_dir
+        files = sorted(folder.glob("events.out.tfevents.*"))
+        if self.continues:
+            for file in files:
+                self._read(file)
+        elif files:
+            _move_aside(folder, files)
+        self._writer = EventFileWriter(str(folder))
+        self._hyperparameters = None if self.held else runner.describe()
+
+    def _read(self, file: Path) -> None:
+        for event in LegacyEventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                phase = value.tag.partition("/")[0]
+                self.held[phase] = max(event.step, self.held.get(phase, -1))
+
+    def write(self, runner: Any, record: Record) -> None:
+        """Write a record, as one event."""
+        if self._hyperparameters is not None and record.phase != "train":
+            self._describe(record)
+        self._add(summary_of(record), record.timestamp, record.iter)
+        self._writer.flush()
+
+    def _describe(self, record: Record) -> None:
+        """The hyperparameters, as soon as it is known by which metrics they are to be judged."""
+        assert self._hyperparameters is not None
+        metrics = [f"{record.phase}/{name}" for name in record.scalars if name != "seconds"]
+        for summary in hyperparameters(self._hyperparameters, metrics):
+            self._add(summary, record.timestamp, 0)
+        self._hyperparameters = None
+
+    def _add(self, summary: Summary, timestamp: float, step: int) -> None:
+        self._writer.add_event(Event(wall_time=timestamp, step=step, summary=summary))
+
+    def on_exception(self, error: BaseException) -> None:
+        """Remember that the run has failed."""
+        self._failed = True
+
+    def before_run(self, runner: Any) -> None:
+        """It has not, so far."""
+        self._failed = False
+
+    def close(self, runner: Any) -> None:
+        """Write how it ended."""
+        self._writer.add_event(Event(summary=session_end(failed=self._failed)))
+        self._writer.close()
+
+
+def _move_aside(folder: Path, files: list[Path]) -> None:
+    number = 1
+    while (aside := folder / f"tensorboard_{number}").exists():
+        number += 1
+    aside.mkdir()
+    for file in files:
+        file.rename(aside / file.name)

@@ -1,0 +1,39 @@
+"""Histograms of gradients and parameters, for every sink."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hookengine import Histogram, Plugin, hookimpl
+
+__all__ = ["Watch"]
+
+
+class Watch(Plugin, name="watch"):
+    """Log how the gradients, the parameters, or both are distributed, now and then.
+
+    The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
+    counted on their device, without waiting for it, and read with the next record.
+    """
+
+    what: Literal["gradients", "parameters", "all"] = Field("gradients")
+    every: int = Field(1000, gt=0, description="optimizer steps between two of them")
+    bins: int = Field(64, gt=0, description="of a histogram")
+
+    @hookimpl(trylast=True)
+    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+        """Count, before the first step and then every ``every`` steps."""
+        if optim_wrapper.steps % self.every:
+            return
+        mine = {id(parameter) for parameter in optim_wrapper.parameters()}
+        histograms = {}
+        for name, parameter in runner.bare_model.named_parameters():
+            if id(parameter) not in mine:
+                continue
+            if self.what != "gradients":
+                histograms[f"parameters/{name}"] = Histogram(parameter, self.bins)
+            if self.what != "parameters" and parameter.grad is not None:
+                histograms[f"gradients/{name}"] = Histogram(parameter.grad, self.bins)
+        runner.log(histograms)
