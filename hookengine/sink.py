@@ -7,7 +7,7 @@ import inspect
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -27,14 +27,14 @@ class Sink(Plugin):
     A subclass defines ``write``, and may define ``open(runner)`` and ``close(runner)``, which
     run on that thread before the first record and after the last one; of the Runner these three
     ask for no more than ``name``, ``run_dir``, ``logger`` and ``describe()``, since records may be
-    replayed when there is no Runner any more. It may also answer events, on the main thread. Whatever any of these raises is reported once and counted; training goes
-    on, bit-identically.
+    replayed when there is no Runner any more. It may also answer events, on the main thread.
+    Whatever any of these raises is reported once and counted; training goes on, bit-identically.
 
     The delay that a sink adds is bounded: a record that finds the queue full (``queue_size``
-    records are waiting) is dropped and counted, without waiting; at the end of a run, at a load and
-    in ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry (one that has not
-    moved since is not waited for again), and ``close`` as many. What was dropped stands in the
-    run's ``metrics.jsonl``.
+    records are waiting) is dropped, without waiting; at the end of a run, at a load and in
+    ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry (one that has not moved
+    since is not waited for again), and ``close`` as many. What was dropped is made up for from the
+    ``history`` when the sink has caught up; what never was is counted and said at the end.
 
     A run that goes on gives no gap and no repetition: ``open`` says in ``held`` what is there
     already, by phase and iteration. A record at or before that is left out (``skip`` is told), and
@@ -43,6 +43,8 @@ class Sink(Plugin):
 
     queue_size = 1000
     flush_timeout = 10.0
+    pause = 1.0
+    """Seconds for which records are gathered before they are written together."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in EVENTS.keys() & cls.__dict__.keys():
@@ -141,6 +143,8 @@ class _SinkState:
         self.held: dict[str, int] = {}
         self.failures = 0
         self.dropped = 0
+        self.behind = self.behind_told = False
+        self.hurry = threading.Event()
         self.queue: queue.Queue[Callable[[], None] | None] = queue.Queue(sink.queue_size)
         self.thread: threading.Thread | None = None
         self.written: dict[str, int] = {}
@@ -157,17 +161,31 @@ class _SinkState:
         try:
             self.queue.put_nowait(job)
         except queue.Full:
+            self.behind = True
             self.dropped += 1
-            if self.dropped == 1:
+            if not self.behind_told:
+                self.behind_told = True
                 self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
 
     def _work(self) -> None:
         self.guard("open", lambda: self.sink.open(self.runner), everything=True)
-        while (job := self.queue.get()) is not None:
+        for job in self._jobs():
             job()
+            if self.behind and self.queue.empty():
+                self._catch_up()
             self.queue.task_done()
         self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
+
+    def _jobs(self) -> Iterator[Callable[[], None]]:
+        while True:
+            gathered = not self.queue.empty()
+            job = self.queue.get()
+            if job is None:
+                return
+            if not gathered:  # a batch costs training one change of threads
+                self.hurry.wait(self.sink.pause)
+            yield job
 
     def deliver(self, record: Record, write: Callable[[], None]) -> None:
         """Write one record, on the thread, unless the sink has it already."""
@@ -176,6 +194,17 @@ class _SinkState:
             self.guard("write", write, everything=True)
         else:
             self.guard("skip", lambda: self.sink.skip(self.runner, record), everything=True)
+
+    def _catch_up(self) -> None:
+        """Take what was dropped from the history, if somebody keeps one."""
+        self.behind = False
+        history = self.guard("history", lambda: self.runner.hooks.history(self.runner))
+        if history is None:
+            return
+        self.repeat()
+        self.fill(history)
+        self.repeat()
+        self.dropped = 0
 
     def fill(self, records: Iterable[Record]) -> None:
         """Write what the sink does not hold, on the thread."""
@@ -220,13 +249,17 @@ class _SinkState:
         if self.left_behind and self.queue.unfinished_tasks >= self.left_behind:
             timeout = 0  # it has not moved since it was given up
         deadline = time.monotonic() + timeout
-        with self.queue.all_tasks_done:
-            while self.queue.unfinished_tasks:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return self._give_up(timeout)
-                self.queue.all_tasks_done.wait(left)
-        return True
+        self.hurry.set()
+        try:
+            with self.queue.all_tasks_done:
+                while self.queue.unfinished_tasks:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return self._give_up(timeout)
+                    self.queue.all_tasks_done.wait(left)
+            return True
+        finally:
+            self.hurry.clear()
 
     def _give_up(self, timeout: float) -> bool:
         if not self.left_behind:

@@ -344,7 +344,7 @@ class Logging(Plugin, name="logging"):
             return
         progress = runner.progress
         counters = progress.current_epoch, progress.iter, progress.step
-        record = Record(phase, *counters, scalars, self._encoded(runner, media))
+        record = Record(phase, *counters, scalars, self._encoded(runner, media) if media else media)
         if self._records is not None:  # who evaluates a run again replaces what it had
             self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
@@ -394,9 +394,9 @@ class Logging(Plugin, name="logging"):
 
 def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """The means of what several ranks have logged, each of those that have logged it."""
-    ranks = dist.all_gather_objects(values)
-    if len(ranks) == 1:
+    if dist.get_world_size() == 1:
         return values
+    ranks = dist.all_gather_objects(values)
     names = dict.fromkeys(name for rank in ranks for name in rank)
     by_name = {name: [rank[name] for rank in ranks if name in rank] for name in names}
     return {name: sum(logged) / len(logged) for name, logged in by_name.items()}

@@ -50,7 +50,7 @@ class MetricsFile:
 
     def append(self, record: Record, logger: Any) -> None:
         """Write one record."""
-        line = record.to_line(self._save_images(record, logger))
+        line = record.to_line(self._save_images(record, logger) if record.media else {})
         self._waiting.append(line.encode() + b"\n")
         self.count += 1
         if not self._closed:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hookengine import Record, Sink
 from hookengine_tensorboard.summaries import hyperparameters, session_end, summary_of
@@ -38,7 +41,8 @@ class TensorBoard(Sink, name="tensorboard"):
                 self._read(file)
         elif files:
             _move_aside(folder, files)
-        self._writer = EventFileWriter(str(folder))
+        self._writer = RecordWriter(_new_file(folder).open("wb"))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._hyperparameters = None if self.held else runner.describe()
 
     def _read(self, file: Path) -> None:
@@ -51,19 +55,19 @@ class TensorBoard(Sink, name="tensorboard"):
         """Write a record, as one event."""
         if self._hyperparameters is not None and record.phase != "train":
             self._describe(record)
-        self._add(summary_of(record), record.timestamp, record.iter)
-        self._writer.flush()
+        self._add(_event(summary_of(record), record.timestamp, record.iter))
 
     def _describe(self, record: Record) -> None:
         """The hyperparameters, as soon as it is known by which metrics they are to be judged."""
         assert self._hyperparameters is not None
         metrics = [f"{record.phase}/{name}" for name in record.scalars if name != "seconds"]
         for summary in hyperparameters(self._hyperparameters, metrics):
-            self._add(summary, record.timestamp, 0)
+            self._add(_event(summary, record.timestamp, 0))
         self._hyperparameters = None
 
-    def _add(self, summary: Summary, timestamp: float, step: int) -> None:
-        self._writer.add_event(Event(wall_time=timestamp, step=step, summary=summary))
+    def _add(self, event: Event) -> None:
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
 
     def on_exception(self, error: BaseException) -> None:
         """Remember that the run has failed."""
@@ -75,8 +79,21 @@ class TensorBoard(Sink, name="tensorboard"):
 
     def close(self, runner: Any) -> None:
         """Write how it ended."""
-        self._writer.add_event(Event(summary=session_end(failed=self._failed)))
+        self._add(_event(session_end(failed=self._failed), time.time(), 0))
         self._writer.close()
+
+
+def _event(summary: Summary, timestamp: float, step: int) -> Event:
+    return Event(wall_time=timestamp, step=step, summary=summary)
+
+
+def _new_file(folder: Path) -> Path:
+    """Named as TensorBoard wants it: it reads the files of a folder in the order of their names."""
+    end = f"{socket.gethostname()}.{os.getpid()}"
+    number = 0
+    while (file := folder / f"events.out.tfevents.{time.time():.0f}.{end}.{number}").exists():
+        number += 1
+    return file
 
 
 def _move_aside(folder: Path, files: list[Path]) -> None:
