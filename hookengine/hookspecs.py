@@ -416,8 +416,15 @@ class State(Protocol):
         """Add to the state that ``runner.state_dict()`` is about to return."""
 
     @event
-    def after_save_checkpoint(self, runner: Runner, path: Path) -> None:
-        """A checkpoint is on the disk, whole, in the folder ``path``; on the rank that saved it."""
+    def after_save_checkpoint(self, runner: Runner, path: Path, best: bool) -> None:
+        """A checkpoint is on the disk, whole; on the rank that saved it.
+
+        Told again, with ``best``, where a validation has shown that it is the best one so far.
+
+        Args:
+            path: Its folder, which may be renamed or removed when later ones are saved.
+            best: Whether it is the best one so far.
+        """
 
     @event
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

@@ -414,6 +414,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best.settle()
         if newest is not None:
             runner.logger.info(self._best.line(newest.name))
+            runner.hooks.after_save_checkpoint(runner, newest.path, True)
             self._retiring = self._executor.submit(self._retire, runner, number)
 
     # -- what came of it ------------------------------------------------------------------------
@@ -435,7 +436,8 @@ class Checkpoint(Plugin, name="checkpoint"):
             if saved.number == self._best.number:
                 runner.logger.info(self._best.line(saved.name))
             runner.logger.debug(f"checkpoint: {saved.path} is saved")
-            runner.hooks.after_save_checkpoint(runner, saved.path)
+            best = saved.number == self._best.number
+            runner.hooks.after_save_checkpoint(runner, saved.path, best)
 
     @property
     def written(self) -> bool:

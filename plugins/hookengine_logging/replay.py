@@ -60,14 +60,15 @@ def main(
     run: Annotated[Path, typer.Argument(help="the folder of a run")],
     to: Annotated[list[str], typer.Option(help="the name of a sink; may be given several times")],
     option: Annotated[
-        list[str], typer.Option(help="an option of the sink, NAME=VALUE; VALUE as JSON or a text")
+        list[str],
+        typer.Option(help="NAME=VALUE (JSON or a text), an option of the sink in place of its own"),
     ] = [],  # noqa: B006  (typer only reads it)
     anew: Annotated[bool, typer.Option(help="begin another run there")] = False,
 ) -> None:
     """Write the records of a run, with their images, to sinks that missed them."""
     try:
-        options = dict(_parsed(each) for each in option)
-        sinks = [PLUGINS.build({"type": name, **options}) for name in to]
+        given = dict(_parsed(each) for each in option)
+        sinks = [PLUGINS.build({"type": name, **_options(run, name), **given}) for name in to]
         for name, sink in zip(to, sinks, strict=True):
             if not isinstance(sink, Sink):
                 raise TypeError(f"{name!r} is no sink: records cannot be replayed to it")
@@ -76,6 +77,15 @@ def main(
         typer.echo(error.args[0] if isinstance(error, KeyError) else error, err=True)
         raise typer.Exit(2) from error
     raise typer.Exit(int(failures > 0))
+
+
+def _options(folder: Path, name: str) -> dict[str, Any]:
+    """Those that the sink had in the run."""
+    plugins = FinishedRun(folder).describe()["plugins"]
+    options: dict[str, Any] = next(
+        (plugin["options"] for plugin in plugins if plugin["name"] == name), {}
+    )
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _parsed(option: str) -> tuple[str, Any]:

@@ -6,8 +6,11 @@ import base64
 import importlib.util
 import json
 import math
+import os
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,35 +69,42 @@ class Wandb(Sink, name="wandb"):
         """Begin the run, or go on with it."""
         folder = runner.run_dir / "wandb"
         description = runner.describe()
-        session: SessionLike | None = _own_session()
+        options = {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name,
+            "default_name": runner.name,
+            "group": self.group,
+            "job_type": self.job_type,
+            "tags": self.tags or None,
+            "notes": self.notes,
+            "config": {**description, **self.config},
+            "dir": str(runner.run_dir),
+        }
+        settings = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": self.init_timeout,
+            "finish_timeout": self.finish_timeout,
+            "finish_timeout_raises": True,
+            "x_transaction_log_flush_interval": 1,
+        }
+        session = _own_session()
         if session is None:
             folder.mkdir(parents=True, exist_ok=True)
             session = SessionProcess(folder / "process.log")
-        answer = session.begin(
-            folder=str(folder),
-            continues=self.continues,
-            mode=self.mode,
-            by_epoch=(description.get("train_cfg") or {}).get("by_epoch", False),
-            options={
-                "project": self.project,
-                "entity": self.entity,
-                "name": self.name,
-                "default_name": runner.name,
-                "group": self.group,
-                "job_type": self.job_type,
-                "tags": self.tags or None,
-                "notes": self.notes,
-                "config": {**description, **self.config},
-                "dir": str(runner.run_dir),
-            },
-            settings={
-                "silent": True,
-                "console": "off",
-                "init_timeout": self.init_timeout,
-                "finish_timeout": self.finish_timeout,
-                "x_transaction_log_flush_interval": 1,
-            },
-        )
+        try:
+            answer = session.begin(
+                folder=str(folder),
+                continues=self.continues,
+                mode=self.mode,
+                by_epoch=(description.get("train_cfg") or {}).get("by_epoch", False),
+                options=options,
+                settings=settings,
+            )
+        except Exception:
+            session.abort()
+            raise
         self._session = session
         self.held.update(answer["held"])
         if answer["warning"]:
@@ -136,9 +146,17 @@ class Wandb(Sink, name="wandb"):
         if session is None:
             return
         files = [str(runner.run_dir / name) for name in ("run.json", "run.log")]
-        unsynced = session.finish(self._exit_code, files)["unsynced"]
-        if unsynced:
+        answer = session.finish(self._exit_code, files)
+        if answer["timed_out"]:
+            folder = shlex.quote(str(runner.run_dir))
+            runner.logger.warning(
+                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. For the "
+                f"rest: python -m hookengine_logging.replay {folder} --to wandb"
+            )
+        if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
+        if failures := answer["failures"]:
+            raise RuntimeError("; ".join(failures))
 
     # -- on the main thread ---------------------------------------------------------------------
 
@@ -153,16 +171,31 @@ class Wandb(Sink, name="wandb"):
             text = f"{type(error).__name__}: {error}"
             self.enqueue(lambda: self._open.summarize({"exception": text}))
 
-    def after_save_checkpoint(self, path: Path) -> None:
+    def after_save_checkpoint(self, runner: Any, path: Path, best: bool) -> None:
         """Upload a checkpoint, if asked for."""
-        best = (path.parent / "best").resolve() == path.resolve()
         if self.checkpoints == "all" or (self.checkpoints == "best" and best):
-            self.enqueue(lambda: self._upload(path, ["best"] * best))
+            copy = _linked(path, runner.run_dir / "wandb")  # it may be gone by then
+            self.enqueue(lambda: self._upload(copy, ["best"] * best))
 
     def _upload(self, path: Path, aliases: list[str]) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
         self._open.upload(str(path), ["latest", path.name, *aliases], metadata)
+
+
+def _linked(folder: Path, parent: Path) -> Path:
+    """The files of a folder in a new one below ``parent``, without a copy where the disk can."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    parent.mkdir(parents=True, exist_ok=True)
+    there = Path(tempfile.mkdtemp(prefix="upload-", dir=parent)) / folder.name
+    shutil.copytree(folder, there, copy_function=link)
+    return there
 
 
 def _data_url(image: Image) -> str:

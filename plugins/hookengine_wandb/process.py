@@ -26,6 +26,7 @@ class SessionLike(Protocol):
     def summarize(self, values: dict[str, Any]) -> None: ...
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None: ...
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]: ...
+    def abort(self) -> None: ...
 
 
 class SessionProcess:
@@ -51,6 +52,10 @@ class SessionProcess:
                 text=True,
                 start_new_session=True,
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._failures: list[str] = []
 
     def begin(
         self,
@@ -83,29 +88,43 @@ class SessionProcess:
 
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]:
         """End, and wait for the answer."""
-        self._send("finish", {"exit_code": exit_code, "files": files})
         try:
-            return self._answer()
-        finally:
-            with self._process:  # closes the pipes, and waits
-                pass
+            self._send("finish", {"exit_code": exit_code, "files": files})
+            answer = self._answer()
+        except Exception:
+            self.abort()
+            raise
+        with self._process:  # closes the pipes, and waits
+            return {**answer, "failures": self._failures}
+
+    def abort(self) -> None:
+        """End the process, as it is."""
+        self._process.kill()
+        with self._process:
+            pass
 
     def _send(self, name: str, arguments: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": name, **arguments}) + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(json.dumps({"do": name, **arguments}) + "\n")
+        self._stdin.flush()
 
     def _complain(self) -> None:
-        assert self._process.stdout is not None
-        if select.select([self._process.stdout], [], [], 0)[0]:
-            self._answer()
+        """Raise what an earlier call has led to, if it is known by now."""
+        while select.select([self._stdout], [], [], 0)[0]:
+            self._failures.append(self._read()["failed"])
+        if self._failures:
+            raise RuntimeError(self._failures.pop(0))
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        while "failed" in (line := self._read()):
+            self._failures.append(line["failed"])
+        if "error" in line:
+            raise RuntimeError(line["error"])
+        answer: dict[str, Any] = line["answer"]
+        return answer
+
+    def _read(self) -> dict[str, Any]:
+        line = self._stdout.readline()
         if not line:
             raise OSError(f"the process that speaks with W&B has ended ({self._process.wait()})")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+        read: dict[str, Any] = json.loads(line)
+        return read

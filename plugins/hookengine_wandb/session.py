@@ -21,9 +21,10 @@ from typing import Any, TextIO
 
 import numpy as np
 import PIL.Image
-import wandb
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.lib.runid import generate_id
+
+import wandb
 
 PHASES = ("train", "val", "test")
 FIELDS = ("phase", "epoch", "iter", "step", "timestamp", "media")
@@ -70,13 +71,16 @@ class Session:
             self.run.config.update(options["config"], allow_val_change=True)
         else:
             home.mkdir(parents=True, exist_ok=True)
-            known = home / "run_id"
+            known = home / "run.json"
             goes_on = continues and known.exists()
-            run_id = known.read_text().strip() if goes_on else generate_id()
-            self.run, answer["warning"] = _init(mode, run_id, options, settings)
+            run = json.loads(known.read_text()) if goes_on else {"id": generate_id()}
+            given = {name: value for name, value in options.items() if value is not None}
+            self.run, answer["warning"] = _init(mode, {**run, **given}, settings)
             if not self.run.disabled:
-                known.write_text(self.run.id)
+                names = ("id", "project", "entity")
+                known.write_text(json.dumps({name: getattr(self.run, name) for name in names}))
             self._rows = 0
+            _set_empty_ones_aside(self.run, home)
             if goes_on and not self.run.disabled:
                 answer["held"], self._rows = _held(self.run, home)
         self._home = home
@@ -100,13 +104,21 @@ class Session:
             for name, v in record.items()
             if name not in FIELDS
         }
-        named |= {name: medium(one) for name, one in record.get("media", {}).items()}
         row = {
             **{f"{phase}/{name}": value for name, value in named.items()},
             f"{phase}/iter": record["iter"],
             **{name: record[name] for name in ("iter", "epoch", "step")},
             "_timestamp": record["timestamp"],
         }
+        packed = {f"{phase}/{name}": one for name, one in record.get("media", {}).items()}
+        try:
+            self._add({**row, **{name: medium(one) for name, one in packed.items()}})
+        except Exception:
+            if packed:  # the numbers at least
+                self._add(row)
+            raise
+
+    def _add(self, row: dict[str, Any]) -> None:
         self.run.log(row, step=self._rows, commit=True)
         if self._rows is not None:
             self._rows += 1
@@ -116,10 +128,15 @@ class Session:
         self.run.summary.update(values)
 
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None:
-        """Make an artifact of a checkpoint."""
+        """Make an artifact of a checkpoint, and remove the folder that it is in."""
         artifact = wandb.Artifact(f"checkpoint-{self.run.id}", type="model", metadata={**metadata})
         artifact.add_dir(path)
         self.run.log_artifact(artifact, aliases=aliases)
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+    def abort(self) -> None:
+        """Let go of the run."""
+        self.run = None
 
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]:
         """End the run.
@@ -129,29 +146,36 @@ class Session:
             files: What is kept with it.
 
         Returns:
-            ``unsynced``: the folders that ``wandb sync`` has to upload.
+            ``unsynced``: the folders that ``wandb sync`` has to upload; ``failures``: what went
+            wrong before and was not told yet; ``timed_out``: whether the upload was given up.
         """
         run, self.run = self.run, None
         if run is None or self._adopted:
-            return {"unsynced": []}
+            return {"unsynced": [], "failures": [], "timed_out": False}
         for file in files:
             if os.path.exists(file) and not run.disabled:
                 run.save(shutil.copy(file, run.dir), base_path=run.dir, policy="now")
-        run.finish(exit_code=exit_code)
+        timed_out = False
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            timed_out = True
         offline = run.offline and not run.disabled
-        return {"unsynced": _unsynced(self._home, run.id) if offline else []}
+        unsynced = _unsynced(self._home, run.id) if offline else []
+        return {"unsynced": unsynced, "failures": [], "timed_out": timed_out}
 
 
 def _init(
-    mode: str | None, run_id: str, options: Mapping[str, Any], settings: Mapping[str, Any]
+    mode: str | None, options: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[Any, str | None]:
     """(the run, why it is offline although nobody asked for that)."""
     given = wandb.setup().settings  # of WANDB_PROJECT and the other variables
     chosen: dict[str, Any] = {
+        "project": given.project or "hookengine",
+        "name": given.run_name or options["default_name"],
         **options,
-        "project": options["project"] or given.project or "hookengine",
-        "name": options["name"] or given.run_name or options["default_name"],
         "settings": wandb.Settings(**settings),
+        "resume": "allow",
     }
     del chosen["default_name"]
     mode = mode or str(given.mode)
@@ -159,12 +183,13 @@ def _init(
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         mode, warning = "offline", "there is no key (WANDB_API_KEY, or `wandb login`)"
     try:
-        run: Any = wandb.init(mode=mode, id=run_id, resume="allow", **chosen)  # type: ignore[arg-type]
+        run: Any = wandb.init(mode=mode, **chosen)  # type: ignore[arg-type]
     except Exception as error:
         if mode != "online":
             raise
         warning = f"online it failed: {type(error).__name__}: {error}"
-        run = wandb.init(mode="offline", id=run_id, resume="allow", **chosen)
+        wandb.teardown()  # else the run's id is still in use
+        run = wandb.init(mode="offline", **chosen)
     return run, warning
 
 
@@ -178,18 +203,17 @@ def _held(run: Any, home: Path) -> tuple[dict[str, int], int]:
     held: dict[str, int] = {}
     count = 0
     for file in segments(home, run.id):
-        if file.parent.resolve() == Path(run.dir).parent.resolve():
-            continue
-        empty = True
-        for record in records(file.read_bytes()):
-            empty = False
-            if record.HasField("history"):
-                row = _row(record.history)
-                held |= _iterations(row)
-                count = max(count, int(row["_step"]) + 1)
-        if empty:  # killed before anything was written: `wandb sync` would stop at it
-            file.rename(file.with_suffix(".wandb.empty"))
+        for row in rows(file):
+            held |= _iterations(row)
+            count = max(count, int(row["_step"]) + 1)
     return held, count
+
+
+def _set_empty_ones_aside(run: Any, home: Path) -> None:
+    """Files without a row: of a start that failed, or was killed; ``wandb sync`` may stop at it."""
+    for file in segments(home, run.id):
+        if not file.parent.samefile(Path(run.dir).parent) and not any(rows(file)):
+            file.rename(file.with_suffix(".wandb.empty"))
 
 
 def _iterations(row: Mapping[str, Any]) -> dict[str, int]:
@@ -238,10 +262,14 @@ def records(data: bytes) -> Iterator[Any]:
             yield wandb_internal_pb2.Record.FromString(pieces)  # type: ignore[attr-defined]
 
 
-def _row(history: Any) -> dict[str, Any]:
-    return {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item
-    }
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of history in a ``.wandb`` file."""
+    for record in records(file.read_bytes()):
+        if record.HasField("history"):
+            yield {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
 
 
 def medium(packed: Mapping[str, Any]) -> Any:
@@ -260,15 +288,21 @@ def medium(packed: Mapping[str, Any]) -> Any:
 
 
 def serve(commands: TextIO, answers: TextIO) -> None:
-    """Do what the lines say. ``begin`` and ``finish`` are answered, and so is what fails."""
+    """Do what the lines say.
+
+    ``begin`` and ``finish`` are answered, by ``{"answer": ...}`` or ``{"error": ...}``; another
+    command only if it fails, by ``{"failed": ...}``.
+    """
     session = Session()
     for line in commands:
         command = json.loads(line)
         name = command.pop("do")
+        asks = name in ("begin", "finish")
         try:
-            answer = getattr(session, name)(**command)
+            result = getattr(session, name)(**command)
+            answer = {"answer": result} if asks else None
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error" if asks else "failed": f"{type(error).__name__}: {error}"}
         if answer is not None:
             with suppress(BrokenPipeError):  # the training has gone meanwhile
                 print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,521 @@
+"""W&B's real client writes, offline and to a server on loopback; what it wrote is read back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hookengine import Image, Sink, Table
+from tests.plugins.hookengine_wandb import wandb_file
+from tests.plugins.hookengine_wandb.server import Server
+
+ROOT = Path(__file__).parents[3]
+DEFAULTS = ("seed", "logging", "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def offline(**options: Any) -> dict[str, Any]:
+    return dict(type="wandb", mode="offline", **options)
+
+
+def files(run_dir: Path) -> list[Path]:
+    """The files of W&B, one for each time that the run was started."""
+    return sorted(run_dir.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+
+
+def one_file(run_dir: Path) -> Path:
+    (file,) = files(run_dir)
+    return file
+
+
+def local(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def where(records: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(record["phase"], record["iter"]) for record in records]
+
+
+def rows_where(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """The phase and the iteration of each row."""
+    phases = [next(p for p in ("train", "val", "test") if f"{p}/iter" in row) for row in rows]
+    return [(phase, row["iter"]) for phase, row in zip(phases, rows, strict=True)]
+
+
+def test_each_record_is_a_row_with_the_same_values(make: Any) -> None:
+    runner = make(
+        defaults=DEFAULTS,
+        validate=True,
+        plugins=[dict(type="logging", interval=2), dict(type="clip", max_norm=1.0), offline()],
+    )
+    runner.train()
+    runner.close()
+    rows = wandb_file.history(one_file(runner.run_dir))
+    records = local(runner.run_dir)
+    assert rows_where(rows) == where(records)
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    for row, record in zip(rows, records, strict=True):
+        phase = record.pop("phase")
+        assert row["_timestamp"] == record.pop("timestamp")
+        counters = {name: record.pop(name) for name in ("epoch", "iter", "step")}
+        assert counters.items() <= row.items()
+        assert {f"{phase}/{name}": value for name, value in record.items()}.items() <= row.items()
+    assert {"train/loss", "train/lr", "train/grad_norm"} <= rows[0].keys()
+
+
+def test_a_run_is_described_and_its_axes_are_told(make: Any) -> None:
+    runner = make(
+        defaults=DEFAULTS,
+        validate=True,
+        name="digits",
+        plugins=[
+            offline(
+                project="p",
+                entity="e",
+                group="g",
+                job_type="j",
+                tags=["a", "b"],
+                notes="n",
+                config=dict(mine=3),
+            )
+        ],
+    )
+    runner.train()
+    runner.close()
+    records = [*wandb_file.read(one_file(runner.run_dir))]
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.project, run.entity, run.display_name, run.run_group) == ("p", "e", "digits", "g")
+    assert (run.job_type, [*run.tags], run.notes) == ("j", ["a", "b"], "n")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["mine"] == 3
+    assert config["optimizers"]["optimizer"]["lr"] == 0.1
+    assert config["train_cfg"]["max_epochs"] == 2
+    assert "torch" in config["environment"]["packages"]
+    assert "wandb" in [plugin["name"] for plugin in config["plugins"]]
+    metrics = [record.metric for record in records if record.HasField("metric")]
+    axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
+    assert axes == {"train/*": "iter", "val/*": "epoch", "test/*": "epoch"}
+
+
+def test_the_evaluations_of_a_run_by_iterations_are_drawn_over_iterations(make: Any) -> None:
+    runner = make(
+        defaults=DEFAULTS, train_cfg=dict(max_iters=3), validate=True, plugins=[offline()]
+    )
+    runner.train()
+    runner.close()
+    records = wandb_file.read(one_file(runner.run_dir))
+    axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert axes["val/*"] == "iter"
+
+
+class Hand:
+    """Hands one thing of each kind over."""
+
+    def after_val(self, runner: Any) -> None:
+        runner.log(
+            {
+                "image": torch.linspace(0, 1, 12).reshape(3, 4),
+                "captioned": Image(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), caption="black"),
+                "values": torch.tensor([0.0, 1.0, 1.0]),
+                "table": Table(["name", "score"], [["cat", 0.5], ["dog", None]]),
+                "text": "hello",
+                "nan": math.nan,
+                "inf": -math.inf,
+                "huge": 10**400,
+                "a\nb@1 é/x": 1.0,
+                "wrong": torch.zeros(2, 7, 3, 3),
+            }
+        )
+
+
+def test_what_hooks_hand_over_arrives(make: Any, capsys: Any) -> None:
+    runner = make(defaults=DEFAULTS, validate=True, plugins=[Hand(), offline()])
+    runner.train()
+    runner.close()
+    file = one_file(runner.run_dir)
+    row = next(row for row in wandb_file.history(file) if "train/text" in row)
+    assert row["train/text"] == "hello"
+    assert (row["train/nan"] != row["train/nan"], row["train/inf"]) == (True, -math.inf)
+    assert row["train/huge"] == math.inf
+    assert row["train/a_b@1 é/x"] == 1.0
+    assert sum(row["train/values/values"]) == 3
+    assert len(row["train/values/bins"]) == 65
+    assert row["train/captioned/caption"] == "black"
+    assert (row["train/captioned/width"], row["train/captioned/height"]) == (10, 4)
+    image = file.parent / "files" / row["train/image/path"]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    table = file.parent / "files" / row["train/table/path"]
+    assert json.loads(table.read_text())["data"] == [["cat", 0.5], ["dog", None]]
+    assert not any("wrong" in name for name in row)
+    out = capsys.readouterr().out
+    assert out.count("'wrong' (Tensor of shape [2, 7, 3, 3]) is left out of the records") == 1
+    assert "sink 'wandb'" not in out
+
+
+def test_histograms_of_gradients_and_parameters(make: Any) -> None:
+    watch = dict(type="watch", what="all", every=5, bins=8)
+    runner = make(defaults=DEFAULTS, plugins=[watch, offline()])
+    runner.train()
+    runner.close()
+    rows = wandb_file.history(one_file(runner.run_dir))
+    for name in ("gradients", "parameters"):
+        assert [sum(row[f"train/{name}/net.weight/values"]) for row in rows] == [12, 12]
+
+
+def test_the_summary_tells_the_best_and_how_it_ended(make: Any) -> None:
+    runner = make(defaults=DEFAULTS, validate=True, plugins=[offline()])
+    runner.train()
+    runner.close()
+    file = one_file(runner.run_dir)
+    accuracies = [(r["accuracy"], r["epoch"]) for r in local(runner.run_dir) if "accuracy" in r]
+    best, epoch = max(accuracies, key=lambda pair: pair[0])
+    summary = wandb_file.summary(file)
+    assert summary["best/val/accuracy"] == best
+    assert summary["best/val/accuracy/epoch"] == epoch
+    (exit_,) = (r.exit for r in wandb_file.read(file) if r.HasField("exit"))
+    assert exit_.exit_code == 0
+    kept = file.parent / "files"
+    assert json.loads((kept / "run.json").read_text())["name"] == runner.name
+    assert (kept / "run.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("no"), 1), (KeyboardInterrupt(), 130), (SystemExit(75), 75)]
+)
+def test_an_error_is_recorded(make: Any, error: BaseException, code: int) -> None:
+    runner = make(defaults=DEFAULTS, plugins=[offline()])
+
+    @runner.on("after_train_iter")
+    def fail(runner: Any) -> None:
+        if runner.progress.iter == 7:
+            raise error
+
+    with pytest.raises(type(error)):
+        runner.train()
+    runner.close()
+    file = one_file(runner.run_dir)
+    assert wandb_file.summary(file)["exception"] == f"{type(error).__name__}: {error}"
+    (exit_,) = (r.exit for r in wandb_file.read(file) if r.HasField("exit"))
+    assert exit_.exit_code == code
+
+
+@pytest.mark.parametrize(("which", "number"), [("all", 4), ("best", 2), (None, 0)])
+def test_checkpoints_become_artifacts_on_request(make: Any, which: Any, number: int) -> None:
+    runner = make(
+        defaults=DEFAULTS,
+        validate=True,
+        plugins=[dict(type="checkpoint", keep_best="accuracy"), offline(checkpoints=which)],
+    )
+    runner.train()
+    runner.close()
+    records = wandb_file.read(one_file(runner.run_dir))
+    artifacts = [record.artifact for record in records if record.HasField("artifact")]
+    assert len(artifacts) == number
+    assert not [*(runner.run_dir / "wandb").glob("upload-*")]
+    for artifact in artifacts:
+        assert artifact.type == "model"
+        names = {entry.path for entry in artifact.manifest.contents}
+        assert names == {"state.pth", "manifest.json"}
+        assert "latest" in artifact.aliases
+    best = [artifact for artifact in artifacts if "best" in artifact.aliases]
+    assert len(best) == (2 if which else 0)
+
+
+def test_without_a_key_the_run_is_offline_and_the_log_says_how_to_upload(
+    make: Any, capsys: Any
+) -> None:
+    runner = make(defaults=DEFAULTS, plugins=["wandb"])
+    runner.train()
+    runner.close()
+    out = capsys.readouterr().out
+    assert "wandb: the run is offline, since there is no key" in out
+    folder = one_file(runner.run_dir).parent
+    assert f"wandb: to upload the run: wandb sync {folder}" in out
+    assert rows_where(wandb_file.history(one_file(runner.run_dir))) == where(local(runner.run_dir))
+
+
+def test_disabled_leaves_nothing(make: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    runner = make(defaults=DEFAULTS, plugins=["wandb"])
+    runner.train()
+    runner.close()
+    assert files(runner.run_dir) == []
+
+
+def test_weights_are_the_same_with_and_without(make: Any) -> None:
+    plain = make(defaults=DEFAULTS, validate=True)
+    plain.train()
+    logged = make(
+        defaults=DEFAULTS,
+        validate=True,
+        plugins=[offline(), dict(type="watch", what="all", every=1), Hand()],
+    )
+    logged.train()
+    assert torch.equal(plain.bare_model.net.weight, logged.bare_model.net.weight)
+
+
+def test_a_run_that_the_script_has_begun_is_used_and_left_open(
+    make: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    program = """
+import wandb, sys
+from tests.conftest import *
+run = wandb.init(project="p", mode="offline", dir=sys.argv[1])
+torch.manual_seed(0)
+runner = Runner(Toy(), work_dir=sys.argv[1], train_dataloader=DataLoader(toy_data(), batch_size=4),
+    train_cfg=dict(max_epochs=2), optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+    plugins=["wandb"])
+runner.train()
+runner.close()
+assert wandb.run is run
+run.log({"mine": 1})
+run.finish()
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = wandb_file.history(file)
+    assert [row.get("train/iter") for row in rows] == [5, 10, None]
+    assert rows[-1]["mine"] == 1
+
+
+# -- killed and resumed -------------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys
+from tests.conftest import *
+
+kill = int(sys.argv[2])
+options = dict(mode=sys.argv[3]) if sys.argv[3] else {}
+torch.set_num_threads(1)
+runner = Runner(
+    Toy, work_dir=sys.argv[1], name="run", resume="auto",
+    train_dataloader=DataLoader(toy_data(), batch_size=4, shuffle=True),
+    train_cfg=dict(max_epochs=8), optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+    val_dataloader=DataLoader(toy_data(10, seed=1), batch_size=4), val_evaluator=ToyAccuracy(),
+    plugins=[
+        dict(type="seed", seed=0), dict(type="logging", interval=2),
+        dict(type="checkpoint", every="7 iterations"), dict(type="wandb", **options),
+        "tensorboard",
+    ],
+)
+
+@runner.on("after_train_iter")
+def die(runner):
+    if runner.progress.iter == kill:
+        if sys.argv[4] == "written":  # all that there is so far is in the sinks
+            for name in ("wandb", "tensorboard"):
+                runner.plugins[name].after_run(runner)
+        os.kill(os.getpid(), 9)
+
+runner.train()
+runner.close()
+"""
+
+
+def run(folder: Path, kill: int = 0, mode: str = "offline", state: str = "", **env: str) -> str:
+    """Train in a process of its own, which is killed after that iteration."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), str(kill), mode, state],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
+    return done.stdout
+
+
+def wait_for_the_end_of(folder: Path) -> None:
+    """The process that speaks with W&B ends the run by itself when the training is gone."""
+    for file in folder.glob("wandb/*run-*/run-*.wandb"):
+        while not any(record.HasField("exit") for record in wandb_file.read(file)):
+            pass
+
+
+def values(rows: list[dict[str, Any]]) -> list[Any]:
+    """What training and evaluations gave, without times."""
+    names = ("iter", "epoch", "step", "train/loss", "train/lr", "val/accuracy")
+    return [[row.get(name) for name in names] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: Any) -> Path:
+    """The folder of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("state", ["written", "waiting"])
+def test_a_run_that_was_killed_twice_has_one_history_without_gap_or_repetition(
+    tmp_path: Path, straight: Path, state: str
+) -> None:
+    run(tmp_path, kill=17, state=state)
+    wait_for_the_end_of(tmp_path / "run")
+    run(tmp_path, kill=29, state=state)
+    wait_for_the_end_of(tmp_path / "run")
+    out = run(tmp_path)
+    segments = files(tmp_path / "run")
+    assert len({file.name for file in segments}) == 1  # one run of W&B
+    rows = [row for file in segments for row in wandb_file.history(file)]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert rows_where(rows) == where(local(tmp_path / "run"))
+    assert values(rows) == values(wandb_file.history(one_file(straight)))
+    assert f"wandb sync {shlex.join(str(file.parent) for file in segments)}" in out
+
+
+def test_what_the_file_had_lost_is_written_again(tmp_path: Path, straight: Path) -> None:
+    run(tmp_path, kill=17, state="written")
+    wait_for_the_end_of(tmp_path / "run")
+    file = one_file(tmp_path / "run")
+    whole = wandb_file.history(file)
+    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])  # the machine went down
+    kept = wandb_file.history(file) if file.stat().st_size else []
+    assert len(kept) < len(whole)
+    run(tmp_path)
+    rows = [row for each in files(tmp_path / "run") for row in wandb_file.history(each)]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert values(rows) == values(wandb_file.history(one_file(straight)))
+
+
+def test_a_file_that_was_never_begun_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    run(tmp_path, kill=17, state="written")
+    wait_for_the_end_of(tmp_path / "run")
+    file = one_file(tmp_path / "run")
+    file.write_bytes(b"")
+    out = run(tmp_path)
+    assert str(file.parent) not in out.partition("wandb sync")[2]  # which would stop at it
+    (whole,) = files(tmp_path / "run")
+    assert rows_where(wandb_file.history(whole)) == where(local(tmp_path / "run"))
+
+
+def test_a_run_that_begins_anew_in_the_folder_is_another_one(tmp_path: Path) -> None:
+    run(tmp_path, kill=3)  # before its first checkpoint
+    run(tmp_path)
+    names = {file.name for file in files(tmp_path / "run")}
+    last = files(tmp_path / "run")[-1]
+    assert rows_where(wandb_file.history(last)) == where(local(tmp_path / "run"))
+    assert len(names) == len(files(tmp_path / "run"))
+
+
+# -- with a server ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        yield server
+
+
+def test_online_a_killed_run_goes_on_without_gap_or_repetition(
+    tmp_path: Path, server: Server, straight: Path
+) -> None:
+    run(tmp_path, kill=17, mode="", state="written")
+    run(tmp_path, mode="")
+    (there,) = server.runs.values()
+    assert rows_where(there.history) == where(local(tmp_path / "run"))
+    assert values(there.history) == values(wandb_file.history(one_file(straight)))
+    assert [row["_step"] for row in there.history] == list(range(len(there.history)))
+    assert there.exit_code == 0
+    assert there.name == "run"
+    assert {"run.json", "run.log"} <= there.files.keys()
+
+
+def test_wandb_sync_of_the_segments_gives_one_history(
+    tmp_path: Path, server: Server, straight: Path
+) -> None:
+    run(tmp_path, kill=17, state="written")
+    wait_for_the_end_of(tmp_path / "run")
+    out = run(tmp_path)
+    command = shlex.split(next(line for line in out.splitlines() if "wandb sync" in line))
+    folders = command[command.index("sync") + 1 :]
+    assert len(folders) == 2
+    wandb = Path(sys.executable).with_name("wandb")
+    subprocess.run([wandb, "sync", *folders], check=True, capture_output=True)
+    (there,) = server.runs.values()
+    assert [row["_step"] for row in there.history] == list(range(len(there.history)))
+    assert values(there.history) == values(wandb_file.history(one_file(straight)))
+
+
+def test_a_run_that_was_offline_at_first_is_whole_when_it_goes_on_online(
+    tmp_path: Path, server: Server, straight: Path
+) -> None:
+    run(tmp_path, kill=17, mode="offline", state="written")
+    run(tmp_path, mode="online")
+    (there,) = server.runs.values()
+    assert values(there.history) == values(wandb_file.history(one_file(straight)))
+
+
+def test_a_server_that_cannot_be_reached_costs_nothing(
+    tmp_path: Path, make: Any, server: Server, capsys: Any
+) -> None:
+    server.broken.set()
+    runner = make(defaults=DEFAULTS, plugins=[dict(type="wandb", init_timeout=1)])
+    runner.train()
+    runner.close()
+    out = capsys.readouterr().out
+    assert "wandb: the run is offline, since online it failed: " in out
+    assert "wandb: to upload the run: wandb sync" in out
+    assert rows_where(wandb_file.history(one_file(runner.run_dir))) == where(local(runner.run_dir))
+
+
+def test_a_server_that_breaks_in_the_middle_ends_with_the_run(
+    make: Any, server: Server, capsys: Any
+) -> None:
+    runner = make(defaults=DEFAULTS, plugins=[dict(type="wandb", finish_timeout=1)])
+
+    @runner.on("after_train_iter")
+    def break_(runner: Any) -> None:
+        if runner.progress.iter == 7:
+            Sink.after_run(runner.plugins["wandb"], runner)  # the run there has begun
+            server.broken.set()
+
+    runner.train()
+    runner.close()
+    assert runner.progress.iter == 10
+    out = capsys.readouterr().out
+    assert "wandb: not everything was uploaded within 1 s" in out
+    command = next(line for line in out.splitlines() if "hookengine_logging.replay" in line)
+    server.broken.clear()
+    arguments = shlex.split(command.partition("python ")[2])
+    subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT)
+    (there,) = server.runs.values()
+    assert rows_where(there.history) == where(local(runner.run_dir))
+
+
+def test_the_process_that_speaks_with_wandb_may_die(make: Any, capsys: Any) -> None:
+    runner = make(defaults=DEFAULTS, plugins=[dict(type="logging", interval=1), offline()])
+
+    @runner.on("after_train_iter")
+    def murder(runner: Any) -> None:
+        if runner.progress.iter == 5:
+            sink = runner.plugins["wandb"]
+            Sink.after_run(sink, runner)  # what came before is written
+            sink._session._process.kill()
+
+    runner.train()
+    runner.close()
+    out = capsys.readouterr().out
+    assert out.count("sink 'wandb' failed in write; training goes on") == 1
+    assert "sink 'wandb' lost records" in out
+    assert len(local(runner.run_dir)) == 10
