@@ -2,7 +2,7 @@
 
     python benchmarks/features.py            # all
     python benchmarks/features.py init       # one of init, averaging, amp, accumulate, clip,
-                                             # schedule, checkpoint
+                                             # schedule, checkpoint, sinks
 
 Each round runs every contender once, in turn; the ratio of a round compares neighbours in time, and
 the median over the rounds is reported, with the quartiles. MMEngine takes part where it is
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from averaging import averaging
 from checkpoints import checkpoints
+from sinks import sinks
 from step_features import CASES, compare_steps
 from torch import nn
 
@@ -146,6 +147,7 @@ def init_weights(rounds: int) -> None:
 
 FEATURES: dict[str, Callable[[int], None]] = {"init": init_weights, "averaging": averaging}
 FEATURES["checkpoint"] = checkpoints
+FEATURES["sinks"] = sinks
 for _feature in CASES:
     FEATURES[_feature] = partial(compare_steps, _feature)
 

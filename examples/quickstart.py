@@ -56,6 +56,7 @@ def main(work_dir="work_dir"):
         val_dataloader=DataLoader(val, batch_size=120),
         val_cfg=dict(loss=True),
         val_evaluator=dict(type=Accuracy),
+        plugins=["report"],
     )
     with runner:
         metrics = runner.train()

@@ -54,10 +54,11 @@ class Report(Sink, name="report"):
     def _draw(self, runner: Any) -> None:
         if dist.is_main_process():
             self._waiting = True
-            self.enqueue(functools.partial(self._draw_folder, runner.run_dir))
+            self.enqueue(functools.partial(self._draw_folder, runner, runner.run_dir))
 
-    def _draw_folder(self, folder: Path) -> None:
+    def _draw_folder(self, runner: Any, folder: Path) -> None:
         try:
-            write_report([folder], folder)
+            page, _ = write_report([folder], folder)
+            runner.logger.info(f"report: {page}", plugin=self.plugin_name)
         finally:
             self._waiting = False

@@ -32,7 +32,13 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["weight-initialization.md", "optimization.md", "averaged-weights.md", "checkpoints.md"],
+    [
+        "weight-initialization.md",
+        "optimization.md",
+        "averaged-weights.md",
+        "checkpoints.md",
+        "logging.md",
+    ],
 )
 def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
     import json
