@@ -185,18 +185,15 @@ class Logging(Plugin, name="logging"):
     @hookimpl(trylast=True)
     def after_train_iter(self, runner: Any, data_batch: Any, outputs: Any) -> None:
         """Keep the outputs; every ``interval`` iterations, reduce and write them."""
-        clock = self._stopwatch
+        clock, progress = self._stopwatch, runner.progress
         now = perf_counter()
         clock.seconds += now - clock.mark
         clock.mark = now
         clock.iterations += 1
         clock.samples += batch_size(data_batch)
         if isinstance(outputs, dict):
-            self._meters.add(outputs, media=False)
             self._names = [*outputs]
-            losses = {n: v for n, v in outputs.items() if "loss" in n and _is_number(v)}
-            self._losses.append((runner.progress.iter, losses))
-        progress = runner.progress
+            self._losses.append((progress.iter, self._meters.add_outputs(outputs)))
         count = progress.batch if self._by_epoch else progress.iter
         if count % self.interval == 0 or (progress.is_last and self._by_epoch):
             self._write_training(runner)
@@ -413,11 +410,6 @@ def _learning_rates(optim_wrapper: Any, used: Mapping[str, Any]) -> dict[str, fl
     several = len(wrappers) > 1
     rates = {name: used.get(name, wrapper.get_lr()[0]) for name, wrapper in wrappers.items()}
     return {f"{n}/lr" if several else "lr": float(rate) for n, rate in rates.items()}
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number, as far as that can be told without reading the device."""
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
 def _line(record: Record, progress: Any) -> str:

@@ -38,13 +38,30 @@ class Meters:
         }
         self._media: dict[str, dict[str, Medium]] = {phase: {} for phase in phases}
 
-    def add(self, values: Mapping[str, Any], phase: str = "train", media: bool = True) -> None:
+    def add_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the numbers among what ``train_step`` has returned; returns the losses of them."""
+        kept, losses = self._numbers["train"], {}
+        for name, value in outputs.items():
+            if isinstance(value, Tensor):
+                if value.requires_grad:
+                    value = value.detach()
+                if value.dim():
+                    if value.numel() != 1:
+                        continue
+                    value = value.reshape(())
+            elif (value := _as_float(value)) is None:
+                continue
+            kept[name].append(value)
+            if "loss" in str(name):
+                losses[name] = value
+        return losses
+
+    def add(self, values: Mapping[str, Any], phase: str = "train") -> None:
         """Keep values; a tensor stays on its device, without its graph.
 
         Args:
             values: By name.
             phase: Whose record they join.
-            media: Whether what is no number is kept too.
         """
         kept = self._numbers[phase]
         for name, value in values.items():
@@ -55,11 +72,11 @@ class Meters:
                     kept[name].append(value)
                 elif value.numel() == 1:
                     kept[name].append(value.reshape(()))
-                elif media:
+                else:
                     self._keep_medium(phase, name, value)
             elif (number := _as_float(value)) is not None:
                 kept[name].append(number)
-            elif media:
+            else:
                 self._keep_medium(phase, name, value)
 
     def _keep_medium(self, phase: str, name: str, value: Any) -> None:
