@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,7 +179,7 @@ def _tensor(data: Any) -> Tensor:
         tensor = data.detach()
     else:
         try:
-            tensor = torch.as_tensor(data)
+            tensor = torch.as_tensor(np.ascontiguousarray(data))
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{type(data).__name__} holds no numbers: {error}") from error
     if tensor.is_complex() or tensor.is_sparse:
@@ -226,6 +227,8 @@ def _encoded(pixels: Tensor) -> bytes:
         pixels = pixels.float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
     elif pixels.dtype == torch.bool:
         pixels = pixels.to(torch.uint8) * 255
+    elif pixels.dtype != torch.uint8:
+        pixels = pixels.to(torch.int64)  # torch cannot clamp all of the others
     pixels = pixels.clamp(0, 255).to("cpu", torch.uint8).contiguous()
     height, width, channels = pixels.shape
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -240,22 +243,38 @@ def _saved(save: Any) -> bytes:
 
 
 def _counted(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(counts, edges) without a synchronisation; from the order of the values alone."""
-    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-    finite = values.isfinite()
-    low = torch.where(finite, values, math.inf).amin()
-    high = torch.where(finite, values, -math.inf).amax()
+    """(counts, edges) without a synchronisation, and a million values at a time."""
+    parts = torch.split(values, 2**20)
+    low, high = (torch.stack(ends).amin(0) for ends in zip(*map(_ends, parts), strict=True))
+    high = -high
     low = torch.where(low.isfinite(), low, 0.0)  # no value is finite
     high = torch.where(high.isfinite(), high, 1.0)
     flat = low == high
     low, high = torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high)
-    steps = torch.linspace(0, 1, bins + 1, device=values.device, dtype=values.dtype)
+    steps = torch.linspace(0, 1, bins + 1, device=values.device, dtype=low.dtype)
     edges = low + (high - low) * steps
     edges[-1] = high
+    counts = torch.stack([_counts(_wide(part), edges) for part in parts]).sum(0)
+    return counts, edges
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(the smallest, the largest with its sign changed) of the values that are finite."""
+    values = _wide(values)
+    finite = values.isfinite()
+    low = torch.where(finite, values, math.inf).amin()
+    return low, torch.where(finite, -values, math.inf).amin()
+
+
+def _counts(values: Tensor, edges: Tensor) -> Tensor:
     ordered = values.sort().values  # NaN come last
     below = torch.searchsorted(ordered, edges)
-    below[-1] = torch.searchsorted(ordered, high, right=True)
-    return below.diff(), edges
+    below[-1] = torch.searchsorted(ordered, edges[-1], right=True)
+    return below.diff()
 
 
 def _cell(value: Any) -> Cell:

@@ -129,7 +129,10 @@ def options_of(plugin: object) -> dict[str, Any]:
 
 def as_json(value: Any) -> Any:
     """A value as JSON would hold it; what JSON cannot hold, as its repr."""
-    return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
+    try:
+        return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
+    except (ValueError, RecursionError):  # of bytes that are no text, or a circle
+        return repr(value)
 
 
 def name_of(plugin: object) -> str:

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -34,7 +35,8 @@ class Sink(Plugin):
     records are waiting) is dropped, without waiting; at the end of a run, at a load and in
     ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry (one that has not moved
     since is not waited for again), and ``close`` as many. What was dropped is made up for from the
-    ``history`` when the sink has caught up; what never was is counted and said at the end.
+    ``history`` when the sink has caught up; what never was is counted and said at the end. A record
+    whose ``write`` has raised is not tried again.
 
     A run that goes on gives no gap and no repetition: ``open`` says in ``held`` what is there
     already, by phase and iteration. A record at or before that is left out (``skip`` is told), and
@@ -77,7 +79,7 @@ class Sink(Plugin):
         """
         self._state.runner = runner
         self._state.continues = continues
-        self._state.put(lambda: self._state.fill(records))
+        self._state.put(functools.partial(self._state.fill, records))
 
     @property
     def held(self) -> dict[str, int]:
@@ -86,7 +88,7 @@ class Sink(Plugin):
 
     @property
     def continues(self) -> bool:
-        """Whether the run goes on from a checkpoint, so that there may be something to hold."""
+        """Whether the run goes on in the history that it had, so that there may be some to hold."""
         return self._state.continues
 
     @property
@@ -96,7 +98,7 @@ class Sink(Plugin):
 
     @property
     def dropped(self) -> int:
-        """How many records were dropped because the queue was full."""
+        """How many records were dropped since the queue was full, and not made up for."""
         return self._state.dropped
 
     @property
@@ -116,9 +118,9 @@ class Sink(Plugin):
     def after_load_checkpoint(self, runner: Runner) -> None:
         """What is written from here on may be a repetition."""
         self._state.flush(self.flush_timeout)
-        self._state.repeat()
+        self._state.after_load()
         self._state.history = runner.hooks.history(runner)
-        self._state.continues = True
+        self._state.continues = self._state.history is not None
 
     def before_run(self, runner: Runner) -> None:
         """What the history has, and the sink has not, comes first."""
@@ -145,7 +147,8 @@ class _SinkState:
         self.dropped = 0
         self.behind = self.behind_told = False
         self.hurry = threading.Event()
-        self.queue: queue.Queue[Callable[[], None] | None] = queue.Queue(sink.queue_size)
+        self.lock = threading.Lock()
+        self.queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self.thread: threading.Thread | None = None
         self.written: dict[str, int] = {}
         self.left_behind = 0
@@ -153,19 +156,26 @@ class _SinkState:
         self.history: Iterable[Record] | None = None
         self.runner: Any = None
 
-    def put(self, job: Callable[[], None]) -> None:
+    def put(self, job: Callable[[], object]) -> None:
+        """Have ``job`` done after those before it."""
         if self.thread is None:
             name = f"sink {self.sink.plugin_name}"
             self.thread = threading.Thread(target=self._work, name=name, daemon=True)
             self.thread.start()
-        try:
-            self.queue.put_nowait(job)
-        except queue.Full:
-            self.behind = True
-            self.dropped += 1
-            if not self.behind_told:
-                self.behind_told = True
-                self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
+        self.queue.put(job)
+
+    def put_record(self, record: Record, write: Callable[[], None]) -> None:
+        """Have a record written, unless too many wait; from then on, until all of them are."""
+        with self.lock:
+            if self.behind or self.queue.qsize() >= self.sink.queue_size:
+                self.behind = True
+                self.dropped += 1
+            else:
+                self.put(lambda: self.deliver(record, write))
+                return
+        if not self.behind_told:
+            self.behind_told = True
+            self.warn("cannot keep up; records are left for later (metrics.jsonl has them all)")
 
     def _work(self) -> None:
         self.guard("open", lambda: self.sink.open(self.runner), everything=True)
@@ -177,7 +187,7 @@ class _SinkState:
         self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
 
-    def _jobs(self) -> Iterator[Callable[[], None]]:
+    def _jobs(self) -> Iterator[Callable[[], object]]:
         while True:
             gathered = not self.queue.empty()
             job = self.queue.get()
@@ -197,24 +207,34 @@ class _SinkState:
 
     def _catch_up(self) -> None:
         """Take what was dropped from the history, if somebody keeps one."""
-        self.behind = False
+        with self.lock:  # what comes from here on is in the queue, and may be in the history too
+            self.behind, missed = False, self.dropped
         history = self.guard("history", lambda: self.runner.hooks.history(self.runner))
         if history is None:
             return
         self.repeat()
-        self.fill(history)
+        if self.fill(history):
+            with self.lock:
+                self.dropped -= missed
         self.repeat()
-        self.dropped = 0
 
-    def fill(self, records: Iterable[Record]) -> None:
-        """Write what the sink does not hold, on the thread."""
+    def fill(self, records: Iterable[Record]) -> bool:
+        """Write what the sink does not hold, on the thread; returns whether all were read."""
         write = cast(Any, self.sink).write  # a sink is a plugin that has one
 
-        def each() -> None:
+        def each() -> bool:
             for record in records:
                 self.deliver(record, functools.partial(write, self.runner, record))
+            return True
 
-        self.guard("history", each, everything=True)
+        return bool(self.guard("history", each, everything=True))
+
+    def after_load(self) -> None:
+        """What was written until now may come again."""
+        if self.thread is None:
+            self.repeat()
+        else:
+            self.put(self.repeat)  # after what still waits
 
     def repeat(self) -> None:
         """Take what was written so far for held."""
@@ -241,7 +261,8 @@ class _SinkState:
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         logger = structlog.get_logger() if self.runner is None else self.runner.logger
         name = self.sink.plugin_name
-        logger.bind(plugin=name).warning(f"sink {name!r} {message}", **details)
+        with suppress(Exception):  # a logger that fails is no reason to stop either
+            logger.bind(plugin=name).warning(f"sink {name!r} {message}", **details)
 
     def flush(self, timeout: float) -> bool:
         if self.thread is None:
@@ -274,6 +295,8 @@ class _SinkState:
             if self.flush(timeout):
                 self.queue.put(None)
                 self.thread.join(timeout)
+                if self.thread.is_alive():
+                    self.warn(f"did not close within {timeout:g} s; it is left to itself")
             else:
                 waiting = self.queue.unfinished_tasks
         self.thread = None
@@ -294,7 +317,7 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
         if threading.current_thread() is state.thread:
             call()
         else:
-            state.put(lambda: state.deliver(record, call))
+            state.put_record(record, call)
 
     put.__name__, put.__doc__ = write.__name__, write.__doc__  # the signature is that of the event
     return put

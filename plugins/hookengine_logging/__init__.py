@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from itertools import islice
@@ -34,7 +35,7 @@ from hookengine import (
     read_records,
 )
 from hookengine_logging.captured import CapturedWarnings
-from hookengine_logging.files import MetricsFile, RunFile
+from hookengine_logging.files import MetricsFile, RunFile, history_of
 from hookengine_logging.meters import Medium, Meters, Stopwatch, memory
 from hookengine_logging.output import Output, make_logger
 
@@ -81,7 +82,9 @@ class Logging(Plugin, name="logging"):
         self._names: list[str] = []
         self._rates: dict[str, Any] = {}
         self._nonfinite_told = False
-        self._loaded_records = 0
+        self._history_id = uuid.uuid4().hex  # tells the records of this run from those of others
+        self._foreign = False  # a state of another history was loaded, since the last training
+        self._loaded: tuple[int, str | None] = 0, None
         self._records: int | None = None  # that a run goes on from, while it has not trained yet
         self._evaluation_began = 0.0
         self._check_levels(runner.plugins)
@@ -89,7 +92,7 @@ class Logging(Plugin, name="logging"):
         self._previous_logger = runner.logger
         context = log_context(runner)
         runner.logger = make_logger(self._output, context, self.level, self.levels)
-        self._captured = CapturedWarnings(lambda: runner.logger, self._main)
+        self._captured = CapturedWarnings(runner, self._main)
         self._captured.start()
 
     def _check_levels(self, plugins: Iterable[str]) -> None:
@@ -109,10 +112,12 @@ class Logging(Plugin, name="logging"):
         folder = runner.make_run_dir()
         self._metrics = MetricsFile(folder / "metrics.jsonl")
         aside = None
-        if runner.progress.iter == 0:
+        if runner.progress.iter == 0 or self._foreign:
             aside = self._metrics.begin()
+            self._foreign = False
         self._output.open(folder / "run.log")
-        self._run_file = RunFile(folder / "run.json", runner.describe())
+        description = {**runner.describe(), "history": self._history_id}
+        self._run_file = RunFile(folder / "run.json", description)
         self._write_run_file(runner, "running")
         blocked = f" (blocked: {', '.join(runner.plugins.blocked)})" * bool(runner.plugins.blocked)
         runner.logger.info(
@@ -156,8 +161,11 @@ class Logging(Plugin, name="logging"):
     def before_train(self, runner: Any) -> None:
         """Start the clocks; cut the history back to where the run goes on from."""
         records, self._records = self._records, None
-        if records is not None and self._metrics is not None:
+        if self._metrics is not None and self._foreign:
+            self._metrics.begin()
+        elif self._metrics is not None and records is not None:
             self._metrics.cut_back(records)
+        self._foreign = False
         self._stopwatch.restart()
         self._by_epoch = runner.progress.max_epochs is not None
 
@@ -325,7 +333,8 @@ class Logging(Plugin, name="logging"):
 
     def history(self, runner: Any) -> Iterable[Record] | None:
         """What ``metrics.jsonl`` holds, up to where the run goes on from."""
-        if not self._main or not (runner.run_dir / "metrics.jsonl").exists():
+        here = (runner.run_dir / "metrics.jsonl").exists()
+        if not self._main or not here or self._foreign:
             return None
         return islice(read_records(runner.run_dir), self._records)
 
@@ -370,23 +379,32 @@ class Logging(Plugin, name="logging"):
             "stopwatch": self._stopwatch.state_dict(),
             "rates": dict(self._rates),
             "records": 0 if self._metrics is None else self._metrics.count,
+            "history": self._history_id,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._losses.clear()
         self._rates = dict(state["rates"])
-        self._loaded_records = state["records"]
+        self._loaded = state["records"], state.get("history")
         self._meters.load_state_dict(state["meters"])
         self._stopwatch.load_state_dict(state["stopwatch"])
 
     @hookimpl(tryfirst=True)
     def after_load_checkpoint(self, runner: Any) -> None:
         """From here on ``metrics.jsonl`` is repeated, as soon as training goes on."""
-        self._records = self._loaded_records
-        if self._main:
-            path = runner.make_run_dir() / "metrics.jsonl"
-            (self._metrics or MetricsFile(path)).mend()
+        self._records, history = self._loaded
+        if not self._main:
+            return
+        folder = runner.make_run_dir()
+        there = self._history_id if self._metrics is not None else history_of(folder)
+        exists = (folder / "metrics.jsonl").exists()
+        self._foreign = exists and None not in (history, there) and history != there
+        if self._foreign or not exists:  # no records here that led to the state
+            self._records = None
+        else:
+            self._history_id = history or self._history_id
+            (self._metrics or MetricsFile(folder / "metrics.jsonl")).mend()
 
 
 def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Callable
+import weakref
 from typing import Any, TextIO
 
 
@@ -13,26 +14,31 @@ class CapturedWarnings:
     """While it is on, what ``warnings.warn`` and torch's loggers say is part of the run's log.
 
     Python's warnings are lines of the log, in place of what would go to stderr; whoever records
-    them (``warnings.catch_warnings(record=True)``, ``pytest.warns``) gets them all the same.
-    torch's loggers go on printing by themselves, on rank 0, so their lines are for the file alone.
+    them (``warnings.catch_warnings(record=True)``, ``pytest.warns``) gets them all the same. Of
+    several Runners the one that was made last has them. torch's loggers go on printing by
+    themselves, on rank 0, so their lines are for the file alone.
 
     Args:
-        logger: Returns the run's logger.
+        runner: Whose logger it is; it is not kept alive.
         prints: Whether this process may print more than errors.
     """
 
-    def __init__(self, logger: Callable[[], Any], prints: bool) -> None:
-        self._logger = logger
+    def __init__(self, runner: Any, prints: bool) -> None:
+        self._runner = weakref.ref(runner)
         self._prints = prints
-        self._active = False
-        self._handler = _Handler(logger)
+        self._handler = _Handler(self)
         self._loggers: list[logging.Logger] = []
         self._silenced: list[logging.Handler] = []
 
+    @property
+    def logger(self) -> Any:
+        """The run's logger, or None where the Runner is no more."""
+        runner = self._runner()
+        return None if runner is None else runner.logger
+
     def start(self) -> None:
         """Begin to listen."""
-        self._active = True
-        self._previous, warnings.showwarning = warnings.showwarning, self._show
+        _HOOK.add(self)
         self._loggers = _torch_loggers()
         for logger in self._loggers:
             if not self._prints and "TORCH_LOGS" not in os.environ:
@@ -43,16 +49,34 @@ class CapturedWarnings:
 
     def stop(self) -> None:
         """Leave everything as it was."""
-        self._active = False
-        if warnings.showwarning == self._show:
-            warnings.showwarning = self._previous
+        _HOOK.remove(self)
         for logger in self._loggers:
             logger.removeHandler(self._handler)
         for handler in self._silenced:
             handler.removeFilter(_is_error)
         self._loggers, self._silenced = [], []
 
-    def _show(
+
+class _Hook:
+    """What stands in the place of ``warnings.showwarning`` while somebody listens."""
+
+    def __init__(self) -> None:
+        self._listeners: list[CapturedWarnings] = []
+        self._previous: Any = None
+        self._speaking = threading.local()
+
+    def add(self, listener: CapturedWarnings) -> None:
+        if not self._listeners:
+            self._previous, warnings.showwarning = warnings.showwarning, self.show
+        self._listeners.append(listener)
+
+    def remove(self, listener: CapturedWarnings) -> None:
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+            if not self._listeners and warnings.showwarning == self.show:
+                warnings.showwarning = self._previous
+
+    def show(
         self,
         message: Warning | str,
         category: type[Warning],
@@ -61,11 +85,20 @@ class CapturedWarnings:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if self._active:
-            where = f"{filename}:{lineno}"
-            self._logger().warning(f"{category.__name__}: {message}", where=where)
-        if not self._active or file is not None or _somebody_records():
+        logger = self._listeners[-1].logger if self._listeners else None
+        again = getattr(self._speaking, "now", False)  # what is warned of while a line is written
+        if logger is not None and not again:
+            self._speaking.now = True
+            try:
+                where = f"{filename}:{lineno}"
+                logger.warning(f"{category.__name__}: {message}", where=where)
+            finally:
+                self._speaking.now = False
+        if logger is None or again or file is not None or _somebody_records():
             self._previous(message, category, filename, lineno, file, line)
+
+
+_HOOK = _Hook()
 
 
 def _somebody_records() -> bool:
@@ -77,14 +110,18 @@ def _somebody_records() -> bool:
 class _Handler(logging.Handler):
     """Hands a line of a standard logger to the run's, for the file alone."""
 
-    def __init__(self, logger: Callable[[], Any]) -> None:
+    def __init__(self, captured: CapturedWarnings) -> None:
         super().__init__(logging.WARNING)
-        self._logger = logger
+        self._captured = captured
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "error" if record.levelno >= logging.ERROR else "warning"
-        text = f"{record.name}: {record.getMessage()}"
-        getattr(self._logger(), level)(text, console=False)
+        try:
+            level = "error" if record.levelno >= logging.ERROR else "warning"
+            text = f"{record.name}: {record.getMessage()}"
+            if (logger := self._captured.logger) is not None:
+                getattr(logger, level)(text, console=False, exc_info=record.exc_info)
+        except Exception:
+            self.handleError(record)
 
 
 def _torch_loggers() -> list[logging.Logger]:

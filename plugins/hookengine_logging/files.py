@@ -28,7 +28,7 @@ class MetricsFile:
         self._file: FileIO | None = None
         self._end = 0
         self._waiting: list[bytes] = []
-        self._warned = False
+        self._warned = self._images_warned = False
         self._closed = False
         self.count = len(self._whole_lines())
         """How many records it holds, those included that wait to be written."""
@@ -44,6 +44,7 @@ class MetricsFile:
         number = 1
         while (aside := self.path.with_name(f"metrics_{number}.jsonl")).exists():
             number += 1
+        self._close_file()
         self.path.rename(aside)
         self.count = 0
         return aside
@@ -68,16 +69,20 @@ class MetricsFile:
                 (self.path.parent / file).write_bytes(medium.png)
                 saved[name] = file
             except OSError as error:
-                self._warn(error, logger)
+                if not self._images_warned:
+                    self._images_warned = True
+                    logger.warning(
+                        f"cannot write {file}: {error.strerror}. Training goes on, and images that "
+                        "cannot be written are left out of metrics.jsonl"
+                    )
         return saved
 
     def _warn(self, error: OSError, logger: Any) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
-                f"cannot write {error.filename or self.path}: {error.strerror}. Training goes on; "
-                "make room or mend the folder: what is missing is kept and written with the next "
-                "record"
+                f"cannot write {self.path}: {error.strerror}. Training goes on; make room or mend "
+                "the folder: what is missing is kept and written with the next record"
             )
 
     def _write(self, logger: Any) -> None:
@@ -194,6 +199,15 @@ class RunFile:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(fields, indent=2) + "\n")
         temporary.replace(self._path)
+
+
+def history_of(folder: Path) -> str | None:
+    """Which history the records in a run's folder belong to; None where that is not known."""
+    try:
+        history = json.loads((folder / "run.json").read_text()).get("history")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(history) if history is not None else None
 
 
 def _file_name(name: str) -> str:

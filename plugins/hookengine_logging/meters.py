@@ -45,8 +45,8 @@ class Meters:
             if isinstance(value, Tensor):
                 if value.requires_grad:
                     value = value.detach()
-                if value.dim():
-                    if value.numel() != 1:
+                if value.dim() or value.is_complex():
+                    if value.numel() != 1 or value.is_complex():
                         continue
                     value = value.reshape(())
             elif (value := _as_float(value)) is None:
@@ -68,7 +68,9 @@ class Meters:
             if isinstance(value, Tensor):
                 if value.requires_grad:
                     value = value.detach()
-                if not value.dim():
+                if value.is_complex():
+                    self._keep_medium(phase, name, value)
+                elif not value.dim():
                     kept[name].append(value)
                 elif value.numel() == 1:
                     kept[name].append(value.reshape(()))

@@ -40,7 +40,7 @@ class Output:
 
     def open(self, path: Path) -> None:
         """Open the file, and write what was kept for it."""
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         early, self._early = self._early or [], None
         for text in early:
             self._write(text)
@@ -53,7 +53,9 @@ class Output:
         whole = str(event.pop("run_log", text))
         values = event.pop("values", {})
         if self._json:
-            texts = [_json_line({"event": e, **event, **values}) for e in (text, whole)]
+            if values:
+                event["values"] = _plain(values)
+            texts = [json.dumps({"event": e, **event}, default=repr) for e in (text, whole)]
         else:
             texts = _plain_lines(event, text, whole)
         if prints:
@@ -63,6 +65,9 @@ class Output:
     def _print(self, text: str) -> None:
         try:
             print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
+        except UnicodeEncodeError as error:  # what the console cannot show
+            plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            print(f"{plain}\n", end="", flush=True)
         except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
             self._console = False
             with suppress(OSError, ValueError):
@@ -89,9 +94,9 @@ class Output:
             self._file = None
 
 
-def _json_line(event: Mapping[str, Any]) -> str:
-    plain = {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in event.items()}
-    return json.dumps(plain, default=repr)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON does not have as texts."""
+    return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
 
 
 def _plain_lines(event: EventDict, text: str, whole: str) -> list[str]:

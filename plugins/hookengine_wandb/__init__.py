@@ -78,7 +78,7 @@ class Wandb(Sink, name="wandb"):
             "job_type": self.job_type,
             "tags": self.tags or None,
             "notes": self.notes,
-            "config": {**description, **self.config},
+            "config": json.loads(json.dumps({**description, **self.config}, default=str)),
             "dir": str(runner.run_dir),
         }
         settings = {
@@ -92,6 +92,8 @@ class Wandb(Sink, name="wandb"):
         session = _own_session()
         if session is None:
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("upload-*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             session = SessionProcess(folder / "process.log")
         try:
             answer = session.begin(

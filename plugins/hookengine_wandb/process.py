@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import select
+import queue
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +45,7 @@ class SessionProcess:
     """
 
     def __init__(self, log: Path) -> None:
+        self._log = log
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("session.py"))],
@@ -56,6 +59,9 @@ class SessionProcess:
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._failures: list[str] = []
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="wandb answers", daemon=True)
+        self._reader.start()
 
     def begin(
         self,
@@ -94,37 +100,55 @@ class SessionProcess:
         except Exception:
             self.abort()
             raise
-        with self._process:  # closes the pipes, and waits
-            return {**answer, "failures": self._failures}
+        self._end()
+        return {**answer, "failures": self._failures}
 
     def abort(self) -> None:
         """End the process, as it is."""
         self._process.kill()
-        with self._process:
+        self._end()
+
+    def _end(self) -> None:
+        self._process.wait()
+        self._reader.join()
+        with suppress(BrokenPipeError), self._process:  # closes the pipes
             pass
 
     def _send(self, name: str, arguments: dict[str, Any]) -> None:
-        self._stdin.write(json.dumps({"do": name, **arguments}) + "\n")
-        self._stdin.flush()
+        try:
+            self._stdin.write(json.dumps({"do": name, **arguments}) + "\n")
+            self._stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> OSError:
+        code = self._process.wait()
+        return OSError(
+            f"the process that speaks with W&B has ended (exit code {code}, see {self._log})"
+        )
+
+    def _read(self) -> None:
+        """On a thread of its own, so that the process never waits for us to listen."""
+        for line in self._stdout:
+            self._lines.put(json.loads(line))
+        self._lines.put(None)
 
     def _complain(self) -> None:
         """Raise what an earlier call has led to, if it is known by now."""
-        while select.select([self._stdout], [], [], 0)[0]:
-            self._failures.append(self._read()["failed"])
+        while not self._lines.empty():
+            line = self._lines.get()
+            if line is None:
+                raise self._gone()
+            self._failures.append(line["failed"])
         if self._failures:
             raise RuntimeError(self._failures.pop(0))
 
     def _answer(self) -> dict[str, Any]:
-        while "failed" in (line := self._read()):
+        while (line := self._lines.get()) is not None:
+            if "error" in line:
+                raise RuntimeError(line["error"])
+            if "answer" in line:
+                answer: dict[str, Any] = line["answer"]
+                return answer
             self._failures.append(line["failed"])
-        if "error" in line:
-            raise RuntimeError(line["error"])
-        answer: dict[str, Any] = line["answer"]
-        return answer
-
-    def _read(self) -> dict[str, Any]:
-        line = self._stdout.readline()
-        if not line:
-            raise OSError(f"the process that speaks with W&B has ended ({self._process.wait()})")
-        read: dict[str, Any] = json.loads(line)
-        return read
+        raise self._gone()

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import zlib
@@ -21,10 +22,9 @@ from typing import Any, TextIO
 
 import numpy as np
 import PIL.Image
+import wandb
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.lib.runid import generate_id
-
-import wandb
 
 PHASES = ("train", "val", "test")
 FIELDS = ("phase", "epoch", "iter", "step", "timestamp", "media")
@@ -69,6 +69,9 @@ class Session:
         home = Path(folder)
         if self._adopted:
             self.run.config.update(options["config"], allow_val_change=True)
+            if continues and not self.run.disabled:
+                held, _ = _held(self.run, Path(self.run.dir).parents[1])
+                answer["held"] = {**held, **_iterations(dict(self.run.summary))}
         else:
             home.mkdir(parents=True, exist_ok=True)
             known = home / "run.json"
@@ -129,10 +132,13 @@ class Session:
 
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None:
         """Make an artifact of a checkpoint, and remove the folder that it is in."""
-        artifact = wandb.Artifact(f"checkpoint-{self.run.id}", type="model", metadata={**metadata})
-        artifact.add_dir(path)
-        self.run.log_artifact(artifact, aliases=aliases)
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+        name = f"checkpoint-{self.run.id}"
+        try:
+            artifact = wandb.Artifact(name, type="model", metadata={**metadata})
+            artifact.add_dir(path)
+            self.run.log_artifact(artifact, aliases=aliases)
+        finally:
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def abort(self) -> None:
         """Let go of the run."""
@@ -306,11 +312,15 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         if answer is not None:
             with suppress(BrokenPipeError):  # the training has gone meanwhile
                 print(json.dumps(answer), file=answers, flush=True)
+        if name == "finish":  # forked workers of a dataloader may still hold the pipe open
+            return
     if session.run is not None:  # the training has been killed
         session.finish(1, [])
 
 
 if __name__ == "__main__":
+    for quiet in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(quiet, signal.SIG_IGN)  # the training says when it is over
     answers_ = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what W&B prints is no answer
     serve(sys.stdin, answers_)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Histogram, Plugin, hookimpl
+from hookengine import Histogram, Plugin, dist, hookimpl
 
 __all__ = ["Watch"]
 
@@ -15,25 +15,42 @@ class Watch(Plugin, name="watch"):
     """Log how the gradients, the parameters, or both are distributed, now and then.
 
     The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
-    counted on their device, without waiting for it, and read with the next record.
+    counted on their device, without waiting for it, and read with the next record. Of a sharded
+    parameter it is the shard of rank 0; what has no histogram (a sparse gradient) is left out, with
+    one warning.
     """
 
     what: Literal["gradients", "parameters", "all"] = Field("gradients")
     every: int = Field(1000, gt=0, description="optimizer steps between two of them")
     bins: int = Field(64, gt=0, description="of a histogram")
 
+    def configure(self) -> None:
+        """Nothing is left out yet."""
+        self._left_out: set[str] = set()
+
     @hookimpl(trylast=True)
     def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
         """Count, before the first step and then every ``every`` steps."""
-        if optim_wrapper.steps % self.every:
+        if optim_wrapper.steps % self.every or not dist.is_main_process():
             return
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
-        histograms = {}
+        tensors = {}
         for name, parameter in runner.bare_model.named_parameters():
             if id(parameter) not in mine:
                 continue
             if self.what != "gradients":
-                histograms[f"parameters/{name}"] = Histogram(parameter, self.bins)
+                tensors[f"parameters/{name}"] = parameter
             if self.what != "parameters" and parameter.grad is not None:
-                histograms[f"gradients/{name}"] = Histogram(parameter.grad, self.bins)
-        runner.log(histograms)
+                tensors[f"gradients/{name}"] = parameter.grad
+        histograms = {name: self._histogram(runner, name, t) for name, t in tensors.items()}
+        runner.log({name: one for name, one in histograms.items() if one is not None})
+
+    def _histogram(self, runner: Any, name: str, tensor: Any) -> Histogram | None:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        try:
+            return Histogram(local, self.bins)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if name not in self._left_out:
+                self._left_out.add(name)
+                runner.logger.warning(f"watch: {name} is left out: {error}")
+            return None
