@@ -64,7 +64,8 @@ class Sink(Plugin):
 
     def enqueue(self, job: Callable[[], None]) -> None:
         """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
-        self._state.put(lambda: self._state.guard("a job", job, everything=True))
+        run = functools.partial(self._state.guard, "a job", job, everything=True)
+        self._state.put(run, in_history=False)
 
     def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
         """Give the sink all of ``records`` that it does not hold, whatever ``queue_size`` is.
@@ -144,6 +145,8 @@ class _SinkState:
         self.failures = 0
         self.dropped = 0
         self.behind = self.behind_told = False
+        self.missing = 0  # of the dropped ones, what the history has
+        self.lock = threading.Lock()  # of these three, which both threads change
         self.hurry = threading.Event()
         self.queue: queue.Queue[Callable[[], None] | None] = queue.Queue(sink.queue_size)
         self.thread: threading.Thread | None = None
@@ -153,26 +156,29 @@ class _SinkState:
         self.history: Iterable[Record] | None = None
         self.runner: Any = None
 
-    def put(self, job: Callable[[], None]) -> None:
+    def put(self, job: Callable[[], None], in_history: bool = True) -> None:
         if self.thread is None:
             name = f"sink {self.sink.plugin_name}"
             self.thread = threading.Thread(target=self._work, name=name, daemon=True)
             self.thread.start()
-        try:
-            self.queue.put_nowait(job)
-        except queue.Full:
-            self.behind = True
+        with self.lock:
+            if not (self.behind and in_history):  # it would come before what was dropped
+                try:
+                    self.queue.put_nowait(job)
+                    return
+                except queue.Full:
+                    self.behind |= in_history
             self.dropped += 1
-            if not self.behind_told:
-                self.behind_told = True
-                self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
+            self.missing += in_history
+        if not self.behind_told:
+            self.behind_told = True
+            self.warn("cannot keep up; records are dropped (metrics.jsonl has them all)")
 
     def _work(self) -> None:
         self.guard("open", lambda: self.sink.open(self.runner), everything=True)
         for job in self._jobs():
             job()
-            if self.behind and self.queue.empty():
-                self._catch_up()
+            self._catch_up()
             self.queue.task_done()
         self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
@@ -197,17 +203,21 @@ class _SinkState:
 
     def _catch_up(self) -> None:
         """Take what was dropped from the history, if somebody keeps one."""
-        self.behind = False
+        with self.lock:
+            if not (self.behind and self.queue.empty()):
+                return
+            self.behind, missing, self.missing = False, self.missing, 0
         history = self.guard("history", lambda: self.runner.hooks.history(self.runner))
         if history is None:
             return
-        self.repeat()
         self.fill(history)
-        self.repeat()
-        self.dropped = 0
+        self.repeat()  # what waits in the queue by now may have been in the history
+        with self.lock:
+            self.dropped -= missing
 
     def fill(self, records: Iterable[Record]) -> None:
         """Write what the sink does not hold, on the thread."""
+        self.repeat()
         write = cast(Any, self.sink).write  # a sink is a plugin that has one
 
         def each() -> None:

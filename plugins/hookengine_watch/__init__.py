@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from hookengine import Histogram, Plugin, hookimpl
 
@@ -15,12 +16,17 @@ class Watch(Plugin, name="watch"):
     """Log how the gradients, the parameters, or both are distributed, now and then.
 
     The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
-    counted on their device, without waiting for it, and read with the next record.
+    counted on their device, without waiting for it, and read with the next record. What has no
+    distribution (sparse gradients, complex parameters, empty ones) is left out, and said once.
     """
 
     what: Literal["gradients", "parameters", "all"] = Field("gradients")
     every: int = Field(1000, gt=0, description="optimizer steps between two of them")
     bins: int = Field(64, gt=0, description="of a histogram")
+
+    def configure(self) -> None:
+        """Nothing is left out yet."""
+        self._left_out: set[str] = set()
 
     @hookimpl(trylast=True)
     def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
@@ -28,12 +34,20 @@ class Watch(Plugin, name="watch"):
         if optim_wrapper.steps % self.every:
             return
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
-        histograms = {}
+        seen: dict[str, Tensor] = {}
         for name, parameter in runner.bare_model.named_parameters():
             if id(parameter) not in mine:
                 continue
             if self.what != "gradients":
-                histograms[f"parameters/{name}"] = Histogram(parameter, self.bins)
+                seen[f"parameters/{name}"] = parameter
             if self.what != "parameters" and parameter.grad is not None:
-                histograms[f"gradients/{name}"] = Histogram(parameter.grad, self.bins)
+                seen[f"gradients/{name}"] = parameter.grad
+        histograms = {}
+        for name, values in seen.items():
+            try:
+                histograms[name] = Histogram(values, self.bins)
+            except (TypeError, ValueError) as error:
+                if name not in self._left_out:
+                    self._left_out.add(name)
+                    runner.logger.warning(f"watch: {name} is left out: {error}")
         runner.log(histograms)
