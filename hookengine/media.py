@@ -262,7 +262,8 @@ def _counted(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     steps = torch.arange(bins + 1, device=values.device, dtype=values.dtype)
     edges = low + steps * ((high - low) / bins)  # as numpy has them: whole numbers stay whole
     edges[-1] = high
-    ordered = values.sort().values  # NaN come last
+    # NaN has no place in an order, and searchsorted may count it
+    ordered = values.nan_to_num(math.inf, math.inf, -math.inf).sort().values
     below = torch.searchsorted(ordered, edges)
     below[-1] = torch.searchsorted(ordered, high, right=True)
     return below.diff(), edges

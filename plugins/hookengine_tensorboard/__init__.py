@@ -33,7 +33,8 @@ class TensorBoard(Sink, name="tensorboard"):
 
     def open(self, runner: Any) -> None:
         """Look at what is there, and begin another file."""
-        self._described = False
+        self._described = self._had_failed = False
+        self._hyperparameters: dict[str, Any] | None = None
         folder: Path = runner.run_dir
         files = sorted(folder.glob("events.out.tfevents.*"))
         if self.continues:
@@ -43,7 +44,9 @@ class TensorBoard(Sink, name="tensorboard"):
             _move_aside(folder, files)
         self._writer = RecordWriter(_new_file(folder).open("wb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._hyperparameters = None if self._described else runner.describe()
+        description = runner.describe()
+        self._had_failed = str(description.get("status")).startswith("failed")  # of one replayed
+        self._hyperparameters = None if self._described else description
 
     def _read(self, file: Path) -> None:
         for event in LegacyEventFileLoader(str(file)).Load():
@@ -83,7 +86,7 @@ class TensorBoard(Sink, name="tensorboard"):
         """Write how it ended, and first the hyperparameters of a run that was never evaluated."""
         if self._hyperparameters is not None:
             self._describe(time.time(), [])
-        self._add(_event(session_end(failed=self._failed), time.time(), 0))
+        self._add(_event(session_end(failed=self._failed or self._had_failed), time.time(), 0))
         self._writer.close()
 
 

@@ -220,6 +220,9 @@ def test_what_is_not_finite_is_not_counted() -> None:
     histogram = Histogram(torch.tensor(values), bins=2)
     assert histogram.counts == [1, 2]
     assert histogram.edges == [0.0, 1.0, 2.0]
+    for number in range(1, 40):
+        values = [0.0, 1.0, 1.0] + [math.nan, math.inf, -math.inf] * number
+        assert sum(Histogram(torch.tensor(values), bins=5).counts) == 3
     nothing = Histogram(torch.tensor([math.nan, math.inf]), bins=3)
     assert nothing.counts == [0, 0, 0]
     assert all(map(math.isfinite, nothing.edges))

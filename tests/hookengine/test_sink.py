@@ -242,8 +242,10 @@ class Released(Keeping):
         super().__post_init__()
         self.may_write = threading.Semaphore(0)
         self.wrote = threading.Semaphore(0)
+        self.busy = threading.Event()
 
     def write(self, runner: Any, record: Record) -> None:
+        self.busy.set()
         self.may_write.acquire()
         super().write(runner, record)
         self.wrote.release()
@@ -530,6 +532,8 @@ def test_a_job_that_finds_no_room_is_lost_and_counted_although_records_are_not(m
 
     @runner.on("after_train_iter", trylast=True)
     def release(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            sink.busy.wait()
         if runner.progress.iter == 10:
             sink.enqueue(lambda: done.append("no room"))
             sink.let(2)
