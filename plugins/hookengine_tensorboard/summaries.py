@@ -44,7 +44,9 @@ def _medium(tag: str, medium: Image | Histogram | Table | str) -> Any:
     if isinstance(medium, Histogram):
         return Summary.Value(tag=tag, histo=_histogram(medium))
     text = medium if isinstance(medium, str) else _markdown(medium)
-    return _text(tag, text.encode(errors="backslashreplace").decode()).value[0]
+    value = _text(tag, text.encode(errors="backslashreplace").decode()).value[0]
+    value.tag = tag  # without torch's "/text_summary"
+    return value
 
 
 def _histogram(histogram: Histogram) -> HistogramProto:
