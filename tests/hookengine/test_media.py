@@ -271,7 +271,7 @@ class Frame:
 
     def itertuples(self, index: bool = True) -> Any:
         assert not index
-        row = namedtuple("row", self.columns)  # noqa: PYI024  (as pandas has it)
+        row = namedtuple("row", self.columns)
         return iter([row("cat", np.float64(0.5)), row("dog", None)])
 
 
