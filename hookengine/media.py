@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class Image:
         elif hasattr(data, "savefig"):
             self._png = _saved(data.savefig)
         elif hasattr(data, "getbands"):
-            self._png = _saved(data.save)
+            self._png = _saved(_as_png_has_it(data).save)
         else:
             self._pixels = _channels_last(_tensor(data)).clone()
 
@@ -179,10 +178,11 @@ def _tensor(data: Any) -> Tensor:
         tensor = data.detach()
     else:
         try:
-            tensor = torch.as_tensor(np.ascontiguousarray(data))
+            # a copy, since torch takes no array that is read-only or runs backwards
+            tensor = torch.as_tensor(data.copy() if hasattr(data, "strides") else data)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{type(data).__name__} holds no numbers: {error}") from error
-    if tensor.is_complex() or tensor.is_sparse:
+    if tensor.is_complex() or tensor.layout != torch.strided:
         raise TypeError("complex and sparse tensors cannot be shown: take their parts")
     return tensor
 
@@ -228,12 +228,19 @@ def _encoded(pixels: Tensor) -> bytes:
     elif pixels.dtype == torch.bool:
         pixels = pixels.to(torch.uint8) * 255
     elif pixels.dtype != torch.uint8:
-        pixels = pixels.to(torch.int64)  # torch cannot clamp all of the others
+        pixels = pixels.to(torch.int64)  # int8 has no 255, and torch clamps no uint16
     pixels = pixels.clamp(0, 255).to("cpu", torch.uint8).contiguous()
     height, width, channels = pixels.shape
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     image = PIL.Image.frombytes(mode, (width, height), pixels.numpy().tobytes())
     return _saved(image.save)
+
+
+def _as_png_has_it(picture: Any) -> Any:
+    """A PIL image, in a mode that a PNG file has."""
+    if picture.mode in ("F", "I"):
+        return picture.convert("L")
+    return picture.convert("RGB") if picture.mode in ("CMYK", "HSV", "YCbCr", "LAB") else picture
 
 
 def _saved(save: Any) -> bytes:
@@ -251,8 +258,8 @@ def _counted(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     high = torch.where(high.isfinite(), high, 1.0)
     flat = low == high
     low, high = torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high)
-    steps = torch.linspace(0, 1, bins + 1, device=values.device, dtype=low.dtype)
-    edges = low + (high - low) * steps
+    steps = torch.arange(bins + 1, device=values.device, dtype=low.dtype)
+    edges = low + steps * ((high - low) / bins)  # as numpy has them: whole numbers stay whole
     edges[-1] = high
     counts = torch.stack([_counts(_wide(part), edges) for part in parts]).sum(0)
     return counts, edges
@@ -271,7 +278,8 @@ def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counts(values: Tensor, edges: Tensor) -> Tensor:
-    ordered = values.sort().values  # NaN come last
+    # NaN has no place in an order, and searchsorted may count it
+    ordered = values.nan_to_num(math.inf, math.inf, -math.inf).sort().values
     below = torch.searchsorted(ordered, edges)
     below[-1] = torch.searchsorted(ordered, edges[-1], right=True)
     return below.diff()

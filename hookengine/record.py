@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Any
 
 from hookengine.media import Histogram, Image, Medium, Table
 
-_FIELDS = ("phase", "epoch", "iter", "step", "timestamp", "media")
+_OWN = re.compile("(value/)*(phase|epoch|iter|step|timestamp|media)")
+"""Names of the record's own fields, and what stands for values of these names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Record:
         step: Optimizer steps taken.
         scalars: Python floats by name; NaN and infinities are as they are.
         media: Images, histograms, tables, texts by name.
-        timestamp: When it was made, in seconds since 1970.
+        timestamp: When it was made, in seconds since 1970; NaN where that is not known.
     """
 
     phase: str
@@ -53,10 +55,11 @@ class Record:
             "epoch": self.epoch,
             "iter": self.iter,
             "step": self.step,
-            "timestamp": round(self.timestamp, 3),
         }
+        if not math.isnan(self.timestamp):
+            fields["timestamp"] = round(self.timestamp, 3)
         for name, value in self.scalars.items():
-            key = f"value/{name}" if name in _FIELDS else name
+            key = f"value/{name}" if _OWN.fullmatch(name) else name
             fields[key] = value if math.isfinite(value) else str(value)
         if self.media:
             packed = {name: _pack(one, image_files.get(name)) for name, one in self.media.items()}
@@ -110,8 +113,7 @@ def read_records(run_dir: str | Path) -> Iterator[Record]:
 
 
 def _plain(name: str) -> str:
-    own = name.removeprefix("value/")
-    return own if own in _FIELDS else name
+    return name.removeprefix("value/") if _OWN.fullmatch(name) else name
 
 
 def _pack(medium: Medium, file: str | None) -> dict[str, Any] | None:

@@ -105,6 +105,7 @@ class Logging(Plugin, name="logging"):
     def before_run(self, runner: Any) -> None:
         """Open the files; write down what the run consists of."""
         self._error = None
+        self._captured.take_over()
         if self._run_file is not None:
             self._write_run_file(runner, "running")
         if not self._main or self._metrics is not None:
@@ -355,7 +356,8 @@ class Logging(Plugin, name="logging"):
             self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
-        values = {"phase": phase, "step": record.step, **scalars}
+        values: dict[str, Any] = {"phase": phase, "step": record.step}
+        values |= {f"value/{n}" if n in values else n: value for n, value in scalars.items()}
         runner.logger.info(_line(record, progress), plugin=self.plugin_name, values=values)
 
     def _encoded(self, runner: Any, media: dict[str, Medium]) -> dict[str, Medium]:

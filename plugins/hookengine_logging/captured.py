@@ -15,7 +15,7 @@ class CapturedWarnings:
 
     Python's warnings are lines of the log, in place of what would go to stderr; whoever records
     them (``warnings.catch_warnings(record=True)``, ``pytest.warns``) gets them all the same. Of
-    several Runners the one that was made last has them. torch's loggers go on printing by
+    several Runners the one that ran last has them. torch's loggers go on printing by
     themselves, on rank 0, so their lines are for the file alone.
 
     Args:
@@ -27,6 +27,7 @@ class CapturedWarnings:
         self._runner = weakref.ref(runner)
         self._prints = prints
         self._handler = _Handler(self)
+        self._errors_only = _ErrorsOnly()
         self._loggers: list[logging.Logger] = []
         self._silenced: list[logging.Handler] = []
 
@@ -43,9 +44,13 @@ class CapturedWarnings:
         for logger in self._loggers:
             if not self._prints and "TORCH_LOGS" not in os.environ:
                 for handler in logger.handlers:
-                    handler.addFilter(_is_error)
+                    handler.addFilter(self._errors_only)
                     self._silenced.append(handler)
             logger.addHandler(self._handler)
+
+    def take_over(self) -> None:
+        """Of several that listen, be the one that gets Python's warnings."""
+        _HOOK.take_over(self)
 
     def stop(self) -> None:
         """Leave everything as it was."""
@@ -53,7 +58,7 @@ class CapturedWarnings:
         for logger in self._loggers:
             logger.removeHandler(self._handler)
         for handler in self._silenced:
-            handler.removeFilter(_is_error)
+            handler.removeFilter(self._errors_only)
         self._loggers, self._silenced = [], []
 
 
@@ -68,6 +73,10 @@ class _Hook:
     def add(self, listener: CapturedWarnings) -> None:
         if not self._listeners:
             self._previous, warnings.showwarning = warnings.showwarning, self.show
+        self._listeners.append(listener)
+
+    def take_over(self, listener: CapturedWarnings) -> None:
+        self._listeners.remove(listener)
         self._listeners.append(listener)
 
     def remove(self, listener: CapturedWarnings) -> None:
@@ -131,5 +140,8 @@ def _torch_loggers() -> list[logging.Logger]:
     return [logging.getLogger("torch"), *below]
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+class _ErrorsOnly(logging.Filter):
+    """One for each Runner, so that each takes away its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR

@@ -69,7 +69,7 @@ class Meters:
                 if value.requires_grad:
                     value = value.detach()
                 if value.is_complex():
-                    self._keep_medium(phase, name, value)
+                    self._keep_medium(phase, name, value)  # which refuses it
                 elif not value.dim():
                     kept[name].append(value)
                 elif value.numel() == 1:
@@ -131,7 +131,7 @@ def _as_float(value: Any) -> float | None:
     if isinstance(value, (str, bytes)) or getattr(value, "size", 1) != 1:
         return None
     try:
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
@@ -154,6 +154,8 @@ def _read(kept: Mapping[str, list[Any]]) -> dict[str, list[float]]:
     """The numbers as floats: the tensors among them are read from the device in one go."""
     tensors = [value for values in kept.values() for value in values if isinstance(value, Tensor)]
     try:
+        # float32 would round whole numbers beyond 2**24
+        tensors = [each if each.is_floating_point() else each.double() for each in tensors]
         floats = iter(torch.stack(tensors).tolist() if tensors else ())
     except (RuntimeError, TypeError):  # of several devices or types
         floats = iter([tensor.item() for tensor in tensors])

@@ -36,7 +36,7 @@ class Output:
         self._console = console
         self._json = json
         self._file: TextIO | None = None
-        self._early: list[str] | None = []
+        self._early: list[str] | None = [] if console else None
 
     def open(self, path: Path) -> None:
         """Open the file, and write what was kept for it."""
@@ -53,9 +53,7 @@ class Output:
         whole = str(event.pop("run_log", text))
         values = event.pop("values", {})
         if self._json:
-            if values:
-                event["values"] = _plain(values)
-            texts = [json.dumps({"event": e, **event}, default=repr) for e in (text, whole)]
+            texts = [_json_line({"event": e, **event}, values) for e in (text, whole)]
         else:
             texts = _plain_lines(event, text, whole)
         if prints:
@@ -63,11 +61,10 @@ class Output:
         self._write(texts[1])
 
     def _print(self, text: str) -> None:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
             print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
-        except UnicodeEncodeError as error:  # what the console cannot show
-            plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
-            print(f"{plain}\n", end="", flush=True)
         except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
             self._console = False
             with suppress(OSError, ValueError):
@@ -94,9 +91,21 @@ class Output:
             self._file = None
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON does not have as texts."""
-    return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+def _json_line(event: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """One object; a value that has the name of one of the event's is ``value/NAME``."""
+    fields = {**{f"value/{k}" if k in event else k: v for k, v in values.items()}, **event}
+    texts = (f"{json.dumps(name)}: {_json(value)}" for name, value in fields.items())
+    return "{" + ", ".join(texts) + "}"
+
+
+def _json(value: Any) -> str:
+    """A value as JSON has it, or as a text."""
+    if isinstance(value, float) and not isfinite(value):
+        return json.dumps(str(value))
+    try:
+        return json.dumps(value, allow_nan=False, default=repr)
+    except (TypeError, ValueError):  # NaN within it, keys that are no texts, or itself
+        return json.dumps(repr(value))
 
 
 def _plain_lines(event: EventDict, text: str, whole: str) -> list[str]:

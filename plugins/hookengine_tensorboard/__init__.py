@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hookengine import Record, Sink
-from hookengine_tensorboard.summaries import hyperparameters, session_end, summary_of
+from hookengine_tensorboard.summaries import START, hyperparameters, session_end, summary_of
 
 __all__ = ["TensorBoard"]
 
@@ -33,6 +33,7 @@ class TensorBoard(Sink, name="tensorboard"):
 
     def open(self, runner: Any) -> None:
         """Look at what is there, and begin another file."""
+        self._described = self._had_failed = False
         self._hyperparameters: dict[str, Any] | None = None
         folder: Path = runner.run_dir
         files = sorted(folder.glob("events.out.tfevents.*"))
@@ -43,26 +44,30 @@ class TensorBoard(Sink, name="tensorboard"):
             _move_aside(folder, files)
         self._writer = RecordWriter(_new_file(folder).open("wb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._hyperparameters = None if self.held else runner.describe()
+        description = runner.describe()
+        self._had_failed = str(description.get("status")).startswith("failed")  # of one replayed
+        self._hyperparameters = None if self._described else description
 
     def _read(self, file: Path) -> None:
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 phase = value.tag.partition("/")[0]
+                self._described |= value.tag == START
                 self.held[phase] = max(event.step, self.held.get(phase, -1))
 
     def write(self, runner: Any, record: Record) -> None:
         """Write a record, as one event."""
         if self._hyperparameters is not None and record.phase != "train":
-            self._describe(record)
+            self._describe(
+                record.timestamp, [f"{record.phase}/{n}" for n in record.scalars if n != "seconds"]
+            )
         self._add(_event(summary_of(record), record.timestamp, record.iter))
 
-    def _describe(self, record: Record) -> None:
+    def _describe(self, timestamp: float, metrics: list[str]) -> None:
         """The hyperparameters, as soon as it is known by which metrics they are to be judged."""
         assert self._hyperparameters is not None
-        metrics = [f"{record.phase}/{name}" for name in record.scalars if name != "seconds"]
         for summary in hyperparameters(self._hyperparameters, metrics):
-            self._add(_event(summary, record.timestamp, 0))
+            self._add(_event(summary, timestamp, 0))
         self._hyperparameters = None
 
     def _add(self, event: Event) -> None:
@@ -78,8 +83,10 @@ class TensorBoard(Sink, name="tensorboard"):
         self._failed = False
 
     def close(self, runner: Any) -> None:
-        """Write how it ended."""
-        self._add(_event(session_end(failed=self._failed), time.time(), 0))
+        """Write how it ended, and first the hyperparameters of a run that was never evaluated."""
+        if self._hyperparameters is not None:
+            self._describe(time.time(), [])
+        self._add(_event(session_end(failed=self._failed or self._had_failed), time.time(), 0))
         self._writer.close()
 
 

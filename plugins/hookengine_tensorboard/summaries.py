@@ -18,6 +18,9 @@ from hookengine import Histogram, Image, Record, Table
 _hparams: Any = torch_summary.hparams  # torch has no types for these
 _text: Any = torch_summary.text
 
+START = "_hparams_/session_start_info"
+"""The tag under which the hyperparameters are."""
+
 
 def summary_of(record: Record) -> Summary:
     """All of a record, under ``PHASE/NAME``."""
@@ -40,7 +43,10 @@ def _medium(tag: str, medium: Image | Histogram | Table | str) -> Any:
         return Summary.Value(tag=tag, image=image)
     if isinstance(medium, Histogram):
         return Summary.Value(tag=tag, histo=_histogram(medium))
-    return _text(tag, medium if isinstance(medium, str) else _markdown(medium)).value[0]
+    text = medium if isinstance(medium, str) else _markdown(medium)
+    value = _text(tag, text.encode(errors="backslashreplace").decode()).value[0]
+    value.tag = tag  # without torch's "/text_summary"
+    return value
 
 
 def _histogram(histogram: Histogram) -> HistogramProto:

@@ -228,3 +228,321 @@ def test_an_interrupt_is_no_failure_of_the_sink() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted().before_run()
+
+
+# -- jobs, and what is held ---------------------------------------------------------------------
+
+
+class Released(Keeping):
+    """Writes when it is told to; does not wait for a second to gather records."""
+
+    pause = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.may_write = threading.Semaphore(0)
+        self.wrote = threading.Semaphore(0)
+        self.busy = threading.Event()
+
+    def write(self, runner: Any, record: Record) -> None:
+        self.busy.set()
+        self.may_write.acquire()
+        super().write(runner, record)
+        self.wrote.release()
+
+    def let(self, number: int) -> None:
+        """Let it write so many, and wait until it has."""
+        for _ in range(number):
+            self.may_write.release()
+        for _ in range(number):
+            self.wrote.acquire()
+
+    @property
+    def iterations(self) -> list[int]:
+        return [entry[1] for entry in self.log if isinstance(entry, tuple)]
+
+
+def test_a_job_comes_after_the_records_so_far_and_may_fail(make: Any, capsys: Any) -> None:
+    sink = Keeping()
+    runner = make(plugins=["logging", sink])
+    threads: list[str] = []
+
+    def job() -> None:
+        threads.append(threading.current_thread().name)
+        sink.log.append("job")
+        raise SystemExit("no")
+
+    runner.hooks.write(runner, record(1))
+    sink.enqueue(job)
+    runner.hooks.write(runner, record(2))
+    runner.close()
+    assert sink.log == ["open", ("train", 1, {}), "job", ("train", 2, {}), "close"]
+    assert threads == ["sink keeping"]
+    assert sink.failures == 1
+    assert "sink 'keeping' failed in a job" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_does_not_wait_for_more_records_to_gather(make: Any) -> None:
+    class Gathering(Keeping):
+        pause = flush_timeout = threading.TIMEOUT_MAX
+
+    sink = Gathering()
+    runner = make(plugins=[sink, "logging"])
+    runner.train()  # would never come back
+    assert [entry[1] for entry in sink.log[1:]] == [5, 10]
+
+
+def test_what_is_left_out_is_told(make: Any) -> None:
+    class Resumed(Keeping):
+        def open(self, runner: Any) -> None:
+            self.held.update(train=2, val=1)
+
+        def skip(self, runner: Any, record: Record) -> None:
+            self.log.append(("skipped", record.phase, record.iter))
+            raise OSError("no")
+
+    sink = Resumed()
+    runner = make(plugins=[sink])
+    for iteration in (2, 3):
+        runner.hooks.write(runner, record(iteration))
+        runner.hooks.write(runner, record(iteration, phase="val"))
+    runner.close()
+    assert sink.log == [
+        ("skipped", "train", 2),
+        ("val", 2, {}),
+        ("train", 3, {}),
+        ("val", 3, {}),
+        "close",
+    ]
+    assert sink.failures == 1
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_what_is_replayed_may_go_on_or_begin_anew(make: Any, continues: bool) -> None:
+    class Held(Keeping):
+        queue_size = 1
+
+        def open(self, runner: Any) -> None:
+            self.log.append((runner.name, self.continues))
+            if self.continues:
+                self.held["train"] = 2
+
+    sink = Held()
+    runner = make(plugins=[sink], name="run")
+    sink.replay(runner, iter([record(i) for i in range(1, 6)]), continues=continues)
+    runner.hooks.after_run(runner)
+    runner.hooks.write(runner, record(6))
+    runner.close()
+    written = [entry[1] for entry in sink.log[1:-1]]
+    assert written == ([3, 4, 5, 6] if continues else [1, 2, 3, 4, 5, 6])
+    assert sink.log[0] == ("run", continues)
+    assert sink.dropped == 0
+
+
+def test_records_that_cannot_be_read_are_a_failure(make: Any, capsys: Any) -> None:
+    def broken() -> Any:
+        yield record(1)
+        raise OSError("no disk")
+
+    sink = Keeping()
+    runner = make(plugins=["logging", sink])
+    sink.replay(runner, broken())
+    runner.close()
+    assert sink.log == ["open", ("train", 1, {}), "close"]
+    assert "failed in history; training goes on  error=OSError: no disk" in capsys.readouterr().out
+
+
+def test_a_sink_may_ask_for_the_record_alone(make: Any) -> None:
+    class Plain(Sink):
+        def __post_init__(self) -> None:
+            self.seen: list[int] = []
+
+        def write(self, record: Record) -> None:
+            self.seen.append(record.iter)
+
+    sink = Plain()
+    runner = make(plugins=[sink])
+    sink.replay(runner, [record(1)])
+    runner.hooks.write(runner, record(2))
+    runner.close()
+    assert sink.seen == [1, 2]
+
+
+def test_a_sink_that_cannot_open_is_given_the_records_all_the_same(make: Any, capsys: Any) -> None:
+    class Closed(Keeping):
+        def open(self, runner: Any) -> None:
+            raise ConnectionError("no server")
+
+    sink = Closed()
+    runner = make(plugins=["logging", sink])
+    runner.hooks.write(runner, record(1))
+    runner.close()
+    assert sink.log == [("train", 1, {}), "close"]
+    out = capsys.readouterr().out
+    assert "failed in open; training goes on  error=ConnectionError: no server" in out
+
+
+# -- a run that goes on -------------------------------------------------------------------------
+
+
+def interrupted(make: Any, upto: int, state_at: int) -> Any:
+    """A run of ten iterations that has written ``upto`` of them; its state at another one."""
+    runner = make(name="run", plugins=[dict(type="logging", interval=1)], validate=True)
+    states = {}
+
+    @runner.on("safe_point")
+    def save(runner: Any) -> None:
+        if runner.progress.iter == state_at and not runner.progress.val_due:
+            states[state_at] = runner.state_dict()
+        if runner.progress.iter == upto:
+            runner.stop()
+
+    runner.train()
+    runner.close()
+    return states[state_at]
+
+
+@pytest.mark.parametrize("held", [{}, {"train": 2}, {"train": 4}, {"train": 6, "val": 5}])
+def test_a_sink_gets_what_it_lacks_of_a_run_that_goes_on_and_gets_it_once(
+    make: Any, held: dict[str, int]
+) -> None:
+    class Holding(Keeping):
+        def open(self, runner: Any) -> None:
+            assert self.continues
+            self.held.update(held)
+
+    state = interrupted(make, upto=6, state_at=4)
+    sink = Holding()
+    runner = make(name="run", plugins=[dict(type="logging", interval=1), sink], validate=True)
+    runner.load_state_dict(state)
+    runner.train()
+    runner.close()
+    written = [entry[:2] for entry in sink.log[:-1]]
+    order = [("train", i) for i in range(1, 6)] + [("val", 5)]
+    order += [("train", i) for i in range(6, 11)] + [("val", 10)]
+    assert written == [each for each in order if each[1] > held.get(each[0], 0)]
+
+
+def test_a_run_that_begins_anew_does_not_continue(make: Any) -> None:
+    interrupted(make, upto=6, state_at=4)
+
+    class Asks(Keeping):
+        def open(self, runner: Any) -> None:
+            self.log.append(self.continues)
+
+    sink = Asks()
+    runner = make(name="run", plugins=[dict(type="logging", interval=1), sink])
+    runner.train()
+    runner.close()
+    assert sink.log[0] is False
+    assert [entry[1] for entry in sink.log[1:-1]] == [*range(1, 11)]
+
+
+def test_what_waited_when_the_run_was_rolled_back_is_not_repeated(make: Any) -> None:
+    class Late(Released):
+        flush_timeout = 0.01
+
+    sink = Late()
+    runner = make(plugins=[dict(type="logging", interval=1), sink], train_cfg=dict(max_iters=4))
+    states = []
+    runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+    runner.train()
+    runner.load_state_dict(states[2])  # while all four wait
+    sink.flush_timeout = 10.0
+    for _ in range(20):
+        sink.may_write.release()
+    runner.train(max_iters=6)
+    runner.close()
+    assert sink.iterations == [1, 2, 3, 4, 5, 6]
+
+
+# -- a sink that cannot keep up -----------------------------------------------------------------
+
+
+def behind(make: Any, sink: Any, **options: Any) -> Any:
+    sink.queue_size = 3
+    return make(
+        plugins=[dict(type="logging", interval=1), sink], train_cfg=dict(max_iters=20), **options
+    )
+
+
+def test_a_sink_that_hung_for_a_while_gets_everything_from_the_history(
+    make: Any, capsys: Any
+) -> None:
+    sink = Released()
+    runner = behind(make, sink)
+
+    @runner.on("after_train_iter", trylast=True)
+    def release(runner: Any) -> None:
+        if runner.progress.iter == 15:
+            assert sink.dropped > 0
+            for _ in range(100):
+                sink.may_write.release()
+
+    runner.train()
+    runner.close()
+    assert sink.iterations == [*range(1, 21)]
+    assert sink.dropped == 0
+    out = capsys.readouterr().out
+    assert out.count("cannot keep up") == 1
+    assert "lost records" not in out
+
+
+def test_what_comes_while_it_catches_up_does_not_overtake_what_was_dropped(make: Any) -> None:
+    sink = Released()
+    runner = behind(make, sink)
+
+    @runner.on("after_train_iter", trylast=True)
+    def release(runner: Any) -> None:
+        if runner.progress.iter == 10:  # of which about five were dropped: there is room again
+            sink.let(2)
+        if runner.progress.iter == 14:
+            sink.let(4)
+        if runner.progress.iter == 18:
+            for _ in range(100):
+                sink.may_write.release()
+
+    runner.train()
+    runner.close()
+    assert sink.iterations == [*range(1, 21)]
+
+
+def test_without_a_history_what_was_dropped_is_counted(make: Any) -> None:
+    sink = Released()
+    sink.queue_size = 3
+    runner = make(plugins=[sink])
+    for iteration in range(1, 11):
+        runner.hooks.write(runner, record(iteration))
+    dropped = sink.dropped
+    assert dropped in (6, 7)
+    sink.let(10 - dropped)
+    runner.hooks.after_run(runner)
+    for _ in range(2):
+        sink.may_write.release()
+        runner.hooks.write(runner, record(11))
+    runner.close()
+    assert sink.iterations == [*range(1, 11 - dropped), 11, 11]
+    assert sink.dropped == dropped
+
+
+def test_a_job_is_never_dropped(make: Any) -> None:
+    sink = Released()
+    runner = behind(make, sink)
+    done: list[str] = []
+
+    @runner.on("after_train_iter", trylast=True)
+    def release(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            sink.busy.wait()
+        if runner.progress.iter == 10:
+            sink.enqueue(lambda: done.append("full"))
+            sink.let(2)
+            sink.enqueue(lambda: done.append("behind"))  # also while records are held back
+            for _ in range(100):
+                sink.may_write.release()
+
+    runner.train()
+    runner.close()
+    assert done == ["full", "behind"]
+    assert sink.iterations == [*range(1, 21)]
+    assert sink.dropped == 0

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging as standard
+import os
 import re
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from hookengine import Plugin
+from hookengine import Plugin, Record, Runner, Sink
+from tests.ranks import on_ranks
 
 LOGGING = ("logging",)
 
@@ -386,8 +392,6 @@ def test_the_logger_is_given_back(make: Any, capsys: Any, caplog: Any) -> None:
 
 
 def test_several_optimizers_have_a_rate_each(make: Any) -> None:
-    from torch import nn
-
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -605,3 +609,470 @@ def test_who_replaces_the_same_value_is_named_in_order(make: Any) -> None:
     text = (runner.run_dir / "run.log").read_text()
     assert "after_forward: halved, then auxiliary replace the losses" in text
     assert "loss_aux" in lines(runner)[0]
+
+
+# -- JSON lines ---------------------------------------------------------------------------------
+
+
+def strict(text: str) -> list[dict[str, Any]]:
+    """The lines, as any parser of JSON reads them."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+class Speaking(Plugin):
+    """Says something in its hook, in a helper, and by a warning."""
+
+    def before_train(self, runner: Any) -> None:
+        runner.logger.info("in a hook", many=[1.0, float("nan")], one=float("inf"), odd={(1, 2): 3})
+        self.helper(runner)
+        warnings.warn("through Python", stacklevel=1)
+        standard.getLogger("torch.nn").warning("through %s", "torch")
+
+    def helper(self, runner: Any) -> None:
+        runner.logger.warning("in a helper")
+
+
+class Talking(Sink):
+    """Says something on its own thread."""
+
+    def write(self, runner: Any, record: Record) -> None:
+        if record.iter == 10:
+            runner.logger.info("on a thread", thread=threading.current_thread().name)
+
+
+def test_every_line_is_json_with_its_context(make: Any, capsys: Any) -> None:
+    plugins = [dict(type="logging", renderer="json", interval=5), Speaking(), Talking()]
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        json_lines_of(make(plugins=plugins, validate=True, name="mine"), capsys)
+
+
+def json_lines_of(runner: Any, capsys: Any) -> None:
+    @runner.on("after_train_iter")
+    def function(runner: Any) -> None:
+        if runner.progress.iter == 7:
+            runner.logger.info("in a function")
+            runner.log({"nan": float("nan"), "event": 3.0, "epoch": 0.5, "phase": 1.0, "level": 2})
+
+    runner.logger.info("before the run")
+    runner.train()
+    runner.logger.error("by the user")
+    runner.close()
+    printed = strict(capsys.readouterr().out)
+    filed = strict((runner.run_dir / "run.log").read_text())
+    for line in [*printed, *filed]:
+        assert {"run", "epoch", "iteration", "level", "timestamp", "event"} <= line.keys()
+        assert line["run"] == "mine"
+        assert isinstance(line["epoch"], int)
+        assert isinstance(line["event"], str)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line["timestamp"])
+    by_event = {line["event"]: line for line in filed}
+    plugins = {event: line.get("plugin") for event, line in by_event.items()}
+    assert plugins["in a hook"] == plugins["in a helper"] == "speaking"
+    assert plugins["UserWarning: through Python"] == "speaking"
+    assert plugins["torch.nn: through torch"] == "speaking"
+    assert plugins["in a function"] == "after_train_iter:function"
+    assert plugins["on a thread"] == "talking"
+    assert by_event["on a thread"]["thread"] == "sink talking"
+    assert plugins["before the run"] is plugins["by the user"] is None
+    hook = by_event["in a hook"]
+    assert (hook["many"], hook["one"], hook["odd"]) == ("[1.0, nan]", "inf", "{(1, 2): 3}")
+    where = {event: (line["epoch"], line["iteration"]) for event, line in by_event.items()}
+    assert where["before the run"] == where["in a hook"] == (0, 0)
+    assert where["in a function"] == (2, 7)
+    (record,) = (r for r in filed if r.get("phase") == "train" and r["iteration"] == 10)
+    assert (record["plugin"], record["level"], record["step"]) == ("logging", "info", 10)
+    assert (record["nan"], record["epoch"], record["value/epoch"]) == ("nan", 2, 0.5)
+    assert (record["value/event"], record["value/phase"], record["value/level"]) == (3.0, 1.0, 2.0)
+    assert [line for line in filed if not line["event"].startswith("torch.nn")] == printed
+
+
+def test_an_exception_is_one_json_line(make: Any, capsys: Any) -> None:
+    runner = make(plugins=[dict(type="logging", renderer="json")])
+    try:
+        raise LookupError("two\nlines")
+    except LookupError:
+        runner.logger.exception("it failed")
+    (line,) = strict(capsys.readouterr().out)
+    assert (line["event"], line["level"]) == ("it failed", "error")
+    assert "LookupError: two\nlines" in line["exception"]
+
+
+@pytest.mark.parametrize("renderer", ["console", "json"])
+def test_a_text_that_the_console_cannot_encode_is_escaped(
+    make: Any, capsys: Any, renderer: str
+) -> None:
+    runner = make(plugins=[dict(type="logging", renderer=renderer)])
+    runner.logger.info("file \udcff.png", name="\ud800")
+    runner.train()
+    runner.logger.info("and on")
+    runner.close()
+    out = capsys.readouterr().out
+    assert "file \\udcff.png" in out
+    assert "and on" in out
+    assert "file \\udcff.png" in (runner.run_dir / "run.log").read_text()
+
+
+# -- levels -------------------------------------------------------------------------------------
+
+
+class Loud(Plugin):
+    """Speaks at every level."""
+
+    def before_train(self, runner: Any) -> None:
+        for level in ("debug", "info", "warning", "error"):
+            getattr(runner.logger, level)(f"loud {level}")
+
+
+class Other(Plugin):
+    """So does this one."""
+
+    def before_train(self, runner: Any) -> None:
+        for level in ("debug", "info", "warning", "error"):
+            getattr(runner.logger, level)(f"other {level}")
+
+
+@pytest.mark.parametrize(
+    ("own", "heard"),
+    [
+        ("DEBUG", ["debug", "info", "warning", "error"]),
+        ("WARNING", ["warning", "error"]),
+        ("ERROR", ["error"]),
+    ],
+)
+def test_a_plugin_may_have_a_level_of_its_own(
+    make: Any, capsys: Any, own: str, heard: list[str]
+) -> None:
+    runner = make(plugins=[dict(type="logging", levels={"loud": own}), Loud(), Other()])
+    runner.train()
+    for text in (capsys.readouterr().out, (runner.run_dir / "run.log").read_text()):
+        assert re.findall(r"loud (\w+)", text) == heard
+        assert re.findall(r"other (\w+)", text) == ["info", "warning", "error"]
+
+
+def test_a_level_for_no_plugin_is_an_error_with_a_hint(make: Any, capsys: Any) -> None:
+    before = warnings.showwarning
+    with pytest.raises(ValueError, match=r"'chekpoint', which is no plugin\. Did you mean.*check"):
+        make(plugins=[dict(type="logging", levels={"chekpoint": "DEBUG"})])
+    with pytest.raises(TypeError, match=r"levels\.clip='loud'"):
+        make(plugins=[dict(type="logging", levels={"clip": "loud"})])
+    make(plugins=[dict(type="logging", levels={"checkpoint": "DEBUG"})])  # one that is not on
+    assert warnings.showwarning != before  # this one listens
+    assert capsys.readouterr().out == ""
+
+
+# -- warnings -----------------------------------------------------------------------------------
+
+
+def warn_once(runner: Any, text: str) -> None:
+    runner.on("before_train")(lambda: warnings.warn(text, stacklevel=1))
+
+
+WARNS = (
+    FULL_DISK.partition("def room")[0]
+    + """
+import logging, warnings
+@runner.on("before_train")
+def speak():
+    for _ in range(2): warnings.warn("by Python")
+    logging.getLogger("torch.something").warning("by %s", "torch")
+    logging.getLogger("torch.distributed.elastic").error("by distributed")
+    logging.getLogger("torch.nn").info("too quiet")
+    logging.raiseExceptions = False
+    logging.getLogger("torch.nn").warning("%d", "what does not fit")
+runner.train()
+runner.close()
+warnings.warn("afterwards")
+"""
+)
+
+
+def test_warnings_are_lines_of_the_log_once_and_the_console_is_not_doubled(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WARNS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*/run.log")
+    log = path.read_text()
+    assert log.count("WARNING UserWarning: by Python  where=<string>:") == 1
+    assert log.count("WARNING torch.something: by torch") == 1
+    assert log.count("ERROR torch.distributed.elastic: by distributed") == 1
+    assert "too quiet" not in log
+    assert done.stdout.count("by Python") == 1
+    assert "by Python" not in done.stderr
+    for text in ("by torch", "by distributed"):  # torch's own handler prints them
+        assert text not in done.stdout
+        assert done.stderr.count(text) == 1
+    assert "UserWarning: afterwards" in done.stderr
+    assert "afterwards" not in log + done.stdout
+
+
+def test_who_records_warnings_gets_them_all_the_same(make: Any, capsys: Any) -> None:
+    def train() -> list[Any]:
+        runners = [logging(make), logging(make)]
+        warn_once(runners[0], "recorded")
+        runners[0].train()
+        return runners
+
+    with pytest.warns(UserWarning, match="recorded") as caught:
+        runner, another = train()
+    assert len(caught) == 1
+    with warnings.catch_warnings(record=True) as kept:
+        warnings.simplefilter("always")
+        runner.train(max_epochs=3)
+    assert [str(one.message) for one in kept] == ["recorded"]
+    runner.close()
+    another.close()
+    log = (runner.run_dir / "run.log").read_text()
+    assert log.count("recorded") == 1  # the second time Python gave them to the recorder alone
+    assert capsys.readouterr().out.count("recorded") == 1
+
+
+def hooked() -> list[Any]:
+    """What listens to warnings."""
+    torchs = [
+        logger
+        for name, logger in standard.root.manager.loggerDict.items()
+        if name.partition(".")[0] == "torch" and isinstance(logger, standard.Logger)
+    ]
+    handlers = [handler for logger in torchs for handler in logger.handlers]
+    return [warnings.showwarning, handlers, [handler.filters[:] for handler in handlers]]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_everything_is_as_it_was_when_all_are_closed_in_any_order(
+    make: Any, order: tuple[int, ...]
+) -> None:
+    before = hooked()
+    runners = [logging(make) for _ in range(3)]
+    assert hooked() != before
+    for number in order:
+        assert hooked() != before
+        runners[number].close()
+        runners[number].close()
+    assert hooked() == before
+
+
+def test_of_several_runners_the_one_that_runs_gets_the_warnings(make: Any, capsys: Any) -> None:
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        first, second = (logging(make, name=name) for name in ("first", "second"))
+        warn_once(first, "of the first")
+        warn_once(second, "of the second")
+        first.train()
+        second.train()
+        second.close()
+        first.train(max_epochs=3)
+    first.close()
+    logs = [(runner.run_dir / "run.log").read_text() for runner in (first, second)]
+    counts = [[log.count(f"of the {name}") for name in ("first", "second")] for log in logs]
+    assert counts == [[2, 0], [0, 1]]
+    assert capsys.readouterr().out.count("of the") == 3
+
+
+def test_a_listener_of_somebody_else_is_left_in_place(make: Any) -> None:
+    seen: list[str] = []
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        runner = logging(make)
+        own = warnings.showwarning
+
+        def mine(message: Any, *rest: Any) -> None:
+            seen.append(str(message))
+            own(message, *rest)
+
+        warnings.showwarning = mine
+        warn_once(runner, "heard")
+        runner.train()
+        runner.close()
+        assert warnings.showwarning is mine
+    assert seen == ["heard"]
+    assert "heard" in (runner.run_dir / "run.log").read_text()
+
+
+# -- run.json -----------------------------------------------------------------------------------
+
+
+def run_json(runner: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((runner.run_dir / "run.json").read_text())
+    return fields
+
+
+def test_run_json_tells_how_the_run_ended(make: Any) -> None:
+    seen = []
+    runner = logging(make)
+    runner.on("after_train_iter")(lambda runner: seen.append(run_json(runner)))
+    runner.train()
+    assert {fields["status"] for fields in seen} == {"running"}
+    assert "ended" not in seen[0]
+    fields = run_json(runner)
+    assert fields["status"] == "finished"
+    assert fields["ended"] >= fields["started"]
+
+    @runner.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        runner.stop("it's enough")
+
+    runner.train(max_epochs=3)
+    assert run_json(runner)["status"] == "stopped: it's enough"
+
+    @runner.on("after_train_iter")
+    def stop(runner: Any) -> None:  # noqa: F811  (it replaces the other one)
+        assert run_json(runner)["status"] == "running"
+        raise LookupError("no \ud800")
+
+    with pytest.raises(LookupError):
+        runner.train(max_epochs=4)
+    assert run_json(runner)["status"] == "failed: LookupError: no \ud800"
+    assert run_json(runner)["started"] == fields["started"]
+
+
+def test_an_evaluation_tells_how_long_it_took(make: Any) -> None:
+    runner = logging(make, validate=True, test=True)
+    runner.train()
+    runner.val()
+    runner.test()
+    records = lines(runner, "val") + lines(runner, "test")
+    assert len(records) == 4
+    assert all(record["seconds"] > 0 for record in records)
+    runner.on("after_val_epoch")(lambda runner: runner.log({"seconds": -1.0}, phase="val"))
+    runner.val()
+    assert lines(runner, "val")[-1]["seconds"] == -1.0  # who measures it is believed
+
+
+# -- values and images --------------------------------------------------------------------------
+
+
+def test_images_that_cannot_be_saved_are_said_once(make: Any, capsys: Any) -> None:
+    runner = logging(make, name="run")
+    runner.run_dir.mkdir(parents=True)
+    (runner.run_dir / "media").write_text("in the way")
+    kept: list[Any] = []
+    runner.on("write")(lambda record: kept.append(dict(record.media)))
+    values = {"image": torch.zeros(2, 2), "other": torch.zeros(2, 2), "text": "x"}
+    runner.on("after_train_iter")(lambda runner: runner.log(values))
+    runner.train()
+    assert runner.progress.iter == 10
+    assert capsys.readouterr().out.count("WARNING cannot write") == 1
+    assert all(record["media"] == {"text": {"text": "x"}} for record in lines(runner))
+    assert all({*media} == {"image", "other", "text"} for media in kept)  # the sinks have them
+
+
+def test_an_image_is_overwritten_by_the_repetition_of_its_iteration(make: Any) -> None:
+    runner = logging(make, train_cfg=dict(max_iters=2))
+    names = ["a/b", "a_b", "é" * 100, "e" * 100, "../../up", "."]
+    values = {name: torch.full((1, 2), i / 255) for i, name in enumerate(names)}
+    runner.on("after_train_iter")(lambda runner: runner.log(values))
+    runner.train()
+    (record,) = lines(runner)
+    paths = [record["media"][name]["image"] for name in names]
+    assert len(set(paths)) == len(names)
+    for path in paths:
+        assert (runner.run_dir / path).resolve().parent == runner.run_dir / "media"
+
+
+def test_names_and_values_of_every_kind(make: Any, capsys: Any) -> None:
+    runner = logging(make, train_cfg=dict(max_iters=4))
+    values: dict[Any, Any] = {
+        "a\nb\x00c\x1b[31m": 1.0,
+        "\ud800": 2.0,
+        "": 3.0,
+        7: 4.0,
+        ("x", 1): 5.0,
+        "é\u2028": 6.0,
+        "huge": -(10**400),
+        "whole": torch.tensor(2**24 + 1),
+        "true": torch.tensor(True),
+        "one": np.ones(1),
+        "half": torch.tensor(0.5, dtype=torch.bfloat16),
+        "none": None,
+        "list": [1, 2],
+        "complex": torch.tensor(1 + 2j),
+        "sparse": torch.eye(3).to_sparse(),
+        "wrong": torch.zeros(5, 5, 5),
+        "no values": torch.zeros(0),
+        "of\nlines": object(),
+        "text": "\ud800 \x1b",
+    }
+    runner.on("after_train_iter")(lambda runner: runner.log(values))
+    runner.train()
+    for record in lines(runner):
+        assert record["a_b_c_[31m"] == 1.0
+        assert (record["_"], record["7"], record["('x', 1)"]) in [(2.0, 4.0, 5.0), (3.0, 4.0, 5.0)]
+        assert record["é_"] == 6.0
+        assert (record["huge"], record["whole"], record["true"]) == ("-inf", 2**24 + 1, 1.0)
+        assert (record["one"], record["half"]) == (1.0, 0.5)
+        assert record["media"] == {"text": {"text": "\ud800 \x1b"}}
+    out = capsys.readouterr().out
+    refused = ("none", "list", "complex", "sparse", "wrong", "no values", "of\nlines")
+    for name in refused:
+        assert out.count(f"WARNING {name!r} (") == 1, name
+    assert out.count("is left out of the records") == len(refused)
+    assert "\x1b" not in out
+    assert "\x00" not in out
+
+
+# -- several ranks ------------------------------------------------------------------------------
+
+
+class Rank1Sink(Sink):
+    """Says that it was opened."""
+
+    def __post_init__(self) -> None:
+        self.opened = False
+
+    def open(self, runner: Any) -> None:
+        self.opened = True
+
+    def write(self, record: Record) -> None: ...
+
+
+def speak_on_ranks(folder: Path) -> bool:
+    rank = os.environ["RANK"]
+    with (folder / f"out_{rank}").open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
+    sink = Rank1Sink()
+    runner = Runner(
+        nn.Linear(4, 3),
+        folder / "work_dir",
+        train_dataloader=DataLoader(data, batch_size=2),
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        plugins=["no:progress_bar", sink],
+        device="cpu",
+        name="run",
+    )
+
+    @runner.on("before_train")
+    def speak(runner: Any) -> None:
+        runner.logger.info(f"info of rank {rank}")
+        runner.logger.warning(f"warning of rank {rank}")
+        runner.logger.error(f"error of rank {rank}")
+        warnings.warn(f"Python of rank {rank}", stacklevel=1)
+        standard.getLogger("torch.something").warning(f"torch of rank {rank}")
+        standard.getLogger("torch.something").error(f"torch fails on rank {rank}")
+
+    runner.train()
+    runner.close()
+    sys.stdout.flush()
+    return sink.opened
+
+
+def test_of_several_ranks_the_first_speaks_and_the_others_tell_errors(tmp_path: Path) -> None:
+    assert on_ranks(2, speak_on_ranks, tmp_path) == [True, False]
+    first, second = ((tmp_path / f"out_{rank}").read_text() for rank in range(2))
+    assert "error of rank 1" in second
+    for quiet in ("info of", "warning of", "Python of", "torch of", "iter 2/2"):
+        assert quiet not in second, quiet
+        assert quiet in first or quiet == "torch of"
+    log = (tmp_path / "work_dir" / "run" / "run.log").read_text()
+    for text in ("info of", "warning of", "error of", "Python of", "torch of", "torch fails on"):
+        assert log.count(f"{text} rank 0") == 1, text
+        assert "rank 1" not in log
+    assert log.count("iter 2/2") == 1
