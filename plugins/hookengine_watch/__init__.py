@@ -16,8 +16,9 @@ class Watch(Plugin, name="watch"):
     """Log how the gradients, the parameters, or both are distributed, now and then.
 
     The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
-    counted on their device, without waiting for it, and read with the next record. What has no
-    distribution (sparse gradients, complex parameters, empty ones) is left out, and said once.
+    counted on their device, without waiting for it, and read with the next record; what FSDP has
+    sharded is gathered for it, one parameter after another. What has no distribution (sparse
+    gradients, complex parameters, empty ones) is left out, and said once.
     """
 
     what: Literal["gradients", "parameters", "all"] = Field("gradients")
@@ -45,7 +46,8 @@ class Watch(Plugin, name="watch"):
         histograms = {}
         for name, values in seen.items():
             try:
-                histograms[name] = Histogram(values, self.bins)
+                whole = values.full_tensor() if hasattr(values, "full_tensor") else values
+                histograms[name] = Histogram(whole, self.bins)
             except (TypeError, ValueError) as error:
                 if name not in self._left_out:
                     self._left_out.add(name)

@@ -451,7 +451,7 @@ def test_wandb_sync_of_the_segments_gives_one_history(
     folders = command[command.index("sync") + 1 :]
     assert len(folders) == 2
     wandb = Path(sys.executable).with_name("wandb")
-    subprocess.run([wandb, "sync", *folders], check=True, capture_output=True)
+    subprocess.run([wandb, "sync", *folders], check=True, capture_output=True, cwd=tmp_path)
     (there,) = server.runs.values()
     assert [row["_step"] for row in there.history] == list(range(len(there.history)))
     assert values(there.history) == values(wandb_file.history(one_file(straight)))
