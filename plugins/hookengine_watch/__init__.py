@@ -15,9 +15,9 @@ class Watch(Plugin, name="watch"):
     """Log how the gradients, the parameters, or both are distributed, now and then.
 
     The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
-    counted on their device, without waiting for it, and read with the next record. Of a sharded
-    parameter it is the shard of rank 0; what has no histogram (a sparse gradient) is left out, with
-    one warning.
+    counted on their device, without waiting for it, and read with the next record. What FSDP has
+    sharded is gathered for it, one parameter after another. What has no distribution (sparse
+    gradients, complex parameters, empty ones) is left out, with one warning.
     """
 
     what: Literal["gradients", "parameters", "all"] = Field("gradients")
@@ -31,7 +31,7 @@ class Watch(Plugin, name="watch"):
     @hookimpl(trylast=True)
     def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
         """Count, before the first step and then every ``every`` steps."""
-        if optim_wrapper.steps % self.every or not dist.is_main_process():
+        if optim_wrapper.steps % self.every:
             return
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
         tensors = {}
@@ -46,9 +46,11 @@ class Watch(Plugin, name="watch"):
         runner.log({name: one for name, one in histograms.items() if one is not None})
 
     def _histogram(self, runner: Any, name: str, tensor: Any) -> Histogram | None:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of all ranks
+        if not dist.is_main_process():
+            return None
         try:
-            return Histogram(local, self.bins)
+            return Histogram(whole, self.bins)
         except (TypeError, ValueError, RuntimeError) as error:
             if name not in self._left_out:
                 self._left_out.add(name)

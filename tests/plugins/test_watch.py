@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from hookengine import Histogram, Plugin, Record, Sink
+from hookengine import Histogram, Plugin, Record, Runner, Sink
+from tests.ranks import on_ranks
 
 
 class Keeping(Sink):
@@ -229,3 +232,38 @@ def test_it_does_nothing_where_nobody_listens(make: Any) -> None:
     runner = make(plugins=[dict(type="watch", what="all", every=1)])
     runner.train()
     assert runner.progress.iter == 10
+
+
+def watch_a_sharded_model(folder: Path) -> list[Any]:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
+    model = nn.Linear(4, 3)
+    weight = model.weight.detach().clone()
+    sink = Keeping()
+    runner = Runner(
+        model,
+        folder,
+        train_dataloader=DataLoader(data, batch_size=2),
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        loss=nn.functional.cross_entropy,
+        device="cpu",
+        plugins=[
+            *("no:progress_bar", dict(type="logging", interval=1, level="ERROR")),
+            *(dict(type="distributed", strategy="fsdp"), sink),
+            dict(type="watch", what="all", every=1),
+        ],
+    )
+    runner.train()
+    runner.close()
+    media = sink.media.get(1, {})
+    right = not media or is_of(media["parameters/weight"], weight)
+    return [right, {name: sum(histogram.counts) for name, histogram in media.items()}]
+
+
+def test_what_is_sharded_is_counted_whole(tmp_path: Path) -> None:
+    first, second = on_ranks(2, watch_a_sharded_model, tmp_path)
+    sizes = {"weight": 12, "bias": 3}
+    kinds = ("parameters", "gradients")
+    assert first == [True, {f"{kind}/{n}": size for n, size in sizes.items() for kind in kinds}]
+    assert second == [True, {}]
