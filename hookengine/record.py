@@ -13,7 +13,8 @@ from typing import Any
 
 from hookengine.media import Histogram, Image, Medium, Table
 
-_OWN = re.compile("(value/)*(phase|epoch|iter|step|timestamp|media)")
+_FIELDS = frozenset(("phase", "epoch", "iter", "step", "timestamp", "media"))
+_OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")
 """Names of the record's own fields, and what stands for values of these names."""
 
 
@@ -59,7 +60,8 @@ class Record:
         if not math.isnan(self.timestamp):
             fields["timestamp"] = round(self.timestamp, 3)
         for name, value in self.scalars.items():
-            key = f"value/{name}" if _OWN.fullmatch(name) else name
+            taken = name in _FIELDS or (name.startswith("value/") and _OWN.fullmatch(name))
+            key = f"value/{name}" if taken else name
             fields[key] = value if math.isfinite(value) else str(value)
         if self.media:
             packed = {name: _pack(one, image_files.get(name)) for name, one in self.media.items()}

@@ -235,14 +235,16 @@ class Logging(Plugin, name="logging"):
     def _write_training(self, runner: Any) -> None:
         if self._stopwatch.iterations == 0:
             return
-        problem = self._nonfinite_loss(runner.progress)
-        self._write_interval(runner)
+        problem = self._write_interval(runner)
         if problem is not None:
             self._report_nonfinite(runner, problem)
 
-    def _write_interval(self, runner: Any, alone: bool = False) -> None:
+    def _write_interval(self, runner: Any, alone: bool = False) -> str | None:
+        """Write the record; returns what is wrong with the loss, if something is."""
         clock, progress = self._stopwatch, runner.progress
         values, media = self._meters.reduce("train")
+        finite = all(isfinite(value) for name, value in values.items() if "loss" in name)
+        problem = None if finite else self._nonfinite_loss(progress)
         if not alone:
             values = _mean_over_ranks(values)
         outputs = {name: values.pop(name) for name in self._names if name in values}
@@ -260,11 +262,11 @@ class Logging(Plugin, name="logging"):
         clock.start_interval()
         own = {name: value for name, value in scalars.items() if name not in values}
         self._write(runner, "train", {**values, **own}, media)
+        return problem
 
     def _nonfinite_loss(self, progress: Any) -> str | None:
         """Since when, and which terms of the loss are not finite; None where all are."""
-        names = {name for _, losses in self._losses for name in losses}
-        if self._nonfinite_told or self._meters.are_finite(names):
+        if self._nonfinite_told:
             return None
         for iteration, losses in self._losses:
             values = {name: float(value) for name, value in losses.items()}
@@ -294,7 +296,8 @@ class Logging(Plugin, name="logging"):
     @hookimpl(tryfirst=True)
     def before_save_checkpoint(self, runner: Any) -> None:
         """Look at the losses that were not read yet, before their weights are saved."""
-        if self._stopwatch.iterations:
+        names = {name for _, losses in self._losses for name in losses}
+        if not self._meters.are_finite(names):
             problem = self._nonfinite_loss(runner.progress)
             if problem is not None:
                 self._report_nonfinite(runner, problem)
@@ -356,9 +359,7 @@ class Logging(Plugin, name="logging"):
             self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
-        values: dict[str, Any] = {"phase": phase, "step": record.step}
-        values |= {f"value/{n}" if n in values else n: value for n, value in scalars.items()}
-        runner.logger.info(_line(record, progress), plugin=self.plugin_name, values=values)
+        runner.logger.info(_line(record, progress), plugin=self.plugin_name, record=record)
 
     def _encoded(self, runner: Any, media: dict[str, Medium]) -> dict[str, Medium]:
         """Those that can be encoded."""

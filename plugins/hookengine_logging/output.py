@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor
 
+from hookengine import Record
+
 _CONTEXT = ("run", "epoch", "iteration", "plugin")
 
 
@@ -25,7 +27,7 @@ class Output:
     put itself there can place the line above itself. Until the file is opened its lines are kept.
     An event may come with ``run_log="..."``, the text that the file gets in its stead, where the
     whole is too long for the console; with ``console=False``, for the file alone; and with
-    ``values={...}``, what its text tells, as values, for JSON alone.
+    ``record=...``, whose values its text tells, for JSON alone.
 
     Args:
         console: Whether this process prints all lines; without, it prints errors only.
@@ -51,8 +53,9 @@ class Output:
         prints = event.pop("console", True) and (self._console or level in ("ERROR", "CRITICAL"))
         text = str(event.pop("event"))
         whole = str(event.pop("run_log", text))
-        values = event.pop("values", {})
+        record = event.pop("record", None)
         if self._json:
+            values = {} if record is None else _values(record)
             texts = [_json_line({"event": e, **event}, values) for e in (text, whole)]
         else:
             texts = _plain_lines(event, text, whole)
@@ -61,10 +64,12 @@ class Output:
         self._write(texts[1])
 
     def _print(self, text: str) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
-            text = text.encode(encoding, "backslashreplace").decode(encoding)
-            print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
+            try:
+                print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
+            except UnicodeEncodeError as error:  # what this console has no characters for
+                plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+                print(f"{plain}\n", end="", flush=True)
         except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
             self._console = False
             with suppress(OSError, ValueError):
@@ -89,6 +94,11 @@ class Output:
             with suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def _values(record: Record) -> dict[str, Any]:
+    values: dict[str, Any] = {"phase": record.phase, "step": record.step}
+    return values | {f"value/{n}" if n in values else n: v for n, v in record.scalars.items()}
 
 
 def _json_line(event: Mapping[str, Any], values: Mapping[str, Any]) -> str:
