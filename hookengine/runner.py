@@ -304,6 +304,10 @@ class Runner(Life):
         texts (``hookengine.Image``, ``Histogram``, ``Table``, or what ``media.as_medium`` knows)
         the last of each name joins the record, as it was when it was handed over.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"runner.log takes values by name, runner.log({{'loss': 0.5}}); got {values!r}"
+            )
         if phase not in ("train", "val", "test"):
             raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")
         self.hooks.log(self, phase, values)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import structlog
 
@@ -55,6 +55,12 @@ class Sink(Plugin):
                 setattr(cls, name, _WRAPPERS.get(name, _isolated)(method))
         super().__init_subclass__(**kwargs)
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse one that would write nothing."""
+        if not hasattr(cls, "write"):
+            raise TypeError(f"the sink {cls.__name__} has no write(self, runner, record)")
+        return super().__new__(cls, *args, **options)
+
     def open(self, runner: Runner) -> None:
         """Connect; on the sink's thread. May set ``held`` from what is there already."""
 
@@ -90,6 +96,11 @@ class Sink(Plugin):
     def continues(self) -> bool:
         """Whether the run goes on in the history that it had, so that there may be some to hold."""
         return self._state.continues
+
+    @property
+    def records(self) -> int:
+        """How many records were written."""
+        return self._state.records
 
     @property
     def failures(self) -> int:
@@ -143,8 +154,8 @@ class _SinkState:
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
         self.held: dict[str, int] = {}
-        self.failures = 0
-        self.dropped = 0
+        self.records = self.failures = self.dropped = 0
+        self.opened = False
         self.behind = self.behind_told = False
         self.hurry = threading.Event()
         self.lock = threading.Lock()
@@ -178,7 +189,7 @@ class _SinkState:
             self.warn("cannot keep up; records are left for later (metrics.jsonl has them all)")
 
     def _work(self) -> None:
-        self.guard("open", lambda: self.sink.open(self.runner), everything=True)
+        self.guard("open", self._open, everything=True)
         for job in self._jobs():
             job()
             if self.behind and self.queue.empty():
@@ -186,6 +197,10 @@ class _SinkState:
             self.queue.task_done()
         self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
+
+    def _open(self) -> None:
+        self.sink.open(self.runner)
+        self.opened = True
 
     def _jobs(self) -> Iterator[Callable[[], object]]:
         while True:
@@ -199,9 +214,14 @@ class _SinkState:
 
     def deliver(self, record: Record, write: Callable[[], None]) -> None:
         """Write one record, on the thread, unless the sink has it already."""
-        if record.iter > self.held.get(record.phase, -1):
+        if not self.opened:
+            with self.lock:
+                self.dropped += 1
+        elif record.iter > self.held.get(record.phase, -1):
             self.written[record.phase] = record.iter
+            failures = self.failures
             self.guard("write", write, everything=True)
+            self.records += self.failures == failures
         else:
             self.guard("skip", lambda: self.sink.skip(self.runner, record), everything=True)
 
@@ -302,7 +322,7 @@ class _SinkState:
         self.thread = None
         if self.failures or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
-            self.warn(f"lost records: {counts}")
+            self.warn(f"lost records: {counts}; metrics.jsonl has them all")
 
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:

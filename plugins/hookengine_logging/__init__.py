@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+import traceback
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -86,7 +87,7 @@ class Logging(Plugin, name="logging"):
         self._foreign = False  # a state of another history was loaded, since the last training
         self._loaded: tuple[int, str | None] = 0, None
         self._records: int | None = None  # that a run goes on from, while it has not trained yet
-        self._evaluation_began = 0.0
+        self._evaluation_began = self._evaluation_took = 0.0
         self._check_levels(runner.plugins)
         self._output = Output(self._main, self.renderer == "json")
         self._previous_logger = runner.logger
@@ -151,6 +152,11 @@ class Logging(Plugin, name="logging"):
 
     def unconfigure(self, runner: Any) -> None:
         """Close the files and give the logger back."""
+        if self._main and self._error is None:
+            for phase, names in self._meters.waiting().items():
+                runner.logger.warning(
+                    f"logged after the last record of {phase}, and in none: {', '.join(names)}"
+                )
         self._captured.stop()
         if self._metrics is not None:
             self._metrics.close(runner.logger)
@@ -172,10 +178,6 @@ class Logging(Plugin, name="logging"):
 
     def before_train_epoch(self) -> None:
         """What lies between epochs is not an iteration's time."""
-        self._stopwatch.mark = perf_counter()
-
-    def after_val(self) -> None:
-        """Neither is a validation."""
         self._stopwatch.mark = perf_counter()
 
     def before_train_iter(self) -> None:
@@ -219,8 +221,15 @@ class Logging(Plugin, name="logging"):
         self._write_training(runner)
 
     def on_exception(self, runner: Any, error: BaseException) -> None:
-        """Write the error, and what is left."""
+        """Write what is left, and the error."""
         self._error = error
+        try:
+            if self._stopwatch.iterations:
+                self._write_interval(runner, alone=True)
+        finally:
+            self._tell_error(runner, error)
+
+    def _tell_error(self, runner: Any, error: BaseException) -> None:
         progress = runner.progress
         where = f"in epoch {progress.current_epoch}, after iteration {progress.iter}"
         if isinstance(error, KeyboardInterrupt):
@@ -228,9 +237,9 @@ class Logging(Plugin, name="logging"):
         else:
             notes = "; ".join(getattr(error, "__notes__", ()))
             details = f" ({notes})" if notes else ""
-            runner.logger.error(f"run ends with {type(error).__name__}: {error}{details}")
-        if self._stopwatch.iterations:
-            self._write_interval(runner, alone=True)
+            text = f"run ends with {type(error).__name__}: {error}{details}"
+            where = "".join(traceback.format_exception(error)).rstrip()
+            runner.logger.error(text, run_log=f"{text}\n{where}")
 
     def _write_training(self, runner: Any) -> None:
         if self._stopwatch.iterations == 0:
@@ -314,19 +323,35 @@ class Logging(Plugin, name="logging"):
     # -- evaluation -----------------------------------------------------------------------------
 
     @hookimpl(trylast=True)
-    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics."""
-        self._write_metrics(runner, "val", metrics)
+    def after_val_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics."""
+        self._keep_metrics("val", metrics)
 
     @hookimpl(trylast=True)
-    def after_test_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics."""
-        self._write_metrics(runner, "test", metrics)
+    def after_test_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics."""
+        self._keep_metrics("test", metrics)
 
-    def _write_metrics(self, runner: Any, phase: str, metrics: Mapping[str, Any]) -> None:
+    def _keep_metrics(self, phase: str, metrics: Mapping[str, Any]) -> None:
         self._meters.add(metrics, phase)
+        self._evaluation_took = perf_counter() - self._evaluation_began
+
+    # Later, so that what hooks log in these events is part of the record.
+
+    @hookimpl(trylast=True)
+    def after_val(self, runner: Any) -> None:
+        """Write the metrics; what a validation takes is no iteration's time."""
+        self._write_metrics(runner, "val")
+        self._stopwatch.mark = perf_counter()
+
+    @hookimpl(trylast=True)
+    def after_test(self, runner: Any) -> None:
+        """Write the metrics."""
+        self._write_metrics(runner, "test")
+
+    def _write_metrics(self, runner: Any, phase: str) -> None:
         scalars, media = self._meters.reduce(phase)
-        scalars.setdefault("seconds", perf_counter() - self._evaluation_began)
+        scalars.setdefault("seconds", self._evaluation_took)
         self._write(runner, phase, scalars, media)
 
     # -- records --------------------------------------------------------------------------------

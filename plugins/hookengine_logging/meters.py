@@ -112,6 +112,11 @@ class Meters:
         self._numbers[phase] = defaultdict(list, read)  # read from the device once
         return all(math.isfinite(number) for name in names for number in read.get(name, ()))
 
+    def waiting(self) -> dict[str, list[str]]:
+        """The names of what waits for its record, by phase."""
+        kept = {p: [n for n, v in numbers.items() if v] for p, numbers in self._numbers.items()}
+        return {p: [*n, *self._media[p]] for p, n in kept.items() if n or self._media[p]}
+
     def state_dict(self) -> dict[str, dict[str, list[float]]]:
         """The numbers that wait, as Python floats; phases without any are left out."""
         read = {phase: _read(kept) for phase, kept in self._numbers.items()}

@@ -55,7 +55,10 @@ class Output:
         whole = str(event.pop("run_log", text))
         record = event.pop("record", None)
         if self._json:
-            values = {} if record is None else _values(record)
+            values = {}
+            if record is not None:
+                text = whole = record.phase
+                values = _values(record)
             texts = [_json_line({"event": e, **event}, values) for e in (text, whole)]
         else:
             texts = _plain_lines(event, text, whole)

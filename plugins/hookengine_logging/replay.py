@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,9 @@ def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
 
 def main(
     run: Annotated[Path, typer.Argument(help="the folder of a run")],
-    to: Annotated[list[str], typer.Option(help="the name of a sink; may be given several times")],
+    to: Annotated[
+        list[str], typer.Option(help="a sink, by name or MODULE:CLASS; several times for several")
+    ],
     option: Annotated[
         list[str],
         typer.Option(help="NAME=VALUE (JSON or a text), an option of the sink in place of its own"),
@@ -68,15 +71,25 @@ def main(
     """Write the records of a run, with their images, to sinks that missed them."""
     try:
         given = dict(_parsed(each) for each in option)
-        sinks = [PLUGINS.build({"type": name, **_options(run, name), **given}) for name in to]
+        sinks = [
+            PLUGINS.build({"type": _kind(name), **_options(run, name), **given}) for name in to
+        ]
         for name, sink in zip(to, sinks, strict=True):
             if not isinstance(sink, Sink):
                 raise TypeError(f"{name!r} is no sink: records cannot be replayed to it")
-        failures = sum(replay(run, sink, anew=anew) for sink in sinks)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        failures = 0
+        for name, sink in zip(to, sinks, strict=True):
+            failures += replay(run, sink, anew=anew)
+            typer.echo(f"{name}: {sink.records} records written")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         typer.echo(error.args[0] if isinstance(error, KeyError) else error, err=True)
         raise typer.Exit(2) from error
     raise typer.Exit(int(failures > 0))
+
+
+def _kind(name: str) -> Any:
+    """A name, or the class that ``MODULE:CLASS`` says."""
+    return pkgutil.resolve_name(name) if ":" in name else name
 
 
 def _options(folder: Path, name: str) -> dict[str, Any]:

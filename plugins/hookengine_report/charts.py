@@ -180,8 +180,9 @@ def _chart(group: _Group, runs: Sequence[Run], x: Scale, limit: int) -> Chart:
         note += f", {drawn.missing:,} not finite" * bool(drawn.missing)
         lines.append(Line(label, note, phase, colour, drawn))
     lines.sort(key=lambda line: list(_WORDS).index(line.phase))
+    zero = [0.0] if group.kind in ("speed", "rate") else []
     values = (value for line in lines for value in line.trace.values)
-    y = value_scale(values, may_be_log=group.kind in ("loss", "other"))
+    y = value_scale([*zero, *values], may_be_log=group.kind in ("loss", "other"))
     return Chart(group.title, group.kind, lines, x, y)
 
 

@@ -117,7 +117,7 @@ class Seed(Plugin, name="seed"):
             loader.seek(runner.progress.epoch, 0)
 
     def _tell(self, runner: Any) -> None:
-        given = "" if self.seed is not None else ", which is torch's; nothing was seeded with it"
+        given = "" if self.seed is not None else ", torch's own, for the order of samples"
         if self._alike:
             given += (
                 ", and all ranks draw the same random numbers (dict(type='seed', seed=0) gives "

@@ -41,6 +41,7 @@ class Session:
         self.run = run
         self._adopted = run is not None
         self._rows: int | None = None  # None: as W&B counts them
+        self._held = 0  # of the rows, those that were there when it went on
 
     def begin(
         self,
@@ -86,12 +87,14 @@ class Session:
             _set_empty_ones_aside(self.run, home)
             if goes_on and not self.run.disabled:
                 answer["held"], self._rows = _held(self.run, home)
+                self._held = self._rows
         self._home = home
         for phase in PHASES:
             epochwise = by_epoch and phase != "train"
             self.run.define_metric(f"{phase}/iter", hidden=True)
             self.run.define_metric(f"{phase}/*", step_metric="epoch" if epochwise else "iter")
-        where = self.run.dir if self.run.offline or self.run.disabled else self.run.url
+        local = self.run.offline or self.run.disabled
+        where = str(Path(self.run.dir).parent) if local else self.run.url
         return {**answer, "id": self.run.id, "where": where}
 
     def log(self, line: str) -> None:
@@ -167,6 +170,8 @@ class Session:
         except TimeoutError:
             timed_out = True
         offline = run.offline and not run.disabled
+        if offline and 0 < self._held == self._rows:  # nothing was missing
+            shutil.rmtree(Path(run.dir).parent, ignore_errors=True)
         unsynced = _unsynced(self._home, run.id) if offline else []
         return {"unsynced": unsynced, "failures": [], "timed_out": timed_out}
 

@@ -166,13 +166,14 @@ class Raising(Sink):
 def test_a_sink_that_raises_changes_nothing_and_warns_once(make: Any, capsys: Any) -> None:
     sink = Raising()
     assert torch.equal(trained_weights(make, sink), trained_weights(make))
-    # configure, open, 10 + 2 writes, 2 validations, after_run, close
-    assert sink.failures == 1 + 1 + 12 + 2 + 1 + 1
+    # configure, open, 2 validations, after_run, close; nothing is written to what is not open
+    assert sink.failures == 1 + 1 + 2 + 1 + 1
+    assert sink.dropped == 12
     lines = [line for line in capsys.readouterr().out.splitlines() if "sink 'raising'" in line]
     assert len(lines) == 2
     assert "failed in configure; training goes on" in lines[0]
     assert "OSError: configure" in lines[0]
-    assert "18 failures, 0 dropped" in lines[1]
+    assert "6 failures, 12 dropped" in lines[1]
     assert all(line[:2].isdigit() for line in lines)  # they went through the run's own logger
 
 
@@ -199,6 +200,8 @@ def test_a_sink_that_hangs_changes_nothing_and_is_not_waited_for(make: Any, caps
 
 def test_a_sink_without_a_runner_warns_all_the_same(capsys: Any) -> None:
     class Broken(Sink):
+        def write(self) -> None: ...
+
         def before_run(self) -> None:
             raise OSError("no")
 
@@ -223,6 +226,8 @@ def test_a_subclass_may_call_the_write_that_it_inherits(make: Any) -> None:
 
 def test_an_interrupt_is_no_failure_of_the_sink() -> None:
     class Interrupted(Sink):
+        def write(self) -> None: ...
+
         def before_run(self) -> None:
             raise KeyboardInterrupt
 
@@ -368,7 +373,7 @@ def test_a_sink_may_ask_for_the_record_alone(make: Any) -> None:
     assert sink.seen == [1, 2]
 
 
-def test_a_sink_that_cannot_open_is_given_the_records_all_the_same(make: Any, capsys: Any) -> None:
+def test_what_a_sink_that_cannot_open_misses_is_counted(make: Any, capsys: Any) -> None:
     class Closed(Keeping):
         def open(self, runner: Any) -> None:
             raise ConnectionError("no server")
@@ -377,7 +382,8 @@ def test_a_sink_that_cannot_open_is_given_the_records_all_the_same(make: Any, ca
     runner = make(plugins=["logging", sink])
     runner.hooks.write(runner, record(1))
     runner.close()
-    assert sink.log == [("train", 1, {}), "close"]
+    assert sink.log == ["close"]
+    assert sink.dropped == 1
     out = capsys.readouterr().out
     assert "failed in open; training goes on  error=ConnectionError: no server" in out
 
@@ -546,3 +552,11 @@ def test_a_job_is_never_dropped(make: Any) -> None:
     assert done == ["full", "behind"]
     assert sink.iterations == [*range(1, 21)]
     assert sink.dropped == 0
+
+
+def test_a_sink_that_writes_nothing_is_refused() -> None:
+    class Empty(Sink):
+        def open(self, runner: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"the sink Empty has no write\(self, runner, record\)"):
+        Empty()
