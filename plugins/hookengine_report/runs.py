@@ -169,7 +169,10 @@ def _add(run: Run, record: Record) -> None:
     if record.phase not in ("train", "val", "test"):
         return
     for name, value in record.scalars.items():
-        run.curves.setdefault((record.phase, name), Curve()).add(record.iter, value)
+        curve = run.curves.get((record.phase, name))
+        if curve is None:
+            curve = run.curves[record.phase, name] = Curve()
+        curve.add(record.iter, value)
     for name, medium in record.media.items():
         run.media[record.phase, name] = record.iter, medium
     run.epoch_ends[record.epoch] = max(record.iter, run.epoch_ends.get(record.epoch, 0))

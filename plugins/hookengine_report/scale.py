@@ -11,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 Point = tuple[float, float]
 LARGEST = 1e300
 """What lies beyond is drawn as a gap, as NaN is: the length of an axis must be a number."""
+SMALLEST = 1e-300
+"""What lies below has no place on a logarithmic axis: it has few digits, or is zero."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def value_scale(values: Iterable[float], may_be_log: bool = False) -> Scale:
     """
     finite = [value for value in values if abs(value) <= LARGEST]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    if may_be_log and low > 0 and high / low >= 50:
+    if may_be_log and low >= SMALLEST and low <= high / 50:
         return _log_scale(low, high)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # flat
         room = abs(low) * 0.1 or 1.0
@@ -82,8 +84,8 @@ def _ticks(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 def _log_scale(low: float, high: float) -> Scale:
-    room = (high / low) ** 0.06
-    low, high = max(low / room, 1e-307), high * room
+    room = 10 ** (0.06 * (math.log10(high) - math.log10(low)))
+    low, high = max(low / room, 1e-307), min(high * room, 1e307)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = math.ceil(len(powers) / 8)
     for subs in ((1,), (1, 3), (1, 2, 5)) if every == 1 else ((1,),):
