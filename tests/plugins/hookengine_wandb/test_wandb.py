@@ -6,9 +6,11 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -346,8 +348,12 @@ def run(folder: Path, kill: int = 0, mode: str = "offline", state: str = "", **e
 def wait_for_the_end_of(folder: Path) -> None:
     """The process that speaks with W&B ends the run by itself when the training is gone."""
     for file in folder.glob("wandb/*run-*/run-*.wandb"):
-        while not any(record.HasField("exit") for record in wandb_file.read(file)):
-            pass
+        for _ in range(1200):
+            if any(record.HasField("exit") for record in wandb_file.read(file)):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"{file} was not ended: {(folder / 'wandb/process.log').read_text()}")
 
 
 def values(rows: list[dict[str, Any]]) -> list[Any]:
@@ -362,6 +368,21 @@ def straight(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     run(folder)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory: Any) -> Path:
+    """The work_dir of a run that was killed when all that there was so far was in the sinks."""
+    folder: Path = tmp_path_factory.mktemp("killed")
+    run(folder, kill=17, state="written")
+    wait_for_the_end_of(folder / "run")
+    return folder
+
+
+@pytest.fixture
+def killed(killed_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on in."""
+    return shutil.copytree(killed_once, tmp_path / "work_dir", symlinks=True)
 
 
 @pytest.mark.parametrize("state", ["written", "waiting"])
@@ -382,29 +403,25 @@ def test_a_run_that_was_killed_twice_has_one_history_without_gap_or_repetition(
     assert f"wandb sync {shlex.join(str(file.parent) for file in segments)}" in out
 
 
-def test_what_the_file_had_lost_is_written_again(tmp_path: Path, straight: Path) -> None:
-    run(tmp_path, kill=17, state="written")
-    wait_for_the_end_of(tmp_path / "run")
-    file = one_file(tmp_path / "run")
+def test_what_the_file_had_lost_is_written_again(killed: Path, straight: Path) -> None:
+    file = one_file(killed / "run")
     whole = wandb_file.history(file)
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])  # the machine went down
     kept = wandb_file.history(file) if file.stat().st_size else []
     assert len(kept) < len(whole)
-    run(tmp_path)
-    rows = [row for each in files(tmp_path / "run") for row in wandb_file.history(each)]
+    run(killed)
+    rows = [row for each in files(killed / "run") for row in wandb_file.history(each)]
     assert [row["_step"] for row in rows] == list(range(len(rows)))
     assert values(rows) == values(wandb_file.history(one_file(straight)))
 
 
-def test_a_file_that_was_never_begun_does_not_stand_in_the_way(tmp_path: Path) -> None:
-    run(tmp_path, kill=17, state="written")
-    wait_for_the_end_of(tmp_path / "run")
-    file = one_file(tmp_path / "run")
+def test_a_file_that_was_never_begun_does_not_stand_in_the_way(killed: Path) -> None:
+    file = one_file(killed / "run")
     file.write_bytes(b"")
-    out = run(tmp_path)
+    out = run(killed)
     assert str(file.parent) not in out.partition("wandb sync")[2]  # which would stop at it
-    (whole,) = files(tmp_path / "run")
-    assert rows_where(wandb_file.history(whole)) == where(local(tmp_path / "run"))
+    (whole,) = files(killed / "run")
+    assert rows_where(wandb_file.history(whole)) == where(local(killed / "run"))
 
 
 def test_a_run_that_begins_anew_in_the_folder_is_another_one(tmp_path: Path) -> None:
@@ -442,26 +459,23 @@ def test_online_a_killed_run_goes_on_without_gap_or_repetition(
 
 
 def test_wandb_sync_of_the_segments_gives_one_history(
-    tmp_path: Path, server: Server, straight: Path
+    killed: Path, server: Server, straight: Path
 ) -> None:
-    run(tmp_path, kill=17, state="written")
-    wait_for_the_end_of(tmp_path / "run")
-    out = run(tmp_path)
+    out = run(killed)
     command = shlex.split(next(line for line in out.splitlines() if "wandb sync" in line))
     folders = command[command.index("sync") + 1 :]
     assert len(folders) == 2
     wandb = Path(sys.executable).with_name("wandb")
-    subprocess.run([wandb, "sync", *folders], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([wandb, "sync", *folders], check=True, capture_output=True, cwd=killed)
     (there,) = server.runs.values()
     assert [row["_step"] for row in there.history] == list(range(len(there.history)))
     assert values(there.history) == values(wandb_file.history(one_file(straight)))
 
 
 def test_a_run_that_was_offline_at_first_is_whole_when_it_goes_on_online(
-    tmp_path: Path, server: Server, straight: Path
+    killed: Path, server: Server, straight: Path
 ) -> None:
-    run(tmp_path, kill=17, mode="offline", state="written")
-    run(tmp_path, mode="online")
+    run(killed, mode="online")
     (there,) = server.runs.values()
     assert values(there.history) == values(wandb_file.history(one_file(straight)))
 
