@@ -148,6 +148,10 @@ class Sink(Plugin):
         self._state.finish(self.flush_timeout)
 
 
+_this_thread = threading.local()
+"""``sink``: whose thread it is, also when that sink has finished, or serves another Runner."""
+
+
 class _SinkState:
     """The queue, the thread and the counts of one sink."""
 
@@ -166,6 +170,11 @@ class _SinkState:
         self.continues = False
         self.history: Iterable[Record] | None = None
         self.runner: Any = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether the sink has not been given to another Runner meanwhile."""
+        return self.sink._state is self
 
     def put(self, job: Callable[[], object]) -> None:
         """Have ``job`` done after those before it."""
@@ -189,13 +198,16 @@ class _SinkState:
             self.warn("cannot keep up; records are left for later (metrics.jsonl has them all)")
 
     def _work(self) -> None:
+        _this_thread.sink = self.sink
         self.guard("open", self._open, everything=True)
         for job in self._jobs():
-            job()
-            if self.behind and self.queue.empty():
-                self._catch_up()
+            if self.serves:
+                job()
+                if self.behind and self.queue.empty():
+                    self._catch_up()
             self.queue.task_done()
-        self.guard("close", lambda: self.sink.close(self.runner), everything=True)
+        if self.serves:
+            self.guard("close", lambda: self.sink.close(self.runner), everything=True)
         self.queue.task_done()
 
     def _open(self) -> None:
@@ -312,13 +324,13 @@ class _SinkState:
     def finish(self, timeout: float) -> None:
         waiting = 0
         if self.thread is not None:
-            if self.flush(timeout):
-                self.queue.put(None)
+            done = self.flush(timeout)
+            waiting = 0 if done else self.queue.unfinished_tasks
+            self.queue.put(None)  # one that comes back later closes too
+            if done:
                 self.thread.join(timeout)
                 if self.thread.is_alive():
                     self.warn(f"did not close within {timeout:g} s; it is left to itself")
-            else:
-                waiting = self.queue.unfinished_tasks
         self.thread = None
         if self.failures or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
@@ -331,12 +343,12 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
 
     def put(self: Sink, runner: Runner, record: Record) -> None:
         state = self._state
-        state.runner = runner
         arguments = {"runner": runner, "record": record}
         call = functools.partial(write, self, **{name: arguments[name] for name in wanted})
-        if threading.current_thread() is state.thread:
+        if getattr(_this_thread, "sink", None) is self:
             call()
         else:
+            state.runner = runner
             state.put_record(record, call)
 
     put.__name__, put.__doc__ = write.__name__, write.__doc__  # the signature is that of the event

@@ -113,9 +113,39 @@ def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
     for iteration in (1, 2, 3):
         runner.hooks.write(runner, record(iteration))
     runner.hooks.after_run(runner)
+    left = sink._state.thread
+    assert left is not None
     runner.close()
     assert "lost records: 0 failures, 0 dropped, 3 not written" in capsys.readouterr().out
     release.set()
+    left.join(60)
+    assert [entry[1] for entry in sink.log[1:-1]] == [1, 2, 3]  # late, since it lives on
+    assert sink.log[-1] == "close"
+
+
+def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: Any) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    class Slow(Keeping):
+        flush_timeout = 0.01
+
+        def write(self, runner: Any, record: Record) -> None:
+            entered.set()
+            release.wait()
+            super().write(runner, record)
+
+    sink = Slow()
+    runner = make(plugins=["logging", sink])
+    for iteration in (1, 2, 3):
+        runner.hooks.write(runner, record(iteration))
+    assert entered.wait(60)
+    left = sink._state.thread
+    assert left is not None
+    runner.close()
+    make(plugins=["logging", sink])
+    release.set()
+    left.join(60)
+    assert [entry[1] for entry in sink.log[1:]] == [1]  # the one that it was in
 
 
 def test_an_exit_in_a_sink_does_not_end_its_thread(make: Any) -> None:
