@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """A command line, without the values of options that are named after a secret."""
+    shown: list[str] = []
+    for argument in command:
+        name, equals, _ = argument.partition("=")
+        if shown and _SECRET.fullmatch(shown[-1]) and not argument.startswith("-"):
+            argument = "***"
+        elif equals and _SECRET.fullmatch(name):
+            argument = f"{name}=***"
+        shown.append(argument)
+    return shown
+
+
+_SECRET = re.compile(r"-*[\w.-]*(key|token|secret|password)", re.IGNORECASE)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -30,5 +47,5 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
     }

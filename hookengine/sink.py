@@ -135,9 +135,14 @@ class Sink(Plugin):
 
     def before_run(self, runner: Runner) -> None:
         """What the history has, and the sink has not, comes first."""
-        history, self._state.history = self._state.history, None
-        if history is not None and dist.is_main_process():
+        state = self._state
+        history, state.history = state.history, None
+        if not dist.is_main_process():
+            return
+        if history is not None:
             self.replay(runner, history)
+        elif state.thread is None and state.runner is not None and runner.progress.iter > 0:
+            state.join_late()  # it was added in mid-run
 
     def after_run(self, runner: Runner) -> None:
         """Wait, ``flush_timeout`` seconds at most, until the records so far are written."""
@@ -260,6 +265,12 @@ class _SinkState:
             return True
 
         return bool(self.guard("history", each, everything=True))
+
+    def join_late(self) -> None:
+        """Begin with what the history has of a run that goes on already."""
+        self.continues = self.runner.hooks.history(self.runner) is not None
+        self.behind = self.continues
+        self.put(lambda: None)  # after which the thread catches up
 
     def after_load(self) -> None:
         """What was written until now may come again."""

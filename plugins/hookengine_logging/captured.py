@@ -103,10 +103,17 @@ class _Hook:
                 logger.warning(f"{category.__name__}: {message}", where=where)
             finally:
                 self._speaking.now = False
-        if logger is None or again or file is not None or _somebody_records():
-            self._previous(message, category, filename, lineno, file, line)
+        if again:  # or what was there before leads back to here
+            _ORIGINAL(message, category, filename, lineno, file, line)
+        elif logger is None or file is not None or _somebody_records():
+            self._speaking.now = True
+            try:
+                self._previous(message, category, filename, lineno, file, line)
+            finally:
+                self._speaking.now = False
 
 
+_ORIGINAL: Any = getattr(warnings, "_showwarning_orig", warnings.showwarning)
 _HOOK = _Hook()
 
 

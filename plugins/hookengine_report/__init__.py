@@ -33,7 +33,8 @@ class Report(Sink, name="report"):
     )
 
     def configure(self, runner: Any) -> None:
-        """Nothing is drawn yet."""
+        """Nothing is drawn yet; a drawing may take longer than a record."""
+        self.flush_timeout = 60.0
         self._validations = 0
         self._waiting = False
 

@@ -147,7 +147,7 @@ def _key_numbers(figure: Figure, run: Run) -> None:
     if (loss := loss_name(run)) is not None:
         told.append((number(last_finite(run.curves["train", loss])), f"training {loss}, last"))
     told.append((number(throughput(run)), "samples per second"))
-    told.append((duration(total_seconds(run)), "total time"))
+    told.append((duration(total_seconds(run)), "time in records"))
     told.append((memory(peak_memory(run)), "peak memory"))
     shown = [(value, name) for value, name in told if value != NOTHING]
     width = 0.93 / max(len(shown), 4)

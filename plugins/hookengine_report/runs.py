@@ -92,7 +92,10 @@ class Run:
     def time(self, name: str) -> float:
         """``started`` or ``ended``, in seconds since 1970; NaN where it is not known."""
         value = self.info.get(name)
-        return float(value) if isinstance(value, (int, float)) else math.nan
+        try:
+            return float(value) if isinstance(value, (int, float)) else math.nan
+        except OverflowError:
+            return math.nan
 
 
 def is_run(folder: Path) -> bool:
@@ -184,6 +187,6 @@ def _add(run: Run, record: Record) -> None:
 def _mapping(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

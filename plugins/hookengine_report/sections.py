@@ -79,7 +79,7 @@ def tiles(run: Run) -> Markup:
     if math.isfinite(rate := throughput(run)):
         told.append(("samples per second", number(rate), "median"))
     if math.isfinite(seconds := total_seconds(run)):
-        told.append(("total time", duration(seconds), ""))
+        told.append(("time in records", duration(seconds), ""))
     if math.isfinite(peak := peak_memory(run)):
         told.append(("peak memory", memory(peak), ""))
     drawn = [
@@ -148,7 +148,7 @@ def _measured(run: Run, name: str, manifest: Mapping[str, Any]) -> str:
         if values and metric != "seconds":
             there[metric] = values[-1]
     chosen = _mapping(manifest.get("best")).get("metric")
-    if name == "best" and chosen in there:
+    if name == "best" and isinstance(chosen, str) and chosen in there:
         return f"{chosen} {number(there[chosen])}"
     return ", ".join(f"{n} {number(v)}" for n, v in [*there.items()][:6]) or NOTHING
 

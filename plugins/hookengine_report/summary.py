@@ -97,7 +97,7 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
     seconds = {"training": training - waiting, "waiting for data": waiting}
     for phase, word in (("val", "validation"), ("test", "test")):
         curve = run.curves.get((phase, "seconds"), Curve())
-        seconds[word] = math.fsum(value for value in curve.values if math.isfinite(value))
+        seconds[word] = math.fsum(value for value in curve.values if 0 <= value < 1e12)
     rest = run.time("ended") - run.time("started") - math.fsum(seconds.values())
     if rest > 0 and run.first >= run.time("started"):
         seconds["other"] = rest
@@ -105,7 +105,7 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
 
 
 def total_seconds(run: Run) -> float:
-    """How long the run took, over all processes that it went on in; NaN where it is not known."""
+    """How long the run took, as far as its records tell; NaN where they do not."""
     known = math.fsum(seconds_by_phase(run).values())
     whole = run.time("ended") - run.time("started")
     return max(known, whole) if math.isfinite(whole) else known or math.nan

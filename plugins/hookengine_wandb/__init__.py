@@ -21,8 +21,11 @@ from hookengine_wandb.process import SessionLike, SessionProcess
 
 __all__ = ["Wandb"]
 
-if importlib.util.find_spec("wandb") is None:  # it is imported in a process of its own
+_spec = importlib.util.find_spec("wandb")
+if _spec is None or _spec.origin is None:  # a mere folder; it is imported in another process
     raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
+
+_MOST_UPLOADS = 3  # that may wait, each of which keeps its checkpoint on the disk
 
 
 class Wandb(Sink, name="wandb"):
@@ -62,6 +65,7 @@ class Wandb(Sink, name="wandb"):
         self._session: SessionLike | None = None
         self._exit_code = 0
         self._best: dict[str, float] = {}
+        self._uploads = 0
 
     # -- on the sink's thread -------------------------------------------------------------------
 
@@ -176,10 +180,17 @@ class Wandb(Sink, name="wandb"):
     def after_save_checkpoint(self, runner: Any, path: Path, best: bool) -> None:
         """Upload a checkpoint, if asked for."""
         if self.checkpoints == "all" or (self.checkpoints == "best" and best):
+            if self._uploads == _MOST_UPLOADS:
+                runner.logger.warning(
+                    f"wandb: {path.name} is not uploaded: earlier ones wait still"
+                )
+                return
+            self._uploads += 1
             copy = _linked(path, runner.run_dir / "wandb")  # it may be gone by then
             self.enqueue(lambda: self._upload(copy, ["best"] * best))
 
     def _upload(self, path: Path, aliases: list[str]) -> None:
+        self._uploads -= 1
         manifest = json.loads((path / "manifest.json").read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
         self._open.upload(str(path), ["latest", path.name, *aliases], metadata)

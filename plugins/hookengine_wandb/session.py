@@ -6,6 +6,11 @@ another one. This file imports neither hookengine nor torch, and is run by its p
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file, whose names are not to stand for other modules
+
 import base64
 import io
 import json
@@ -13,7 +18,6 @@ import os
 import shutil
 import signal
 import struct
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress

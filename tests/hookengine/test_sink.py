@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hookengine import Record, Sink
+from hookengine import Record, Sink, read_records
 
 
 class Keeping(Sink):
@@ -590,3 +590,20 @@ def test_a_sink_that_writes_nothing_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"the sink Empty has no write\(self, runner, record\)"):
         Empty()
+
+
+def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: Any) -> None:
+    sink = Keeping()
+    runner = make(plugins=[dict(type="logging", interval=1)], validate=True)
+
+    @runner.on("after_train_iter")
+    def add(runner: Any) -> None:
+        if runner.progress.iter == 4:
+            runner.plugins.add(sink)
+
+    runner.train()
+    runner.close()
+    written = [(r.phase, r.iter) for r in read_records(runner.run_dir)]
+    assert [entry[:2] for entry in sink.log if entry not in ("open", "close")] == written
+    assert len(written) == 12
+    assert sink.dropped == 0

@@ -1076,3 +1076,57 @@ def test_of_several_ranks_the_first_speaks_and_the_others_tell_errors(tmp_path: 
         assert log.count(f"{text} rank 0") == 1, text
         assert "rank 1" not in log
     assert log.count("iter 2/2") == 1
+
+
+def test_who_wraps_what_shows_warnings_meanwhile_is_called_once(
+    make: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    import warnings
+
+    first = logging(make)
+    monkeypatch.setattr(warnings, "_showwarnmsg_impl", lambda message: None)
+    inner = warnings.showwarning
+    seen = []
+
+    def wrapper(*arguments: Any, **options: Any) -> None:
+        seen.append(str(arguments[0]))
+        inner(*arguments, **options)
+
+    monkeypatch.setattr(warnings, "showwarning", wrapper)
+    first.close()
+    second = logging(make)
+    warnings.showwarning(UserWarning("hello"), UserWarning, "a.py", 1, sys.stderr)
+    second.close()
+    assert seen == ["hello"]
+
+
+def test_what_is_logged_after_a_validation_is_part_of_its_record(make: Any) -> None:
+    runner = logging(make, validate=True)
+    runner.on("after_val")(lambda runner: runner.log({"wrong": runner.progress.iter}, phase="val"))
+    runner.train()
+    assert [(r["iter"], r["wrong"]) for r in lines(runner, "val")] == [(5, 5.0), (10, 10.0)]
+
+
+def test_what_joins_no_record_is_named_at_the_end(make: Any, capsys: Any) -> None:
+    runner = logging(make, validate=True)
+    runner.on("after_val")(lambda runner: runner.log({"late": 1.0, "note": "x"}))
+    runner.train()
+    runner.close()
+    out = capsys.readouterr().out
+    assert "logged after the last record of train, and in none: late, note" in out
+
+
+def test_the_traceback_is_in_the_runs_log(make: Any, capsys: Any) -> None:
+    runner = logging(make)
+
+    @runner.on("after_train_iter")
+    def fail(runner: Any) -> None:
+        if runner.progress.iter == 4:
+            raise ZeroDivisionError("boom")
+
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    log = (runner.run_dir / "run.log").read_text()
+    assert log.index("iter 4/10") < log.index("ERROR run ends with ZeroDivisionError: boom")
+    assert 'raise ZeroDivisionError("boom")' in log
+    assert "Traceback" not in capsys.readouterr().out
