@@ -25,7 +25,7 @@ _spec = importlib.util.find_spec("wandb")
 if _spec is None or _spec.origin is None:  # a mere folder; it is imported in another process
     raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
 
-_MOST_UPLOADS = 3  # that may wait, each of which keeps its checkpoint on the disk
+_MOST_UPLOADS = 8  # that may wait, each of which keeps its checkpoint on the disk
 
 
 class Wandb(Sink, name="wandb"):

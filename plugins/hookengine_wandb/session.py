@@ -330,6 +330,7 @@ def serve(commands: TextIO, answers: TextIO) -> None:
 if __name__ == "__main__":
     for quiet in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(quiet, signal.SIG_IGN)  # the training says when it is over
+    os.nice(10)  # the training, and what feeds it, come first
     answers_ = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what W&B prints is no answer
     serve(sys.stdin, answers_)
