@@ -2,8 +2,8 @@
 
 One value, the loss, is logged every 10 iterations of the MLP step of about 0.8 ms (w1): to the
 console, ``metrics.jsonl``, TensorBoard and W&B offline. Each is compared with the same run without
-``logging``, which is timed beside it in each round, from an iteration at which the sinks are open to
-the end of the run, when they have written everything.
+``logging``, which is timed beside it in each round, from an iteration at which the sinks are open
+to the end of the run, when they have written everything.
 """
 
 from __future__ import annotations
