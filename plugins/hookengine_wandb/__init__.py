@@ -65,7 +65,7 @@ class Wandb(Sink, name="wandb"):
         self._session: SessionLike | None = None
         self._exit_code = 0
         self._best: dict[str, float] = {}
-        self._uploads = 0
+        self._uploads: set[Path] = set()  # that wait
 
     # -- on the sink's thread -------------------------------------------------------------------
 
@@ -96,8 +96,6 @@ class Wandb(Sink, name="wandb"):
         session = _own_session()
         if session is None:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("upload-*"):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
             session = SessionProcess(folder / "process.log")
         try:
             answer = session.begin(
@@ -167,8 +165,11 @@ class Wandb(Sink, name="wandb"):
     # -- on the main thread ---------------------------------------------------------------------
 
     def before_run(self, runner: Any) -> None:
-        """What is running has not failed."""
+        """What is running has not failed; what a run that was killed has left is removed."""
         self._exit_code = 0
+        if self._session is None and not self._uploads and dist.is_main_process():
+            for left in (runner.run_dir / "wandb").glob("upload-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def on_exception(self, error: BaseException) -> None:
         """Record what ended the run."""
@@ -180,17 +181,17 @@ class Wandb(Sink, name="wandb"):
     def after_save_checkpoint(self, runner: Any, path: Path, best: bool) -> None:
         """Upload a checkpoint, if asked for."""
         if self.checkpoints == "all" or (self.checkpoints == "best" and best):
-            if self._uploads == _MOST_UPLOADS:
+            if len(self._uploads) >= _MOST_UPLOADS:
                 runner.logger.warning(
                     f"wandb: {path.name} is not uploaded: earlier ones wait still"
                 )
                 return
-            self._uploads += 1
             copy = _linked(path, runner.run_dir / "wandb")  # it may be gone by then
+            self._uploads.add(copy)
             self.enqueue(lambda: self._upload(copy, ["best"] * best))
 
     def _upload(self, path: Path, aliases: list[str]) -> None:
-        self._uploads -= 1
+        self._uploads.discard(path)
         manifest = json.loads((path / "manifest.json").read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
         self._open.upload(str(path), ["latest", path.name, *aliases], metadata)
