@@ -86,7 +86,9 @@ class Session:
             self.run, answer["warning"] = _init(mode, {**run, **given}, settings)
             if not self.run.disabled:
                 names = ("id", "project", "entity")
-                known.write_text(json.dumps({name: getattr(self.run, name) for name in names}))
+                temporary = known.with_suffix(".tmp")
+                temporary.write_text(json.dumps({n: getattr(self.run, n) for n in names}))
+                temporary.replace(known)
             self._rows = 0
             _set_empty_ones_aside(self.run, home)
             if goes_on and not self.run.disabled:
@@ -118,8 +120,9 @@ class Session:
             **{f"{phase}/{name}": value for name, value in named.items()},
             f"{phase}/iter": record["iter"],
             **{name: record[name] for name in ("iter", "epoch", "step")},
-            "_timestamp": record["timestamp"],
         }
+        if "timestamp" in record:
+            row["_timestamp"] = record["timestamp"]
         packed = {f"{phase}/{name}": one for name, one in record.get("media", {}).items()}
         try:
             self._add({**row, **{name: medium(one) for name, one in packed.items()}})
