@@ -93,19 +93,20 @@ class Wandb(Sink, name="wandb"):
             "finish_timeout_raises": True,
             "x_transaction_log_flush_interval": 1,
         }
+        how = {
+            "folder": str(folder),
+            "continues": self.continues,
+            "mode": self.mode,
+            "by_epoch": (description.get("train_cfg") or {}).get("by_epoch", False),
+            "options": options,
+            "settings": settings,
+        }
         session = _own_session()
         if session is None:
             folder.mkdir(parents=True, exist_ok=True)
             session = SessionProcess(folder / "process.log")
         try:
-            answer = session.begin(
-                folder=str(folder),
-                continues=self.continues,
-                mode=self.mode,
-                by_epoch=(description.get("train_cfg") or {}).get("by_epoch", False),
-                options=options,
-                settings=settings,
-            )
+            answer = session.begin(how)
         except Exception:
             session.abort()
             raise

@@ -15,15 +15,7 @@ from typing import Any, Protocol
 class SessionLike(Protocol):
     """What a session can be asked to do; see ``hookengine_wandb.session``."""
 
-    def begin(
-        self,
-        folder: str,
-        continues: bool,
-        mode: str | None,
-        by_epoch: bool,
-        options: dict[str, Any],
-        settings: dict[str, Any],
-    ) -> dict[str, Any]: ...
+    def begin(self, how: dict[str, Any]) -> dict[str, Any]: ...
     def log(self, line: str) -> None: ...
     def summarize(self, values: dict[str, Any]) -> None: ...
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None: ...
@@ -63,18 +55,9 @@ class SessionProcess:
         self._reader = threading.Thread(target=self._read, name="wandb answers", daemon=True)
         self._reader.start()
 
-    def begin(
-        self,
-        folder: str,
-        continues: bool,
-        mode: str | None,
-        by_epoch: bool,
-        options: dict[str, Any],
-        settings: dict[str, Any],
-    ) -> dict[str, Any]:
+    def begin(self, how: dict[str, Any]) -> dict[str, Any]:
         """Begin, and wait for the answer."""
-        run = {"folder": folder, "continues": continues, "mode": mode, "by_epoch": by_epoch}
-        self._send("begin", {**run, "options": options, "settings": settings})
+        self._send("begin", {"how": how})
         return self._answer()
 
     def log(self, line: str) -> None:

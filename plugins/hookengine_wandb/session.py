@@ -47,31 +47,23 @@ class Session:
         self._rows: int | None = None  # None: as W&B counts them
         self._held = 0  # of the rows, those that were there when it went on
 
-    def begin(
-        self,
-        folder: str,
-        continues: bool,
-        mode: str | None,
-        by_epoch: bool,
-        options: dict[str, Any],
-        settings: dict[str, Any],
-    ) -> dict[str, Any]:
+    def begin(self, how: dict[str, Any]) -> dict[str, Any]:
         """Begin the run, or go on with it.
 
         Args:
-            folder: Where W&B's local files go, and the run's id is kept.
-            continues: Whether to go on with the run whose id is kept there.
-            mode: ``online``, ``offline``, ``disabled``, or None for that of the environment.
-            by_epoch: Whether evaluations are drawn over epochs.
-            options: Of ``wandb.init``.
-            settings: Of ``wandb.Settings``.
+            how: ``folder``, where W&B's local files go and the run's id is kept; ``continues``,
+                whether to go on with the run whose id is kept there; ``mode``: ``online``,
+                ``offline``, ``disabled``, or None for that of the environment; ``by_epoch``,
+                whether evaluations are drawn over epochs; ``options`` of ``wandb.init``;
+                ``settings`` of ``wandb.Settings``.
 
         Returns:
             ``held``, the last iteration that is there by phase; ``where`` the run is; and a
             ``warning``, where it had to go offline.
         """
+        options, continues = how["options"], how["continues"]
         answer: dict[str, Any] = {"held": {}, "warning": None}
-        home = Path(folder)
+        home = Path(how["folder"])
         if self._adopted:
             self.run.config.update(options["config"], allow_val_change=True)
             if continues and not self.run.disabled:
@@ -83,7 +75,7 @@ class Session:
             goes_on = continues and known.exists()
             run = json.loads(known.read_text()) if goes_on else {"id": generate_id()}
             given = {name: value for name, value in options.items() if value is not None}
-            self.run, answer["warning"] = _init(mode, {**run, **given}, settings)
+            self.run, answer["warning"] = _init(how["mode"], {**run, **given}, how["settings"])
             if not self.run.disabled:
                 names = ("id", "project", "entity")
                 temporary = known.with_suffix(".tmp")
@@ -96,7 +88,7 @@ class Session:
                 self._held = self._rows
         self._home = home
         for phase in PHASES:
-            epochwise = by_epoch and phase != "train"
+            epochwise = how["by_epoch"] and phase != "train"
             self.run.define_metric(f"{phase}/iter", hidden=True)
             self.run.define_metric(f"{phase}/*", step_metric="epoch" if epochwise else "iter")
         local = self.run.offline or self.run.disabled
