@@ -454,8 +454,9 @@ class Records(Protocol):
     def history(self, runner: Runner) -> Iterable[Record] | None:
         """Answer with the records that the run has so far, oldest first, to be read once.
 
-        Asked when a checkpoint was loaded, on behalf of each sink: what the sink does not hold of
-        them it is given. After a load these are the records up to where the run goes on from.
+        Asked on behalf of a sink, which is given what it does not hold of them: when a checkpoint
+        was loaded (these are then the records up to where the run goes on from), when the sink is
+        added in mid-run, and, on the sink's thread, when it comes back after it could not keep up.
         """
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from structlog.typing import EventDict, Processor
+
+from hookengine.manager import FunctionPlugin
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -52,7 +54,7 @@ def log_context(runner: Runner) -> Processor:
     return add
 
 
-def running(plugins: Iterable[tuple[str, object]], frame: FrameType | None) -> str | None:
+def running(plugins: Sequence[tuple[str, object]], frame: FrameType | None) -> str | None:
     """The plugin of the innermost frame that is a method, or the function, of one.
 
     Args:
@@ -63,7 +65,7 @@ def running(plugins: Iterable[tuple[str, object]], frame: FrameType | None) -> s
     by_code = {
         inspect.unwrap(plugin.function).__code__: name
         for name, plugin in plugins
-        if hasattr(plugin, "function") and inspect.isfunction(plugin.function)
+        if isinstance(plugin, FunctionPlugin) and inspect.isfunction(plugin.function)
     }
     while frame is not None:
         code = frame.f_code
