@@ -13,7 +13,6 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
 from itertools import islice
 from math import isfinite
 from time import perf_counter
@@ -37,6 +36,7 @@ from hookengine import (
 )
 from hookengine_logging.captured import CapturedWarnings
 from hookengine_logging.files import MetricsFile, RunFile, history_of
+from hookengine_logging.line import line
 from hookengine_logging.meters import Medium, Meters, Stopwatch, memory
 from hookengine_logging.output import Output, make_logger
 
@@ -384,7 +384,7 @@ class Logging(Plugin, name="logging"):
             self._metrics.drop(self._records, phase, progress.iter)
         self._metrics.append(record, runner.logger)
         runner.hooks.write(runner, record)
-        runner.logger.info(_line(record, progress), plugin=self.plugin_name, record=record)
+        runner.logger.info(line(record, progress), plugin=self.plugin_name, record=record)
 
     def _encoded(self, runner: Any, media: dict[str, Medium]) -> dict[str, Medium]:
         """Those that can be encoded."""
@@ -456,30 +456,3 @@ def _learning_rates(optim_wrapper: Any, used: Mapping[str, Any]) -> dict[str, fl
     several = len(wrappers) > 1
     rates = {name: used.get(name, wrapper.get_lr()[0]) for name, wrapper in wrappers.items()}
     return {f"{n}/lr" if several else "lr": float(rate) for n, rate in rates.items()}
-
-
-def _line(record: Record, progress: Any) -> str:
-    """One record for people to read."""
-    where = [f"{record.phase:<5}"]
-    if progress.max_epochs is not None:
-        where.append(f"epoch {record.epoch}/{progress.max_epochs}")
-    total = f"/{progress.max_iters}" if progress.max_iters is not None else ""
-    where.append(f"iter {record.iter}{total}")
-    if record.step != record.iter:
-        where.append(f"step {record.step}")
-    values = []
-    for name, value in record.scalars.items():
-        if name == "eta":
-            values.append(f"eta {timedelta(seconds=round(value))}")
-        elif name == "samples_per_second":
-            values.append(f"{value:.0f} samples/s")
-        elif name == "seconds":
-            values += [f"{value:.1f} s"] if value >= 1 else []
-        elif name == "time":
-            values.append(f"{1000 * value:.1f} ms")
-        elif name == "data_time":
-            share = value / record.scalars["time"] if record.scalars.get("time") else 0
-            values += [f"waits for data {share:.0%}"] if share >= 0.2 else []
-        elif name != "memory":
-            values.append(f"{name} {value:.4g}")
-    return "  ".join(where + values)
