@@ -25,6 +25,8 @@ bench: .venv/installed-bench
 
 docs: .venv/installed
 	$(BIN)/hookengine events --markdown > docs/events.md
+	$(BIN)/python -m hookengine.model.stub > hookengine/model/__init__.pyi.new
+	mv hookengine/model/__init__.pyi.new hookengine/model/__init__.pyi
 
 # The stamps make a second run cost nothing; they are remade when pyproject.toml changes.
 .venv/installed: pyproject.toml

@@ -1,21 +1,11 @@
 """hookengine: a training loop that emits events, and plugins that answer them."""
 
 from hookengine import dist
-from hookengine.config import EvalCfg, TrainCfg
-from hookengine.data import batch_size, length_of
-from hookengine.environment import describe_environment
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
-from hookengine.hookspecs import EVENTS, hookimpl
-from hookengine.log_context import log_context
-from hookengine.manager import PluginManager
-from hookengine.media import Histogram, Image, Table, as_medium
-from hookengine.model import BaseModel, BaseModule, ModuleDict, ModuleList, Sequential
-from hookengine.optim import OptimWrapper, OptimWrapperDict
-from hookengine.plugins import DEFAULT_PLUGINS, Plugin, options_of
-from hookengine.progress import Progress
-from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
-from hookengine.record import Record, read_records
-from hookengine.registry import (
+from hookengine.events.hookspecs import EVENTS, hookimpl
+from hookengine.events.manager import PluginManager
+from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin, options_of
+from hookengine.events.registry import (
     MODEL_WRAPPERS,
     MODELS,
     PLUGINS,
@@ -23,8 +13,19 @@ from hookengine.registry import (
     Registry,
     did_you_mean,
 )
+from hookengine.loop.config import EvalCfg, TrainCfg
+from hookengine.loop.data import batch_size, length_of
+from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
+from hookengine.loop.progress import Progress
+from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
+from hookengine.model.base_model import BaseModel
+from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.records.log_context import log_context
+from hookengine.records.media import Histogram, Image, Table, as_medium
+from hookengine.records.record import Record, read_records
+from hookengine.records.sink import Sink
 from hookengine.runner import Runner
-from hookengine.sink import Sink
+from hookengine.setup.environment import describe_environment
 
 __version__ = "0.1.0"
 

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from hookengine import hookspecs
-from hookengine.environment import describe_environment
-from hookengine.hookspecs import EVENTS
-from hookengine.plugins import DEFAULT_PLUGINS
-from hookengine.registry import PLUGINS, distribution_of
+from hookengine.events import hookspecs
+from hookengine.events.hookspecs import EVENTS
+from hookengine.events.plugin import DEFAULT_PLUGINS
+from hookengine.events.registry import PLUGINS, distribution_of
+from hookengine.setup.environment import describe_environment
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -89,7 +89,7 @@ def events_page() -> str:
     text = inspect.getdoc(hookspecs) or ""
     drawing, kinds = text.split("Kinds\n-----\n")
     loop, _, rest = drawing.split("::\n", 1)[1].partition("\n\n``")
-    lines = ["# Events", "", "Made from `hookengine/hookspecs.py` by `make docs`.", ""]
+    lines = ["# Events", "", "Made from `hookengine/events/hookspecs.py` by `make docs`.", ""]
     lines += ["```text", textwrap.dedent(loop.strip("\n")), "```", "", "``" + rest.strip(), ""]
     lines += ["## Kinds", ""]
     for line in kinds.splitlines():

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hookengine import dist
-from hookengine.registry import unknown
+from hookengine.events.registry import unknown
 
 _GREATER = re.compile(
     r"[am]?acc|accuracy|top\d+|auc|auroc|auprc|precision|recall|f\d|fscore|m?dice|m?iou|m?ap|r2|"

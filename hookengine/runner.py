@@ -11,8 +11,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from hookengine import dist, migration, state
-from hookengine.build import (
+from hookengine import dist
+from hookengine.events.answers import answer, explain_arguments
+from hookengine.events.dispatch import SILENT
+from hookengine.events.hookspecs import Phase
+from hookengine.events.manager import PluginManager
+from hookengine.events.plugin import DEFAULT_PLUGINS, FunctionPlugin
+from hookengine.events.selection import PluginLike
+from hookengine.loop.config import EvalCfg, TrainCfg, parse
+from hookengine.loop.life import Life
+from hookengine.loop.loops import EvalLoop, TrainLoop
+from hookengine.loop.progress import Progress
+from hookengine.model.base_model import BaseModel, SupervisedModel
+from hookengine.records.log_context import make_logger
+from hookengine.setup import migration, state
+from hookengine.setup.arguments import (
     all_or_none,
     build_dataloader,
     build_evaluator,
@@ -25,17 +38,7 @@ from hookengine.build import (
     optimizer_names,
     point_at_model,
 )
-from hookengine.config import EvalCfg, TrainCfg, parse
-from hookengine.description import describe
-from hookengine.dispatch import SILENT
-from hookengine.hookspecs import Phase
-from hookengine.life import Life
-from hookengine.log_context import make_logger
-from hookengine.loops import EvalLoop, TrainLoop
-from hookengine.manager import FunctionPlugin, PluginLike, PluginManager
-from hookengine.model import BaseModel, SupervisedModel
-from hookengine.plugins import DEFAULT_PLUGINS
-from hookengine.progress import Progress
+from hookengine.setup.description import describe
 
 F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
@@ -117,7 +120,7 @@ class Runner(Life):
         moved = migration.drop_neutral(moved)
         if moved:
             known = set(inspect.signature(Runner).parameters) - {"moved"}
-            raise TypeError(migration.explain("Runner", moved, known))
+            raise TypeError(explain_arguments("Runner", moved, known))
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be callable, as F.cross_entropy is, got {loss!r}")
         self.optimizer_names = optimizer_names(optim_wrapper)
@@ -230,7 +233,7 @@ class Runner(Life):
         if given and "resume" not in self.plugins.calls():
             raise ValueError(
                 f"{' and '.join(given)} is for a plugin that answers the event 'resume', and none "
-                f"is on: {migration.answer('resume')}"
+                f"is on: {answer('resume')}"
             )
 
     @property
@@ -368,8 +371,8 @@ class Runner(Life):
         return register
 
     def __getattr__(self, name: str) -> Any:
-        answer = migration.answer(f"runner.{name}")
-        raise AttributeError(f"the Runner has no {name!r}" + (f": {answer}" if answer else ""))
+        text = answer(f"runner.{name}")
+        raise AttributeError(f"the Runner has no {name!r}" + (f": {text}" if text else ""))
 
     def _leave_run(self) -> None:
         if self.train_loop is not None:

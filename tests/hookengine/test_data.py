@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from hookengine import batch_size
-from hookengine.build import build_dataloader
-from hookengine.data import dataset_size, iterate_from, length_of
+from hookengine.loop.data import dataset_size, iterate_from, length_of
+from hookengine.setup.arguments import build_dataloader
 
 IMAGES = torch.zeros(5, 3, 8, 8)
 LABELS = torch.zeros(5)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookengine import hookimpl
-from hookengine.dispatch import SILENT, Hooks, compile_event, resolve
-from hookengine.hookspecs import EVENTS, PROJECT, HookSpecs
-from hookengine.manager import PluginManager
+from hookengine.events.dispatch import SILENT, Hooks, compile_event, resolve
+from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
+from hookengine.events.manager import PluginManager
 
 KINDS: dict[str, list[str]] = {}
 for _event in EVENTS.values():

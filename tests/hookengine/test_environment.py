@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hookengine.environment import without_secrets
+from hookengine.setup.environment import without_secrets
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from hookengine import Sink, hookimpl, hookspecs
+from hookengine import Sink, hookimpl
 from hookengine.cli import events_page
-from hookengine.hookspecs import EVENTS, SUBJECTS
+from hookengine.events import hookspecs
+from hookengine.events.hookspecs import EVENTS, SUBJECTS
 
 ROOT = Path(__file__).parents[2]
 

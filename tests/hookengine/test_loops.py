@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookengine import Plugin, TrainCfg
-from hookengine.config import parse
+from hookengine.loop.config import parse
 
 
 def weights(runner: Any) -> list[Tensor]:

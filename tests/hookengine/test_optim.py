@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hookengine import OptimWrapper, OptimWrapperDict, Plugin
-from hookengine.optim import combine
+from hookengine.loop.optim import combine
 
 
 @pytest.fixture

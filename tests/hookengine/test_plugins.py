@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from hookengine import Plugin, options_of
-from hookengine.plugins import check_methods, name_of, resolve_order
+from hookengine.events.checks import check_methods
+from hookengine.events.order import resolve_order
+from hookengine.events.plugin import name_of
 
 
 class Noise(Plugin):

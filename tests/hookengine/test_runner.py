@@ -445,7 +445,7 @@ def test_other_frequent_slips_are_answered(make: Any) -> None:
 
 def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
     from hookengine import PLUGINS
-    from hookengine.migration import REPLACEMENTS, answer
+    from hookengine.setup.migration import REPLACEMENTS, answer
 
     for name, (plugin, _, _) in REPLACEMENTS.items():
         text = answer(name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
 import pydantic
 from pydantic import Field, model_validator
 
-from hookengine import migration
-from hookengine.registry import unknown
+from hookengine.events.answers import explain_validation
 
 Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
 
@@ -104,21 +103,4 @@ def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
     try:
         return model.model_validate(dict(cfg))
     except pydantic.ValidationError as error:
-        raise ValueError(f"{name}: {explain(error, model.model_fields)}") from error
-
-
-def explain(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
-    """One line out of pydantic's report: each bad option, what it got and what would do."""
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            name = item["input"] if where == "type" else where
-            parts.append(migration.answer(str(name)) or unknown("option", where, known))
-        elif item["type"] == "missing":
-            parts.append(f"it needs {where}=...")
-        elif where:
-            parts.append(f"{where}={item['input']!r}: {item['msg']}")
-        else:
-            parts.append(item["msg"].removeprefix("Value error, "))
-    return "; ".join(parts)
+        raise ValueError(f"{name}: {explain_validation(error, model.model_fields)}") from error

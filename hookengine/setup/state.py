@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hookengine import dist
-from hookengine.data import dataset_size, length_of
-from hookengine.registry import PLUGINS, unknown
+from hookengine.events.registry import PLUGINS, unknown
+from hookengine.loop.data import dataset_size, length_of
 
 if TYPE_CHECKING:
-    from hookengine.optim import OptimWrapper
+    from hookengine.loop.optim import OptimWrapper
     from hookengine.runner import Runner
 
 
@@ -99,8 +99,7 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         _tell_rates(runner, checkpoint["optimizer"])
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
-    were_on = checkpoint.get("meta", {}).get("plugins", ())
-    runner.plugins.load_state_dict(checkpoint["plugins"], allow={*were_on, *(differing & allowed)})
+    runner.plugins.restore(checkpoint["plugins"])
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

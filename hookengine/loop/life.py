@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from hookengine.hookspecs import HookSpecs
-from hookengine.manager import PluginManager
+from hookengine.events.hookspecs import HookSpecs
+from hookengine.events.manager import PluginManager
 
 
 class Life:

@@ -11,13 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from hookengine import migration
-from hookengine.config import EvalCfg, parse
-from hookengine.data import length_of
 from hookengine.evaluator import Evaluator
-from hookengine.model import BaseModel
-from hookengine.optim import OptimWrapper, OptimWrapperDict
-from hookengine.registry import MODELS, unknown
+from hookengine.events.answers import answer, explain_arguments
+from hookengine.events.registry import MODELS, unknown
+from hookengine.loop.config import EvalCfg, parse
+from hookengine.loop.data import length_of
+from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
+from hookengine.model.base_model import BaseModel
+from hookengine.setup import migration
 
 _SOURCES = (Mapping, Optimizer, OptimWrapper)
 
@@ -153,7 +154,7 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
         )
     if "optimizer" in cfg:
         return _one(cfg, model, "optim_wrapper")
-    if isinstance(kind := cfg.get("type"), str) and (text := migration.answer(kind)):
+    if isinstance(kind := cfg.get("type"), str) and (text := answer(kind)):
         raise ValueError(f"optim_wrapper: {text}")
     if not cfg or "type" in cfg or not all(isinstance(v, _SOURCES) for v in cfg.values()):
         raise ValueError(
@@ -178,7 +179,7 @@ def _one(
     kind = options.pop("type", "OptimWrapper")
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
     if name != "OptimWrapper":
-        raise ValueError(migration.explain(where, {"type": name, **options}))
+        raise ValueError(explain_arguments(where, {"type": name, **options}))
     optimizer = options.pop("optimizer")
     if part is not None and not isinstance(optimizer, Optimizer):
         model = _part(model, part, where)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from structlog.typing import EventDict, Processor
 
-from hookengine.manager import FunctionPlugin
+from hookengine.events.plugin import FunctionPlugin
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner

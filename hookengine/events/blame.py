@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from hookengine.progress import Progress
+if TYPE_CHECKING:
+    from hookengine.loop.progress import Progress
 
 Implementations = Iterable[tuple[str, pluggy.HookImpl]]
 

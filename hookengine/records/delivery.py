@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from hookengine.record import Record
+from hookengine.records.record import Record
 
 if TYPE_CHECKING:
-    from hookengine.sink import Sink
+    from hookengine.records.sink import Sink
 
 
 _this_thread = threading.local()

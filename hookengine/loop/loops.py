@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hookengine import dist
-from hookengine.config import EvalCfg, TrainCfg
-from hookengine.data import batch_size, dataset_size, iterate_from, length_of
 from hookengine.evaluator import Evaluator
-from hookengine.optim import combine
-from hookengine.random_state import preserved_random_state
+from hookengine.loop.config import EvalCfg, TrainCfg
+from hookengine.loop.data import batch_size, dataset_size, iterate_from, length_of
+from hookengine.loop.optim import combine
+from hookengine.loop.random_state import preserved_random_state
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner

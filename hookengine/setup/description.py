@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hookengine import dist
-from hookengine.environment import describe_environment
-from hookengine.optim import OptimWrapper
-from hookengine.plugins import as_json, options_of
+from hookengine.events.plugin import as_json, options_of
+from hookengine.loop.optim import OptimWrapper
+from hookengine.setup.environment import describe_environment
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from hookengine import dist
-from hookengine.delivery import Delivery, on_thread_of
-from hookengine.hookspecs import EVENTS
-from hookengine.plugins import Plugin
-from hookengine.record import Record
+from hookengine.events.hookspecs import EVENTS
+from hookengine.events.plugin import Plugin
+from hookengine.records.delivery import Delivery, on_thread_of
+from hookengine.records.record import Record
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner

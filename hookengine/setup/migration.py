@@ -6,10 +6,10 @@ who asked for something by its MMEngine name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from hookengine.registry import PLUGINS, unknown
+from hookengine.events.registry import PLUGINS
 
 # MMEngine's name -> (the plugin that does it here, or None; what to write; what does until then)
 REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
@@ -203,15 +203,3 @@ def translate_dataloader(options: Mapping[str, Any], where: str) -> dict[str, An
             text = answer(str(value["type"])) or "pass the object itself"
             raise ValueError(f"{where}: {name}={dict(value)!r} cannot be built here: {text}")
     return translated
-
-
-def explain(where: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> str:
-    """Answer every argument that ``where`` does not take with its replacement."""
-    answers = []
-    for key, value in given.items():
-        name = value if key == "type" and isinstance(value, str) else key
-        if (text := answer(name)) is not None:
-            answers.append(text)
-        elif key != "optimizer" or where == "Runner":
-            answers.append(unknown("argument", key, known))
-    return f"{where}: {'; '.join(answers)}"

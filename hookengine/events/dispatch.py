@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pluggy
 
-from hookengine.hookspecs import EVENTS, Event, HookSpecs
+from hookengine.events.hookspecs import EVENTS, Event, HookSpecs
 
 Function = Callable[..., Any]
 Observer = Callable[[str, pluggy.HookImpl, Function], Function]

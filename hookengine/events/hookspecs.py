@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from hookengine.optim import OptimWrapper
-    from hookengine.record import Record
+    from hookengine.loop.optim import OptimWrapper
+    from hookengine.records.record import Record
     from hookengine.runner import Runner
 
 PROJECT = "hookengine"

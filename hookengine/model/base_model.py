@@ -1,206 +1,22 @@
-"""Models: BaseModule and BaseModel; and what plugins contribute to this page.
-
-``from hookengine.model import ImgDataPreprocessor`` asks the ``MODELS`` registry: the names that
-distributions offer in the entry-point group ``hookengine.model`` can be imported from here.
-"""
+"""BaseModel: what the Runner trains, and the wrapper that makes one of a plain module."""
 
 from __future__ import annotations
 
-import copy
-from abc import ABCMeta, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from hookengine.blame import answering
-from hookengine.dispatch import SILENT
-from hookengine.hookspecs import HookSpecs
-from hookengine.loaded import LoadedTensors, watch_loading
-from hookengine.optim import OptimWrapper
-from hookengine.registry import MODELS
+from hookengine.events.blame import answering
+from hookengine.events.dispatch import SILENT
+from hookengine.events.hookspecs import HookSpecs
+from hookengine.events.registry import MODELS
+from hookengine.model.modules import BaseModule
 
 if TYPE_CHECKING:
-    # What type checkers and editors see of the registry; a test holds the two equal.
-    from hookengine_averaging import (
-        BaseAveragedModel,
-        ExponentialMovingAverage,
-        MomentumAnnealingEMA,
-        StochasticWeightAverage,
-    )
-    from hookengine_distributed import (
-        MMDistributedDataParallel,
-        MMFullyShardedDataParallel,
-        MMSeparateDistributedDataParallel,
-    )
-    from hookengine_init import (
-        BaseInit,
-        Caffe2XavierInit,
-        ConstantInit,
-        KaimingInit,
-        NormalInit,
-        PretrainedInit,
-        TruncNormalInit,
-        UniformInit,
-        XavierInit,
-        bias_init_with_prob,
-        caffe2_xavier_init,
-        constant_init,
-        init_weights,
-        initialize,
-        kaiming_init,
-        load_weights,
-        normal_init,
-        trunc_normal_init,
-        uniform_init,
-        update_init_info,
-        xavier_init,
-    )
-    from hookengine_model_utilities import detect_anomalous_params, is_model_wrapper, merge_dict
-    from hookengine_paramwise import param_groups
-    from hookengine_preprocess import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
-    from hookengine_syncbn import convert_sync_batchnorm, revert_sync_batchnorm
-
-__all__ = [
-    "BaseAveragedModel",
-    "BaseDataPreprocessor",
-    "BaseInit",
-    "BaseModel",
-    "BaseModule",
-    "Caffe2XavierInit",
-    "ConstantInit",
-    "ExponentialMovingAverage",
-    "ImgDataPreprocessor",
-    "KaimingInit",
-    "MMDistributedDataParallel",
-    "MMFullyShardedDataParallel",
-    "MMSeparateDistributedDataParallel",
-    "ModuleDict",
-    "ModuleList",
-    "MomentumAnnealingEMA",
-    "NormalInit",
-    "PretrainedInit",
-    "Sequential",
-    "StochasticWeightAverage",
-    "TruncNormalInit",
-    "UniformInit",
-    "XavierInit",
-    "bias_init_with_prob",
-    "caffe2_xavier_init",
-    "constant_init",
-    "convert_sync_batchnorm",
-    "detect_anomalous_params",
-    "init_weights",
-    "initialize",
-    "is_model_wrapper",
-    "kaiming_init",
-    "load_weights",
-    "merge_dict",
-    "normal_init",
-    "param_groups",
-    "revert_sync_batchnorm",
-    "stack_batch",
-    "trunc_normal_init",
-    "uniform_init",
-    "update_init_info",
-    "xavier_init",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    try:
-        return MODELS.get(name)
-    except KeyError as error:
-        raise AttributeError(
-            f"module 'hookengine.model' has no {name!r}; {error.args[0]}"
-        ) from None
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *MODELS.names()})
-
-
-class BaseModule(nn.Module, metaclass=ABCMeta):
-    """A module whose weights are initialised as its ``init_cfg`` says.
-
-    Args:
-        init_cfg: One dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
-
-    Attributes:
-        init_cfg: A copy of it.
-        loaded_tensors: The parameters and buffers that a state dict was loaded into, but for those
-            of BaseModules within.
-    """
-
-    def __init__(self, init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
-        super().__init__()
-        self.init_cfg = copy.deepcopy(init_cfg)
-        self._is_init = False
-        self.loaded_tensors = LoadedTensors()
-        watch_loading(self)
-
-    @property
-    def is_init(self) -> bool:
-        """Whether ``init_weights`` was called.
-
-        Set to False, the module and all BaseModules within are initialised anew, loaded tensors
-        included.
-        """
-        return self._is_init
-
-    @is_init.setter
-    def is_init(self, value: bool) -> None:
-        self.__dict__["_is_init"] = value  # nn.Module's own way would search the parameters first
-        if not value:
-            for module in self.modules():
-                if isinstance(module, BaseModule):
-                    module._is_init = False
-                    module.loaded_tensors = LoadedTensors()
-
-    def init_weights(self) -> None:
-        """Initialise the weights of this module and its children, as their ``init_cfg`` say.
-
-        Raises:
-            RuntimeError: no plugin provides the initializers.
-        """
-        if "init_weights" not in MODELS:
-            raise RuntimeError(
-                f"{type(self).__name__}.init_weights(): no installed plugin provides weight "
-                "initialization (an entry point 'init_weights' in the group 'hookengine.model'). "
-                "Install one, or override init_weights() and use torch.nn.init"
-            )
-        MODELS.get("init_weights")(self)
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        return f"{text}\ninit_cfg={self.init_cfg}" if self.init_cfg else text
-
-
-class Sequential(BaseModule, nn.Sequential):
-    """``nn.Sequential`` with an ``init_cfg``."""
-
-    def __init__(self, *args: Any, init_cfg: Any = None) -> None:
-        BaseModule.__init__(self, init_cfg)
-        nn.Sequential.__init__(self, *args)
-
-
-class ModuleList(BaseModule, nn.ModuleList):
-    """``nn.ModuleList`` with an ``init_cfg``."""
-
-    def __init__(self, modules: Any = None, init_cfg: Any = None) -> None:
-        BaseModule.__init__(self, init_cfg)
-        nn.ModuleList.__init__(self, modules)
-
-
-class ModuleDict(BaseModule, nn.ModuleDict):
-    """``nn.ModuleDict`` with an ``init_cfg``."""
-
-    def __init__(self, modules: Any = None, init_cfg: Any = None) -> None:
-        BaseModule.__init__(self, init_cfg)
-        nn.ModuleDict.__init__(self, modules)
+    from hookengine.loop.optim import OptimWrapper
 
 
 class BaseModel(BaseModule):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookengine.media import Histogram, Image, Medium, Table
+from hookengine.records.media import Histogram, Image, Medium, Table
 
 _FIELDS = frozenset(("phase", "epoch", "iter", "step", "timestamp", "media"))
 _OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")

@@ -1,0 +1,1 @@
+"""Who answers what: the events, the plugins that answer them, and their order."""

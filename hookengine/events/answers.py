@@ -1,0 +1,53 @@
+"""Answer a name that means nothing here: what replaces it, or what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pydantic
+
+from hookengine.events.registry import ANSWERS, unknown
+
+
+def answer(name: str) -> str | None:
+    """Say what replaces a name of another framework here, or return None if nobody knows.
+
+    Asks each function in the entry-point group ``hookengine.answers``.
+    """
+    answers = (find(name) for find in ANSWERS.objects())
+    return next((text for text in answers if text is not None), None)
+
+
+def explain_arguments(where: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> str:
+    """Say, for each argument that ``where`` does not take, what replaces it or what is known."""
+    answers = []
+    for key, value in given.items():
+        name = value if key == "type" and isinstance(value, str) else key
+        if (text := answer(name)) is not None:
+            answers.append(text)
+        elif key != "optimizer" or where == "Runner":
+            answers.append(unknown("argument", key, known))
+    return f"{where}: {'; '.join(answers)}"
+
+
+def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
+    """Turn pydantic's report into one line: each bad option, its value and what was expected.
+
+    Args:
+        error: The report.
+        known: The names of the options, to suggest the nearest one.
+    """
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            name = item["input"] if where == "type" else where
+            parts.append(answer(str(name)) or unknown("option", where, known))
+        elif item["type"] == "missing":
+            parts.append(f"it needs {where}=...")
+        elif where:
+            parts.append(f"{where}={item['input']!r}: {item['msg']}")
+        else:
+            parts.append(item["msg"].removeprefix("Value error, "))
+    return "; ".join(parts)

@@ -1,0 +1,220 @@
+"""The plugin manager: selects the plugins of a Runner, configures them, and keeps their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pluggy
+
+from hookengine.events.active import ActivePlugins
+from hookengine.events.blame import blame
+from hookengine.events.checks import check_methods
+from hookengine.events.dispatch import observed
+from hookengine.events.hookspecs import EVENTS
+from hookengine.events.order import resolve_order
+from hookengine.events.plugin import DEFAULT_PLUGINS
+from hookengine.events.selection import PluginLike, Selection, entry_name
+
+
+class PluginManager(ActivePlugins):
+    """The plugins of a Runner, in order; ``hooks`` calls them.
+
+    Args:
+        plugins: Names, ``dict(type=NAME or class, **options)``, instances, or ``"no:NAME"`` to
+            switch a default off. Naming a default gives its options.
+        defaults: Names of the plugins that are on without being named.
+
+    Raises:
+        ValueError: a name twice, or an order that is a cycle.
+        KeyError: an unknown name. ImportError: one that cannot be imported.
+        TypeError: a misspelt event, an option that does not exist or does not validate.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[PluginLike] | None = (),
+        defaults: Sequence[str] = DEFAULT_PLUGINS,
+    ) -> None:
+        super().__init__()
+        self._selection = Selection(plugins, defaults)
+        self._open: list[str] = []
+        self.configured: set[str] = set()
+        self._arrange(self._selection.plugins)
+
+    @property
+    def blocked(self) -> list[str]:
+        """Names of the plugins that would be on but are switched off, sorted."""
+        return self._selection.blocked
+
+    def source(self, name: str) -> str:
+        """Return where a plugin comes from: ``distribution version``, or its module."""
+        return self._selection.sources.get(name) or self._module(name)
+
+    # -- in mid-run -----------------------------------------------------------------------------
+
+    def configure(self) -> None:
+        """Emit ``configure``; remembers who was told, for ``unconfigure``."""
+        impls = self.hook.configure.get_hookimpls()[::-1]
+        self.configured |= {*self.order} - {impl.plugin_name for impl in impls}
+        for impl in impls:
+            self.configured.add(impl.plugin_name)
+            self._call(impl, "configure")
+
+    def unconfigure(self) -> None:
+        """Emit ``unconfigure`` to all who were configured, in reverse order, once each.
+
+        Raises:
+            BaseExceptionGroup: what they raised, after all were told; one alone as it is.
+        """
+        errors: list[BaseException] = []
+        impls = self.hook.unconfigure.get_hookimpls()  # from the last to call to the first
+        told, self.configured = self.configured, set()
+        for impl in impls:
+            if impl.plugin_name in told:
+                try:
+                    self._call(impl, "unconfigure")
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else BaseExceptionGroup("in unconfigure", errors)
+
+    @contextmanager
+    def opened(self, event: str) -> Iterator[None]:
+        """Remember that ``event``, a ``before_*``, is open; who is added meanwhile is told it."""
+        self._open.append(event)
+        try:
+            yield
+        finally:
+            self._open.remove(event)
+
+    def add(self, plugin: PluginLike, *, replace: bool = False) -> str:
+        """Switch a plugin on, also in mid-run; returns its name.
+
+        In mid-run it is told ``configure`` and the ``before_*`` events that are open.
+
+        Raises:
+            ValueError: the name is taken, or (in a built Runner) the plugin has build events.
+        """
+        runner = self._hooks.runner
+        if runner is not None and runner.closed:
+            raise RuntimeError("this Runner is closed: no plugin can be added to it")
+        name = entry_name(plugin)
+        if name in self._declared and not replace:
+            raise ValueError(f"the plugin {name!r} is on already; remove({name!r}) it first")
+        built = self._selection.build(name, plugin)
+        check_methods(name, built)
+        if runner is not None and runner.built:
+            build = [e.name for e in EVENTS.values() if e.subject == "build"]
+            if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
+                raise ValueError(
+                    f"the plugin {name!r} implements {', '.join(missed)}, and this Runner is built "
+                    "already: pass it as Runner(plugins=[...])"
+                )
+        resolve_order({**self._declared, name: built})
+        if name in self._declared:
+            self.remove(name)
+        self._arrange({**self._declared, name: built})
+        if runner is not None:
+            self.configured.add(name)
+            try:
+                for event in ("configure", *self._open):
+                    self._tell(name, event)
+            except BaseException as error:
+                self.blame(error)  # before it is off, and nobody's any more
+                try:
+                    self.remove(name)
+                except Exception as other:
+                    error.add_note(f"and then, in unconfigure, {type(other).__name__}: {other}")
+                raise
+        return name
+
+    def remove(self, name: str) -> None:
+        """Switch a plugin off, also in mid-run; it is told ``unconfigure``.
+
+        The event that is being emitted at that moment may still reach it.
+        """
+        if name not in self._declared:  # a function's short name will do
+            ends = [full for full in self._declared if full.endswith(f":{name}")]
+            name = ends[0] if len(ends) == 1 else name
+        self[name]
+        try:
+            if name in self.configured:
+                self.configured.discard(name)
+                self._tell(name, "unconfigure")
+        finally:
+            self._arrange({n: p for n, p in self._declared.items() if n != name})
+
+    def _tell(self, name: str, event: str) -> None:
+        for impl in getattr(self.hook, event).get_hookimpls():
+            if impl.plugin_name == name:
+                self._call(impl, event)
+
+    def _call(self, impl: pluggy.HookImpl, event: str) -> None:
+        """Emit an event whose only argument is the Runner, to one implementation."""
+        wanted = len(impl.argnames) + len(impl.kwargnames)
+        observed(event, impl, self._observers)(*[self._hooks.runner] * wanted)
+
+    # -- state and blame ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states that are not empty, by plugin name."""
+        return self._collect("state_dict")
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The states of this rank that are not empty, by plugin name."""
+        return self._collect("rank_state_dict")
+
+    def _collect(self, method: str) -> dict[str, Any]:
+        states = {n: getattr(p, method)() for n, p in self.items() if hasattr(p, method)}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+        """Give every plugin its state back.
+
+        Args:
+            states: What ``state_dict`` returned.
+            allow: Names that may be missing on either side.
+
+        Raises:
+            ValueError: a state without its plugin, or a plugin whose state is missing.
+        """
+        allowed = set(allow)
+        problems = [(n, text) for n, text in self.differences(states) if n not in allowed]
+        if problems:
+            texts = "; ".join(f"{name}: {text}" for name, text in problems)
+            raise ValueError(f"the plugins differ from those of the state: {texts}")
+        self.restore(states)
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Give each plugin that is on its state, without looking for differences."""
+        for name, state in states.items():
+            if name in self._declared:
+                self[name].load_state_dict(state)
+
+    def differences(
+        self, states: Mapping[str, Any], were_on: Iterable[str] = ()
+    ) -> Iterator[tuple[str, str]]:
+        """The plugins that have a state on one side only, and what there is to say.
+
+        Args:
+            states: What ``state_dict`` returned.
+            were_on: Plugins that were on then: one of them may have had nothing to keep yet.
+        """
+        for name in sorted({*states} - {*self}):
+            yield name, f"there is a state of {name!r}, which is not on: switch it on"
+        for name in sorted({*self.state_dict()} - {*states} - {*were_on}):
+            yield name, f"there is no state for {name!r}, which is on: switch it off"
+
+    def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give every plugin that is on the state of this rank back."""
+        for name, state in states.items():
+            if name in self._declared:
+                self[name].load_rank_state_dict(state)
+
+    def blame(self, error: BaseException) -> None:
+        """Add a note to ``error``: which plugin raised it, in which event, at which iteration."""
+        impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
+        progress = getattr(self._hooks.runner, "progress", None)
+        blame(error, impls, self.source, progress)

@@ -1,0 +1,130 @@
+"""Which plugins are on: the defaults and the user's, by name, as a dict, or as instances."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from hookengine.events.answers import answer
+from hookengine.events.plugin import DEFAULT_PLUGINS, name_of
+from hookengine.events.registry import PLUGINS, distribution_of, unknown
+
+PluginLike: TypeAlias = str | Mapping[str, Any] | object
+
+
+class Selection:
+    """The plugins of one Runner, built from what the user passed.
+
+    Args:
+        entries: Names, ``dict(type=NAME or class, **options)``, instances, or ``"no:NAME"``.
+        defaults: Names of the plugins that are on without being named.
+
+    Attributes:
+        plugins: The plugins by name: the defaults first, then the user's, as given.
+        sources: ``distribution version`` of each plugin that an entry point offers.
+        blocked: Names of the plugins that would be on but are switched off, sorted.
+    """
+
+    def __init__(self, entries: Iterable[PluginLike] | None, defaults: Sequence[str]) -> None:
+        self.sources: dict[str, str] = {}
+        named, off = _named(entries, defaults)
+        wanted: dict[str, PluginLike] = {**{name: name for name in defaults}, **named}
+        off |= _disabled_by_environment(wanted)
+        self.blocked = sorted(off & wanted.keys())
+        self.plugins = {n: self.build(n, entry) for n, entry in wanted.items() if n not in off}
+
+    def build(self, name: str, entry: PluginLike) -> object:
+        """Build one plugin and remember its source.
+
+        Raises:
+            KeyError: the name is unknown. ImportError: the plugin cannot be imported.
+            TypeError: the entry is a class, or an option does not exist or does not validate.
+        """
+        if isinstance(entry, str):
+            entry = {"type": entry}
+        if isinstance(entry, type):
+            raise TypeError(
+                f"the plugin {name!r} is a class: pass an instance, {entry.__name__}(...), or "
+                f"dict(type={entry.__name__}, ...)"
+            )
+        kind = entry["type"] if isinstance(entry, Mapping) else type(entry)
+        if isinstance(kind, str) and kind not in PLUGINS and (text := answer(kind)):
+            raise KeyError(f"there is no plugin {kind!r}: {text}")
+        point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
+        if point is not None:
+            self.sources[name] = distribution_of(point)
+        _warn_of_priority(name, kind)
+        if not isinstance(entry, Mapping):
+            return entry
+        options = {key: value for key, value in entry.items() if key != "plugin_name"}
+        plugin = PLUGINS.build(options)
+        if "plugin_name" in entry:
+            plugin.plugin_name = name
+        return plugin
+
+
+def entry_name(entry: PluginLike) -> str:
+    """Return the name of the plugin that an entry of ``plugins=[...]`` stands for.
+
+    Raises:
+        KeyError: a dict without a ``type``.
+    """
+    if isinstance(entry, Mapping):
+        if "type" not in entry:
+            raise KeyError(f"a plugin needs a 'type', a name or a class; got {dict(entry)!r}")
+        entry = entry.get("plugin_name") or entry["type"]
+    if isinstance(entry, str):
+        return entry
+    name = name_of(entry)
+    cls = entry if isinstance(entry, type) else type(entry)
+    if name != name_of(cls):
+        return name  # the instance was renamed
+    point = PLUGINS.offered_as(cls)  # other plugins know it by this name
+    return name if point is None else point.name
+
+
+def _named(
+    entries: Iterable[PluginLike] | None, defaults: Sequence[str]
+) -> tuple[dict[str, PluginLike], set[str]]:
+    """Split the user's entries into those to switch on, by name, and the names to switch off."""
+    if entries is None:
+        entries = ()
+    if isinstance(entries, str | Mapping) or not isinstance(entries, Iterable):
+        raise TypeError(f"plugins= takes a list, got {entries!r}: write plugins=[...]")
+    named: dict[str, PluginLike] = {}
+    off: set[str] = set()
+    for entry in entries:
+        if isinstance(entry, str) and entry.startswith("no:"):
+            name = entry.removeprefix("no:")
+            if name not in defaults and name not in DEFAULT_PLUGINS:
+                raise KeyError(unknown("default plugin", name, DEFAULT_PLUGINS))
+            off.add(name)
+            continue
+        name = entry_name(entry)
+        if name in named:
+            raise ValueError(
+                f"the plugin {name!r} is given twice; give one of them another name, with the "
+                "option plugin_name"
+            )
+        named[name] = entry
+    return named, off
+
+
+def _disabled_by_environment(wanted: Mapping[str, PluginLike]) -> set[str]:
+    listed = os.environ.get("HOOKENGINE_DISABLE", "").split(",")
+    names = {name.strip() for name in listed if name.strip()}
+    for name in names - wanted.keys() - {*DEFAULT_PLUGINS}:
+        if name not in PLUGINS:
+            what = unknown("plugin", name, {*wanted, *PLUGINS.names()})
+            warnings.warn(f"HOOKENGINE_DISABLE: {what}", stacklevel=2)
+    return names
+
+
+def _warn_of_priority(name: str, kind: Any) -> None:
+    """Warn if a class sets ``priority``, as MMEngine's hooks do: it has no effect here."""
+    own = vars(kind) if isinstance(kind, type) else {}
+    is_option = "priority" in own.get("__annotations__", {})
+    if isinstance(own.get("priority"), str) and not is_option and (text := answer("priority")):
+        warnings.warn(f"plugin {name!r}: {text}", stacklevel=2)

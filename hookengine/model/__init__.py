@@ -1,0 +1,32 @@
+"""What ``hookengine.model`` exports: the base classes, and the names that plugins contribute.
+
+``from hookengine.model import ImgDataPreprocessor`` asks the ``MODELS`` registry, which imports
+the plugin that offers the name in the entry-point group ``hookengine.model``. Type checkers and
+editors read the same names from ``__init__.pyi``, which ``make docs`` writes.
+"""
+
+from typing import Any
+
+from hookengine.events.registry import MODELS
+from hookengine.model.base_model import BaseModel
+from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+
+_BASES = (BaseModel, BaseModule, ModuleDict, ModuleList, Sequential)
+_OWN = {cls.__name__ for cls in _BASES}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted({*_OWN, *MODELS.own_entry_points()})
+    if name.startswith("__"):
+        raise AttributeError(name)
+    try:
+        return MODELS.get(name)
+    except KeyError as error:
+        raise AttributeError(
+            f"module 'hookengine.model' has no {name!r}; {error.args[0]}"
+        ) from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*_OWN, *MODELS.names()})

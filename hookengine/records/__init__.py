@@ -1,0 +1,1 @@
+"""What sinks receive: records, the media in them, and the thread that delivers them."""

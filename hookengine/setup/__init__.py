@@ -1,0 +1,1 @@
+"""What a Runner accepts, and what it becomes: arguments, state, description, answers."""
