@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -9,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookengine import dist
+from hookengine.events.plugin import snake_case
 from hookengine.events.registry import unknown
 
 _GREATER = re.compile(
@@ -26,8 +29,7 @@ def greater_is_better(metric: str) -> bool | None:
     """Whether more of a metric is better, as far as the words of its name tell; else None."""
     words = set()
     for part in re.split(r"[^A-Za-z0-9]+", re.sub(r"(?i)top_(\d)", r"top\1", metric)):
-        camel = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", part)
-        words |= {word.lower() for word in (part, *camel.split())}
+        words |= {part.lower(), *snake_case(part).split("_")}
     words |= {word.rstrip("0123456789") for word in words}
     greater, less = any(map(_GREATER.fullmatch, words)), any(map(_LESS.fullmatch, words))
     return None if greater == less or any(map(_NEITHER.fullmatch, words)) else greater
@@ -252,6 +254,83 @@ class Evaluator:
         for chunk in _chunks(iter(data_samples), chunk_size):
             self.process(chunk, None if inputs is None else next(inputs))
         return self.evaluate(len(data_samples))
+
+
+class EvaluationPass:
+    """One pass over an evaluation dataloader: its samples, its losses, its metrics.
+
+    Args:
+        evaluator: The metrics, or None if only the losses are wanted.
+    """
+
+    def __init__(self, evaluator: Evaluator | None) -> None:
+        self.evaluator = evaluator
+        self._losses: list[Mapping[str, Tensor]] = []
+        self._sizes: list[int] = []
+
+    def add(self, data_batch: Any, outputs: Any, losses: Mapping[str, Tensor], size: int) -> None:
+        """Add one batch.
+
+        Args:
+            data_batch: The batch.
+            outputs: What the model returned for it in ``mode="predict"``.
+            losses: Scalar tensors by name, means over the batch; they stay on their device.
+            size: The number of samples in the batch.
+        """
+        self._losses.append(losses)
+        self._sizes.append(size)
+        if self.evaluator is not None:
+            self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+
+    def summarize(self, dataset_size: int | None, consecutive: bool) -> dict[str, Any] | None:
+        """Return the losses and metrics over the batches of all ranks, or None without a batch.
+
+        Args:
+            dataset_size: The number of samples in the dataset, or None if it is unknown.
+            consecutive: How the samples were shared, see ``dist.collect_results``.
+
+        Raises:
+            ValueError: A metric and a loss have the same name.
+        """
+        shares = dist.all_gather_objects((self._weighted_losses(), sum(self._sizes)))
+        size = sum(count for _, count in shares)
+        if size == 0:
+            return None
+        metrics = _mean_over_samples([values for values, _ in shares], size)
+        if self.evaluator is not None:
+            total = size if dataset_size is None else dataset_size
+            # A rank that saw the whole dataset was not given a share: it has its own data.
+            own = dataset_size is not None and any(count >= dataset_size for _, count in shares)
+            for name, value in self.evaluator.evaluate(total, own or consecutive).items():
+                if name in metrics:
+                    raise ValueError(
+                        f"a metric and a loss are both called {name!r}: give the metric a prefix"
+                    )
+                metrics[name] = value
+        return metrics
+
+    def _weighted_losses(self) -> dict[str, list[float]]:
+        """Return each batch's losses by name, times its samples; synchronizes the device once."""
+        names = [name for batch in self._losses for name in batch]
+        if not names:
+            return {}
+        values = [value for batch in self._losses for value in batch.values()]
+        dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
+        read = torch.stack([value.to(dtype) for value in values]).tolist()
+        counts = [n for batch, n in zip(self._losses, self._sizes, strict=True) for _ in batch]
+        weighted: dict[str, list[float]] = {}
+        for name, value, count in zip(names, read, counts, strict=True):
+            weighted.setdefault(name, []).append(value * count)
+        return weighted
+
+
+def _mean_over_samples(shares: list[dict[str, list[float]]], size: int) -> dict[str, float]:
+    """Average the losses over the samples of all ranks; the split into shares has no effect."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {
+        name: math.fsum(value for share in shares for value in share.get(name, ())) / size
+        for name in names
+    }
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

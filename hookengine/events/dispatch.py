@@ -1,9 +1,9 @@
-"""pluggy's hook callers resolved into generated direct calls.
+"""Resolve pluggy's hook callers into generated direct calls.
 
 pluggy registers, validates and orders the implementations; it is not on the hot path. Each event
-becomes one plain function, generated as ``dataclasses`` generates ``__init__``: a shared empty
-one where nobody implements the event, otherwise a straight sequence of positional calls, each
-with just the arguments that the implementation declares.
+becomes one plain function, generated as ``dataclasses`` generates ``__init__``. An event that no
+plugin implements gets a shared empty function. Any other event gets a straight sequence of calls,
+each with only the arguments that the implementation declares.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from hookengine.events.hookspecs import EVENTS, Event, HookSpecs
 
 Function = Callable[..., Any]
 Observer = Callable[[str, pluggy.HookImpl, Function], Function]
-"""(event, implementation, function) -> the function to call in its place."""
+"""``(event, implementation, function)`` -> the function to call instead of ``function``."""
+
+# The plugin manager calls these two itself, one implementation at a time.
+COMPILED = [e for name, e in EVENTS.items() if name not in ("configure", "unconfigure")]
 
 
 class Hooks:
-    """One callable per event, and the Runner that they belong to.
+    """One function per event, and the Runner that they belong to.
 
-    A copy or an unpickled one is silent: a copied model does not speak for the Runner.
+    A copied or unpickled instance is silent, so that a copied model emits no events.
     """
 
-    __slots__ = (*EVENTS, "__weakref__", "runner")
+    __slots__ = (*(event.name for event in COMPILED), "__weakref__", "runner")
 
     runner: Any
 
     def __init__(self) -> None:
         self.runner = None
-        for event in EVENTS.values():
+        for event in COMPILED:
             setattr(self, event.name, compile_event(event, ()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookSpecs:
@@ -45,15 +48,13 @@ class Hooks:
 
 def resolve(hooks: Hooks, relay: pluggy.HookRelay, observers: Sequence[Observer] = ()) -> None:
     """Point every event of ``hooks`` at the implementations that ``relay`` holds now."""
-    for event in EVENTS.values():
-        impls = getattr(relay, event.name).get_hookimpls()
-        if not event.kind.reverse:  # pluggy keeps the one to call first at the end
-            impls.reverse()
+    for event in COMPILED:
+        impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy keeps the first one last
         setattr(hooks, event.name, compile_event(event, impls, observers))
 
 
 def observed(event: str, impl: pluggy.HookImpl, observers: Sequence[Observer]) -> Function:
-    """The function of an implementation, as the observers have wrapped it."""
+    """Return the function of an implementation, wrapped by the observers in turn."""
     function: Function = impl.function
     for observe in observers:
         function = observe(event, impl, function)
@@ -115,8 +116,8 @@ def _body(event: Event, calls: list[str]) -> list[str]:
     return [*lines, f"return tuple([r for r in ({', '.join(results)}) if r is not None])"]
 
 
-# What stands in for an event that nobody implements: shared, and without *args, which would
-# allocate a tuple at every call. No event has more than four arguments (a test holds that).
+# The functions of events that no plugin implements. They are shared, and have no *args, which would
+# allocate a tuple at every call. A test ensures that no event has more than four arguments.
 
 
 def _nothing(a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> None:
@@ -146,7 +147,7 @@ def _empty(event: Event) -> Function:
 
 
 SILENT = cast(HookSpecs, Hooks())
-"""Hooks without any implementation: for an optimizer wrapper or a model that no Runner has."""
+"""Hooks without implementations, for an optimizer wrapper or a model outside a Runner."""
 
 
 def _silent() -> HookSpecs:

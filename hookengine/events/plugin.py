@@ -32,7 +32,8 @@ DEFAULT_PLUGINS = (
 CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-def _snake_case(name: str) -> str:
+def snake_case(name: str) -> str:
+    """Return a name in snake case: ``HTTPServer`` becomes ``http_server``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
@@ -68,7 +69,7 @@ class Plugin:
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.plugin_name = name or _snake_case(cls.__name__)
+        cls.plugin_name = name or snake_case(cls.__name__)
         cls._by_keyword = cls._by_keyword and "__init__" not in cls.__dict__
         if cls._by_keyword:
             pydantic_dataclass(cls, config=CONFIG, eq=False, kw_only=True, repr=True)
@@ -139,7 +140,7 @@ def name_of(plugin: object) -> str:
         return named
     if isinstance(plugin, types.ModuleType):
         return plugin.__name__
-    return _snake_case((plugin if isinstance(plugin, type) else type(plugin)).__name__)
+    return snake_case((plugin if isinstance(plugin, type) else type(plugin)).__name__)
 
 
 class FunctionPlugin:

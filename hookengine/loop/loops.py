@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hookengine import dist
-from hookengine.evaluator import Evaluator
+from hookengine.evaluator import EvaluationPass, Evaluator
 from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.data import batch_size, dataset_size, iterate_from, length_of
 from hookengine.loop.optim import combine
@@ -287,64 +285,20 @@ class EvalLoop:
     def _run_batches(self, model: nn.Module) -> dict[str, Any]:
         runner, hooks, phase = self.runner, self.runner.hooks, self.phase
         step = getattr(model, f"{phase}_step")
-        losses: list[Mapping[str, Tensor]] = []
-        sizes: list[int] = []
+        evaluation = EvaluationPass(self.evaluator)
         for batch_idx, data_batch in enumerate(self.dataloader):
             data_batch = getattr(hooks, f"before_{phase}_iter")(runner, batch_idx, data_batch)
             with combine(hooks.forward_context(runner, model, None, phase), runner):
                 outputs = step(data_batch)
-                if self.cfg.loss:
-                    losses.append(model.loss_step(data_batch))  # type: ignore[operator]
-            sizes.append(batch_size(data_batch))
-            if self.evaluator is not None:
-                self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+                losses = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
+            evaluation.add(data_batch, outputs, losses, batch_size(data_batch))
             getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
         hooks.before_metrics(runner, model, phase)
-        return self._summarize(losses, sizes)
-
-    def _summarize(self, losses: list[Mapping[str, Tensor]], sizes: list[int]) -> dict[str, Any]:
-        shares = dist.all_gather_objects((_weighted(losses, sizes), sum(sizes)))
-        size = sum(count for _, count in shares)
-        if size == 0:
+        consecutive = bool(getattr(self.dataloader, "consecutive", False))
+        metrics = evaluation.summarize(dataset_size(self.dataloader), consecutive)
+        if metrics is None:
             raise ValueError(
-                f"the {self.phase} dataloader gave no batch: nothing was evaluated. An iterator (a "
-                "generator) can be gone through once: pass an iterable that starts anew each time"
+                f"the {phase} dataloader gave no batch, so nothing was evaluated. An iterator (a "
+                "generator) can be used only once: pass an iterable that starts over each time"
             )
-        metrics = _mean_over_samples([values for values, _ in shares], size)
-        if self.evaluator is not None:
-            total = dataset_size(self.dataloader)
-            # A rank that has seen a whole dataset was dealt nothing: it has one of its own.
-            own = total is not None and any(count >= total for _, count in shares)
-            consecutive = own or bool(getattr(self.dataloader, "consecutive", False))
-            evaluated = self.evaluator.evaluate(size if total is None else total, consecutive)
-            for name, value in evaluated.items():
-                if name in metrics:
-                    raise ValueError(
-                        f"a metric and a loss are both called {name!r}: give the metric a prefix"
-                    )
-                metrics[name] = value
         return metrics
-
-
-def _weighted(losses: list[Mapping[str, Tensor]], sizes: list[int]) -> dict[str, list[float]]:
-    """The losses of all batches by name, times the samples; read with one synchronisation."""
-    names = [name for batch in losses for name in batch]
-    if not names:
-        return {}
-    values = [value for batch in losses for value in batch.values()]
-    dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
-    read = torch.stack([value.to(dtype) for value in values]).tolist()
-    counts = [size for batch, size in zip(losses, sizes, strict=True) for _ in batch]
-    weighted: dict[str, list[float]] = {}
-    for name, value, count in zip(names, read, counts, strict=True):
-        weighted.setdefault(name, []).append(value * count)
-    return weighted
-
-
-def _mean_over_samples(shares: list[dict[str, list[float]]], size: int) -> dict[str, float]:
-    """The losses averaged over the samples of all ranks; the same however they were shared."""
-    names = dict.fromkeys(name for share in shares for name in share)
-    return {
-        name: math.fsum(value for share in shares for value in share.get(name, ())) / size
-        for name in names
-    }

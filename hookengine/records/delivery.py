@@ -1,164 +1,220 @@
-"""How records reach a sink: its queue, its thread, what it holds, and what it has missed."""
+"""How records reach a sink: its queue and its thread, what it holds, and what it has missed."""
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from hookengine.records.record import Record
 
-if TYPE_CHECKING:
-    from hookengine.records.sink import Sink
-
-
 _this_thread = threading.local()
-"""``sink``: whose thread it is, also when that sink has finished, or serves another Runner."""
+"""``owner``: the sink that this thread writes to, even after that sink serves another Runner."""
 
 
-def on_thread_of(sink: Sink) -> bool:
-    """Whether this is the thread that writes to the sink."""
-    return getattr(_this_thread, "sink", None) is sink
+def on_thread_of(owner: object) -> bool:
+    """Return whether the current thread is one that writes to this sink."""
+    return getattr(_this_thread, "owner", None) is owner
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What a delivery calls. Each function gets the Runner, and runs on the delivery's thread.
+
+    Attributes:
+        name: The sink's name, for the thread and for warnings.
+        open: Called before the first record.
+        write: Called for each record that the sink does not hold yet.
+        skip: Called for each record that it holds already.
+        close: Called after the last record.
+        pause: Returns for how many seconds records are gathered before they are written.
+    """
+
+    name: str
+    open: Callable[[Any], None]
+    write: Callable[[Any, Record], None]
+    skip: Callable[[Any, Record], None]
+    close: Callable[[Any], None]
+    pause: Callable[[], float]
 
 
 class Delivery:
-    """The queue, the thread and the counts of one sink."""
+    """The queue, the thread and the counts of one sink, for one Runner.
 
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
+    Args:
+        owner: The sink; see ``on_thread_of``.
+        destination: What to call.
+        runner: The Runner whose records these are, or None if there is none yet.
+
+    Attributes:
+        held: Per phase, the last iteration of which the sink held a record before it was opened.
+        continues: Whether the run resumes a history, part of which the sink may hold.
+        records: How many records were written.
+        failures: How many calls raised an exception.
+        dropped: How many records were dropped, and not replayed from the history since.
+        started: Whether the thread has been started.
+    """
+
+    def __init__(self, owner: object, destination: Destination, runner: Any = None) -> None:
+        self.runner = runner
         self.held: dict[str, int] = {}
-        self.records = self.failures = self.dropped = 0
-        self.opened = False
-        self.behind = self.behind_told = False
-        self.hurry = threading.Event()
-        self.lock = threading.Lock()
-        self.queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self.thread: threading.Thread | None = None
-        self.written: dict[str, int] = {}
-        self.left_behind = 0
         self.continues = False
-        self.history: Iterable[Record] | None = None
-        self.runner: Any = None
+        self.records = self.failures = self.dropped = 0
+        self.thread: threading.Thread | None = None
+        self._owner = owner
+        self._to = destination
+        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self._written: dict[str, int] = {}
+        self._opened = self._retired = False
+        self._behind = self._warned_behind = False
+        self._left_behind = 0
 
     @property
-    def serves(self) -> bool:
-        """Whether the sink has not been given to another Runner meanwhile."""
-        return self.sink._state is self
+    def started(self) -> bool:
+        """Whether the thread has been started."""
+        return self.thread is not None
+
+    def retire(self) -> None:
+        """Write nothing more: the sink serves another Runner now."""
+        self._retired = True
+
+    # -- what goes into the queue -----------------------------------------------------------------
 
     def put(self, job: Callable[[], object]) -> None:
-        """Have ``job`` done after those before it."""
+        """Run ``job`` on the thread, after the jobs before it."""
         if self.thread is None:
-            name = f"sink {self.sink.plugin_name}"
+            name = f"sink {self._to.name}"
             self.thread = threading.Thread(target=self._work, name=name, daemon=True)
             self.thread.start()
-        self.queue.put(job)
+        self._queue.put(job)
 
-    def put_record(self, record: Record, write: Callable[[], None]) -> None:
-        """Have a record written, unless too many wait; from then on, until all of them are."""
-        with self.lock:
-            if self.behind or self.queue.qsize() >= self.sink.queue_size:
-                self.behind = True
+    def put_record(self, record: Record, limit: int) -> None:
+        """Write a record, or drop it if ``limit`` jobs are waiting.
+
+        Once a record has been dropped, all later ones are dropped too until the queue has drained,
+        so that the history can supply them in order.
+        """
+        with self._lock:
+            if self._behind or self._queue.qsize() >= limit:
+                self._behind = True
                 self.dropped += 1
             else:
-                self.put(lambda: self.deliver(record, write))
+                self.put(lambda: self._deliver(record))
                 return
-        if not self.behind_told:
-            self.behind_told = True
+        if not self._warned_behind:
+            self._warned_behind = True
             self.warn("cannot keep up; records are left for later (metrics.jsonl has them all)")
 
+    def replay(self, records: Iterable[Record]) -> None:
+        """Write the records that the sink does not hold, however many wait.
+
+        Args:
+            records: Read once, on the thread.
+        """
+        self.put(lambda: self._fill(records))
+
+    def catch_up_first(self) -> None:
+        """Write what the history holds before any new record: the run began before the sink."""
+        self.continues = self._history() is not None
+        self._behind = self.continues
+        self.put(lambda: None)  # the thread catches up after this job
+
+    def expect_repetition(self) -> None:
+        """Skip what was written before, since records may come again after a load."""
+        if self.thread is None:
+            self._hold_written()
+        else:
+            self.put(self._hold_written)  # after the records that still wait
+
+    # -- the thread -------------------------------------------------------------------------------
+
     def _work(self) -> None:
-        _this_thread.sink = self.sink
+        _this_thread.owner = self._owner
         self.guard("open", self._open, everything=True)
         for job in self._jobs():
-            if self.serves:
+            if not self._retired:
                 job()
-                if self.behind and self.queue.empty():
+                if self._behind and self._queue.empty():
                     self._catch_up()
-            self.queue.task_done()
-        if self.serves:
-            self.guard("close", lambda: self.sink.close(self.runner), everything=True)
-        self.queue.task_done()
+            self._queue.task_done()
+        if not self._retired:
+            self.guard("close", lambda: self._to.close(self.runner), everything=True)
+        self._queue.task_done()
 
     def _open(self) -> None:
-        self.sink.open(self.runner)
-        self.opened = True
+        self._to.open(self.runner)
+        self._opened = True
 
     def _jobs(self) -> Iterator[Callable[[], object]]:
         while True:
-            gathered = not self.queue.empty()
-            job = self.queue.get()
+            gathered = not self._queue.empty()
+            job = self._queue.get()
             if job is None:
                 return
-            if not gathered:  # a batch costs training one change of threads
-                self.hurry.wait(self.sink.pause)
+            if not gathered:  # a batch of records costs training one switch of threads
+                self._hurry.wait(self._to.pause())
             yield job
 
-    def deliver(self, record: Record, write: Callable[[], None]) -> None:
-        """Write one record, on the thread, unless the sink has it already."""
-        if not self.opened:
-            with self.lock:
+    def _deliver(self, record: Record) -> None:
+        if not self._opened:
+            with self._lock:
                 self.dropped += 1
         elif record.iter > self.held.get(record.phase, -1):
-            self.written[record.phase] = record.iter
+            self._written[record.phase] = record.iter
             failures = self.failures
-            self.guard("write", write, everything=True)
+            self.guard("write", lambda: self._to.write(self.runner, record), everything=True)
             self.records += self.failures == failures
         else:
-            self.guard("skip", lambda: self.sink.skip(self.runner, record), everything=True)
+            self.guard("skip", lambda: self._to.skip(self.runner, record), everything=True)
 
     def _catch_up(self) -> None:
-        """Take what was dropped from the history, if somebody keeps one."""
-        with self.lock:  # what comes from here on is in the queue, and may be in the history too
-            self.behind, missed = False, self.dropped
-        history = self.guard("history", lambda: self.runner.hooks.history(self.runner))
+        """Write what was dropped, from the history if a plugin keeps one."""
+        with self._lock:  # later records are queued, and may be in the history as well
+            self._behind, missed = False, self.dropped
+        history = self.guard("history", self._history)
         if history is None:
             return
-        self.repeat()
-        if self.fill(history):
-            with self.lock:
+        self._hold_written()
+        if self._fill(history):
+            with self._lock:
                 self.dropped -= missed
-        self.repeat()
+        self._hold_written()
 
-    def fill(self, records: Iterable[Record]) -> bool:
-        """Write what the sink does not hold, on the thread; returns whether all were read."""
-        write = cast(Any, self.sink).write  # a sink is a plugin that has one
+    def _history(self) -> Iterable[Record] | None:
+        records: Iterable[Record] | None = self.runner.hooks.history(self.runner)
+        return records
+
+    def _fill(self, records: Iterable[Record]) -> bool:
+        """Write the records that the sink does not hold; return whether all could be read."""
 
         def each() -> bool:
             for record in records:
-                self.deliver(record, functools.partial(write, self.runner, record))
+                self._deliver(record)
             return True
 
         return bool(self.guard("history", each, everything=True))
 
-    def join_late(self) -> None:
-        """Begin with what the history has of a run that goes on already."""
-        self.continues = self.runner.hooks.history(self.runner) is not None
-        self.behind = self.continues
-        self.put(lambda: None)  # after which the thread catches up
-
-    def after_load(self) -> None:
-        """What was written until now may come again."""
-        if self.thread is None:
-            self.repeat()
-        else:
-            self.put(self.repeat)  # after what still waits
-
-    def repeat(self) -> None:
-        """Take what was written so far for held."""
-        for phase, iteration in self.written.items():
+    def _hold_written(self) -> None:
+        for phase, iteration in self._written.items():
             self.held[phase] = max(iteration, self.held.get(phase, -1))
 
+    # -- failures ---------------------------------------------------------------------------------
+
     def guard(self, what: str, call: Callable[[], Any], everything: bool = False) -> Any:
-        """Run ``call``; an exception is counted, and the first one reported.
+        """Run ``call``; count an exception and warn about the first one.
 
         Args:
-            everything: Also SystemExit and the like, which would end the sink's thread.
+            what: The name of the method, for the warning.
+            call: Its return value is returned, or None if it raised.
+            everything: Also catch SystemExit and the like, which would end the thread.
         """
         try:
             return call()
@@ -167,51 +223,62 @@ class Delivery:
                 raise
             self.failures += 1
             if self.failures == 1:
-                self.warn(f"failed in {what}; training goes on", error)
+                self.warn(f"failed in {what}; training continues", error)
             return None
 
     def warn(self, message: str, error: BaseException | None = None) -> None:
+        """Log a warning about the sink, through the Runner's logger if there is one."""
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         logger = structlog.get_logger() if self.runner is None else self.runner.logger
-        name = self.sink.plugin_name
-        with suppress(Exception):  # a logger that fails is no reason to stop either
+        name = self._to.name
+        with suppress(Exception):  # a failing logger must not end training either
             logger.bind(plugin=name).warning(f"sink {name!r} {message}", **details)
 
+    # -- the end ----------------------------------------------------------------------------------
+
     def flush(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until the queue is empty; return whether it is.
+
+        A queue that has not moved since the last wait timed out is not waited for again.
+        """
         if self.thread is None:
             return True
-        if self.left_behind and self.queue.unfinished_tasks >= self.left_behind:
-            timeout = 0  # it has not moved since it was given up
+        if self._left_behind and self._queue.unfinished_tasks >= self._left_behind:
+            timeout = 0
         deadline = time.monotonic() + timeout
-        self.hurry.set()
+        self._hurry.set()
         try:
-            with self.queue.all_tasks_done:
-                while self.queue.unfinished_tasks:
+            with self._queue.all_tasks_done:
+                while self._queue.unfinished_tasks:
                     left = deadline - time.monotonic()
                     if left <= 0:
                         return self._give_up(timeout)
-                    self.queue.all_tasks_done.wait(left)
+                    self._queue.all_tasks_done.wait(left)
             return True
         finally:
-            self.hurry.clear()
+            self._hurry.clear()
 
     def _give_up(self, timeout: float) -> bool:
-        if not self.left_behind:
-            waiting = self.queue.unfinished_tasks
-            self.warn(f"did not finish within {timeout:g} s; {waiting} records wait")
-        self.left_behind = self.queue.unfinished_tasks
+        if not self._left_behind:
+            waiting = self._queue.unfinished_tasks
+            self.warn(f"did not finish within {timeout:g} s; {waiting} records are waiting")
+        self._left_behind = self._queue.unfinished_tasks
         return False
 
     def finish(self, timeout: float) -> None:
+        """Write what is left, close, and warn about lost records.
+
+        Waits at most ``timeout`` seconds for the queue, and as long for the thread.
+        """
         waiting = 0
         if self.thread is not None:
             done = self.flush(timeout)
-            waiting = 0 if done else self.queue.unfinished_tasks
-            self.queue.put(None)  # one that comes back later closes too
+            waiting = 0 if done else self._queue.unfinished_tasks
+            self._queue.put(None)  # a sink that hangs now and returns later closes too
             if done:
                 self.thread.join(timeout)
                 if self.thread.is_alive():
-                    self.warn(f"did not close within {timeout:g} s; it is left to itself")
+                    self.warn(f"did not close within {timeout:g} s; its thread is left running")
         self.thread = None
         if self.failures or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"

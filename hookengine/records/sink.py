@@ -1,4 +1,4 @@
-"""Sinks: plugins that hand records to somewhere else, and can fail or hang without harm."""
+"""Sinks: plugins that pass records on to another program, and can fail or hang without harm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hookengine import dist
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.plugin import Plugin
-from hookengine.records.delivery import Delivery, on_thread_of
+from hookengine.records.delivery import Delivery, Destination, on_thread_of
 from hookengine.records.record import Record
 
 if TYPE_CHECKING:
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 
 class Sink(Plugin):
-    """A plugin whose ``write(runner, record)`` runs on a thread of its own, behind a queue.
+    """A plugin whose ``write(runner, record)`` runs on its own thread, behind a queue.
 
-    A subclass defines ``write``, and may define ``open(runner)`` and ``close(runner)``, which
-    run on that thread before the first record and after the last one; of the Runner these three
-    ask for no more than ``name``, ``run_dir``, ``logger`` and ``describe()``, since records may be
-    replayed when there is no Runner any more. It may also answer events, on the main thread.
-    Whatever any of these raises is reported once and counted; training goes on, bit-identically.
+    A subclass defines ``write``. It may also define ``open(runner)`` and ``close(runner)``, which
+    run on the same thread before the first record and after the last one. These three methods may
+    use only ``name``, ``run_dir``, ``logger`` and ``describe()`` of the Runner, since records can
+    be replayed after the Runner is gone. A subclass may implement events too; they run on the main
+    thread. An exception raised by any of these methods is counted, the first one is logged as a
+    warning, and training continues with bit-identical weights.
 
-    The delay that a sink adds is bounded: a record that finds the queue full (``queue_size``
-    records are waiting) is dropped, without waiting; at the end of a run, at a load and in
-    ``unconfigure`` the queue is given ``flush_timeout`` seconds to run dry (one that has not moved
-    since is not waited for again), and ``close`` as many. What was dropped is made up for from the
-    ``history`` when the sink has caught up; what never was is counted and said at the end. A record
-    whose ``write`` has raised is not tried again.
+    The delay that a sink adds is bounded. A record that finds ``queue_size`` jobs waiting is
+    dropped at once. At the end of a run, at a load and in ``unconfigure``, the Runner waits at
+    most ``flush_timeout`` seconds for the queue to drain, and as long for ``close``; a queue that
+    has not moved since the last wait is not waited for again. After the queue drains, dropped
+    records are replayed from the ``history``. Records that could not be replayed are counted, and
+    a warning at the end gives their number. A record whose ``write`` raised an exception is not
+    tried again.
 
-    A run that goes on gives no gap and no repetition: ``open`` says in ``held`` what is there
-    already, by phase and iteration. A record at or before that is left out (``skip`` is told), and
-    what the event ``history`` has beyond it is written before anything else.
+    A resumed run leaves no gap and no repetition: ``open`` sets ``held`` to the last iteration of
+    each phase that is already there. Records up to that iteration go to ``skip`` instead of
+    ``write``, and records that the event ``history`` has beyond it are written first.
     """
 
     queue_size = 1000
@@ -51,101 +53,116 @@ class Sink(Plugin):
         super().__init_subclass__(**kwargs)
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse one that would write nothing."""
+        """Refuse a sink without ``write``."""
         if not hasattr(cls, "write"):
             raise TypeError(f"the sink {cls.__name__} has no write(self, runner, record)")
         return super().__new__(cls, *args, **options)
 
+    # -- what a subclass may override -------------------------------------------------------------
+
     def open(self, runner: Runner) -> None:
-        """Connect; on the sink's thread. May set ``held`` from what is there already."""
+        """Connect, on the sink's thread; may fill ``held`` from what is already there."""
 
     def close(self, runner: Runner) -> None:
-        """Disconnect; on the sink's thread, after the last record."""
+        """Disconnect, on the sink's thread, after the last record."""
 
     def skip(self, runner: Runner, record: Record) -> None:
-        """A record that the sink holds already; on the sink's thread."""
+        """Receive a record that the sink already holds, on the sink's thread."""
+
+    # -- what a subclass may use ------------------------------------------------------------------
 
     def enqueue(self, job: Callable[[], None]) -> None:
-        """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
-        self._state.put(lambda: self._state.guard("a job", job, everything=True))
+        """Run ``job`` on the sink's thread, after the records so far; count it if it fails."""
+        delivery = self._delivery
+        delivery.put(lambda: delivery.guard("a job", job, everything=True))
 
     def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
-        """Give the sink all of ``records`` that it does not hold, whatever ``queue_size`` is.
+        """Write all of ``records`` that the sink does not hold, whatever ``queue_size`` is.
 
         Args:
-            runner: The Runner, or what stands for it: with ``name``, ``run_dir``, ``logger`` and
-                ``describe()``, which is all that ``open``, ``write`` and ``close`` may ask for.
-            records: Read on the sink's thread, once.
-            continues: Whether to add to what is there of the run already; else it begins anew.
+            runner: The Runner, or a stand-in with ``name``, ``run_dir``, ``logger`` and
+                ``describe()``, which is all that ``open``, ``write`` and ``close`` may use.
+            records: Read once, on the sink's thread.
+            continues: Whether to add to what the sink already has of the run, or to start over.
         """
-        self._state.runner = runner
-        self._state.continues = continues
-        self._state.put(functools.partial(self._state.fill, records))
+        self._delivery.runner = runner
+        self._delivery.continues = continues
+        self._delivery.replay(records)
 
     @property
     def held(self) -> dict[str, int]:
-        """Per phase the last iteration that this sink had a record of before it was opened."""
-        return self._state.held
+        """Per phase, the last iteration of which the sink held a record before it was opened."""
+        return self._delivery.held
 
     @property
     def continues(self) -> bool:
-        """Whether the run goes on in the history that it had, so that there may be some to hold."""
-        return self._state.continues
+        """Whether the run resumes a history, part of which the sink may already hold."""
+        return self._delivery.continues
 
     @property
     def records(self) -> int:
         """How many records were written."""
-        return self._state.records
+        return self._delivery.records
 
     @property
     def failures(self) -> int:
-        """How often the sink raised."""
-        return self._state.failures
+        """How many calls of the sink's methods raised an exception."""
+        return self._delivery.failures
 
     @property
     def dropped(self) -> int:
-        """How many records were dropped since the queue was full, and not made up for."""
-        return self._state.dropped
+        """How many records were dropped because the queue was full, and not replayed since."""
+        return self._delivery.dropped
 
     @property
-    def _state(self) -> Delivery:
-        state = self.__dict__.get("_sink_state")
-        if state is None:
-            state = self.__dict__["_sink_state"] = Delivery(self)
-        return state
+    def _delivery(self) -> Delivery:
+        delivery = self.__dict__.get("_current_delivery")
+        return delivery or self._begin(None)
 
-    # A subclass that answers one of these events adds to it: see _isolated.
+    def _begin(self, runner: Any) -> Delivery:
+        """Start over with an empty queue and counts at zero."""
+        write: Callable[[Any, Record], None] = self.write  # type: ignore[attr-defined]
+        to = Destination(
+            self.plugin_name, self.open, write, self.skip, self.close, lambda: self.pause
+        )
+        self.__dict__["_current_delivery"] = delivery = Delivery(self, to, runner)
+        return delivery
+
+    # -- events; a subclass that implements one adds to it, see _isolated --------------------------
 
     def configure(self, runner: Runner) -> None:
-        """Begin anew: a sink may serve one Runner after another."""
-        self.__dict__["_sink_state"] = state = Delivery(self)
-        state.runner = runner
+        """Start over: one sink may serve several Runners in turn."""
+        if "_current_delivery" in self.__dict__:
+            self._delivery.retire()
+        self._begin(runner)
+        self.__dict__["_history"] = None
 
     def after_load_checkpoint(self, runner: Runner) -> None:
-        """What is written from here on may be a repetition."""
-        self._state.flush(self.flush_timeout)
-        self._state.after_load()
-        self._state.history = runner.hooks.history(runner)
-        self._state.continues = self._state.history is not None
+        """Keep the history for ``before_run``; records from here on may be repetitions."""
+        self._delivery.flush(self.flush_timeout)
+        self._delivery.expect_repetition()
+        self.__dict__["_history"] = history = runner.hooks.history(runner)
+        self._delivery.continues = history is not None
 
     def before_run(self, runner: Runner) -> None:
-        """What the history has, and the sink has not, comes first."""
-        state = self._state
-        history, state.history = state.history, None
+        """Write the records of the history that the sink does not hold."""
+        history = self.__dict__.get("_history")
+        self.__dict__["_history"] = None
         if not dist.is_main_process():
             return
+        delivery = self._delivery
         if history is not None:
             self.replay(runner, history)
-        elif state.thread is None and state.runner is not None and runner.progress.iter > 0:
-            state.join_late()  # it was added in mid-run
+        elif not delivery.started and delivery.runner is not None and runner.progress.iter > 0:
+            delivery.catch_up_first()  # the sink was added in mid-run
 
     def after_run(self, runner: Runner) -> None:
-        """Wait, ``flush_timeout`` seconds at most, until the records so far are written."""
-        self._state.flush(self.flush_timeout)
+        """Wait at most ``flush_timeout`` seconds until the records so far are written."""
+        self._delivery.flush(self.flush_timeout)
 
     def unconfigure(self, runner: Runner) -> None:
-        """Write what is left, close, and report what was lost."""
-        self._state.finish(self.flush_timeout)
+        """Write what is left, close, and warn about lost records."""
+        self._delivery.finish(self.flush_timeout)
 
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:
@@ -153,40 +170,38 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
     wanted = [*inspect.signature(write).parameters][1:]
 
     def put(self: Sink, runner: Runner, record: Record) -> None:
-        state = self._state
-        arguments = {"runner": runner, "record": record}
-        call = functools.partial(write, self, **{name: arguments[name] for name in wanted})
         if on_thread_of(self):
-            call()
+            arguments = {"runner": runner, "record": record}
+            write(self, **{name: arguments[name] for name in wanted})
         else:
-            state.runner = runner
-            state.put_record(record, call)
+            self._delivery.runner = runner
+            self._delivery.put_record(record, self.queue_size)
 
-    put.__name__, put.__doc__ = write.__name__, write.__doc__  # the signature is that of the event
+    put.__name__, put.__doc__ = write.__name__, write.__doc__  # but keep the event's signature
     return put
 
 
 def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
-    """Isolated too; asks for the Runner also where the method does not, to warn through it."""
+    """Isolate ``configure``; ask for the Runner even if the method does not, to warn through it."""
     wanted = len(inspect.signature(method).parameters) - 1
 
     def configure(self: Sink, runner: Runner) -> None:
         Sink.configure(self, runner)
-        self._state.guard("configure", lambda: method(self, *[runner] * wanted))
+        self._delivery.guard("configure", lambda: method(self, *[runner] * wanted))
 
     return configure
 
 
 def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep what an event's implementation raises away from training."""
+    """Keep exceptions of an event's implementation away from training."""
     name = method.__name__
     base: Callable[[Sink, Any], None] | None = Sink.__dict__.get(name)
 
     @functools.wraps(method)
     def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
-        result = self._state.guard(name, lambda: method(self, *args, **kwargs))
+        result = self._delivery.guard(name, lambda: method(self, *args, **kwargs))
         if base is not None:
-            base(self, self._state.runner)
+            base(self, self._delivery.runner)
         return result
 
     return call

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookengine import hookimpl
-from hookengine.events.dispatch import SILENT, Hooks, compile_event, resolve
+from hookengine.events.dispatch import COMPILED, SILENT, Hooks, compile_event, resolve
 from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
 from hookengine.events.manager import PluginManager
 
 KINDS: dict[str, list[str]] = {}
-for _event in EVENTS.values():
+for _event in COMPILED:
     KINDS.setdefault(_event.kind.name, []).append(_event.name)
 # These two are told apart: they call everybody although one raises.
 PLAIN = [name for name in KINDS["event"] if not EVENTS[name].kind.closing]

@@ -113,7 +113,7 @@ def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
     for iteration in (1, 2, 3):
         runner.hooks.write(runner, record(iteration))
     runner.hooks.after_run(runner)
-    left = sink._state.thread
+    left = sink._delivery.thread
     assert left is not None
     runner.close()
     assert "lost records: 0 failures, 0 dropped, 3 not written" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: Any) -> N
     for iteration in (1, 2, 3):
         runner.hooks.write(runner, record(iteration))
     assert entered.wait(60)
-    left = sink._state.thread
+    left = sink._delivery.thread
     assert left is not None
     runner.close()
     make(plugins=["logging", sink])
@@ -201,7 +201,7 @@ def test_a_sink_that_raises_changes_nothing_and_warns_once(make: Any, capsys: An
     assert sink.dropped == 12
     lines = [line for line in capsys.readouterr().out.splitlines() if "sink 'raising'" in line]
     assert len(lines) == 2
-    assert "failed in configure; training goes on" in lines[0]
+    assert "failed in configure; training continues" in lines[0]
     assert "OSError: configure" in lines[0]
     assert "6 failures, 12 dropped" in lines[1]
     assert all(line[:2].isdigit() for line in lines)  # they went through the run's own logger
@@ -384,7 +384,9 @@ def test_records_that_cannot_be_read_are_a_failure(make: Any, capsys: Any) -> No
     sink.replay(runner, broken())
     runner.close()
     assert sink.log == ["open", ("train", 1, {}), "close"]
-    assert "failed in history; training goes on  error=OSError: no disk" in capsys.readouterr().out
+    assert (
+        "failed in history; training continues  error=OSError: no disk" in capsys.readouterr().out
+    )
 
 
 def test_a_sink_may_ask_for_the_record_alone(make: Any) -> None:
@@ -415,7 +417,7 @@ def test_what_a_sink_that_cannot_open_misses_is_counted(make: Any, capsys: Any) 
     assert sink.log == ["close"]
     assert sink.dropped == 1
     out = capsys.readouterr().out
-    assert "failed in open; training goes on  error=ConnectionError: no server" in out
+    assert "failed in open; training continues  error=ConnectionError: no server" in out
 
 
 # -- a run that goes on -------------------------------------------------------------------------

@@ -530,6 +530,6 @@ def test_the_process_that_speaks_with_wandb_may_die(make: Any, capsys: Any) -> N
     runner.train()
     runner.close()
     out = capsys.readouterr().out
-    assert out.count("sink 'wandb' failed in write; training goes on") == 1
+    assert out.count("sink 'wandb' failed in write; training continues") == 1
     assert "sink 'wandb' lost records" in out
     assert len(local(runner.run_dir)) == 10
