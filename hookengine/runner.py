@@ -38,7 +38,7 @@ from hookengine.setup.arguments import (
     optimizer_names,
     point_at_model,
 )
-from hookengine.setup.description import describe
+from hookengine.setup.description import describe_run
 
 F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
@@ -393,7 +393,7 @@ class Runner(Life):
         The model and its parameters, the optimizers and their options, the configuration, the
         plugins with their options, the order in which the hooks are called, the environment.
         """
-        return describe(self)
+        return describe_run(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What all ranks share: weights, optimizers, counters, plugins; plain containers.

@@ -1,4 +1,4 @@
-"""The plugins that are on: found by name, registered with pluggy, called in order."""
+"""The active plugins: found by name, registered with pluggy, called in order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hookengine.events.registry import unknown
 
 
 class ActivePlugins(pluggy.PluginManager):
-    """Plugins by name, in the order in which their events call them.
+    """Plugins by name, in the order in which events call them.
 
-    A set of plugins is arranged as a whole, so that the order never depends on when each was added.
+    The whole set is arranged again whenever it changes, so that the order never depends on when a
+    plugin was added.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class ActivePlugins(pluggy.PluginManager):
 
     @property
     def hooks(self) -> HookSpecs:
-        """Every event as a function with positional arguments; the same object for ever."""
+        """Every event as a function with positional arguments; always the same object."""
         return cast(HookSpecs, self._hooks)
 
     def __getitem__(self, name: str) -> Any:
@@ -48,7 +49,7 @@ class ActivePlugins(pluggy.PluginManager):
         return iter(self.order)
 
     def items(self) -> list[tuple[str, Any]]:
-        """(name, plugin) in the resolved order."""
+        """Return ``(name, plugin)`` pairs in the resolved order."""
         return [(name, self._declared[name]) for name in self.order]
 
     def _module(self, name: str) -> str:
@@ -60,7 +61,7 @@ class ActivePlugins(pluggy.PluginManager):
         return type(plugin).__module__
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
-        """Take every method that is named after an event for an implementation of it."""
+        """Treat every method named after an event as an implementation of that event."""
         if name not in EVENTS or not inspect.isroutine(getattr(plugin, name, None)):
             return None
         if isinstance(plugin, FunctionPlugin):
@@ -68,7 +69,7 @@ class ActivePlugins(pluggy.PluginManager):
         return super().parse_hookimpl_opts(plugin, name) or _NO_OPTIONS.copy()
 
     def _arrange(self, declared: dict[str, object]) -> None:
-        """Register all of them anew in the resolved order, and resolve the hooks."""
+        """Register all plugins again in the resolved order, and resolve the hooks."""
         order = resolve_order(declared)
         for name in order:
             check_methods(name, declared[name])
@@ -83,7 +84,7 @@ class ActivePlugins(pluggy.PluginManager):
         resolve(self._hooks, self.hook, self._observers)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Let ``observer`` wrap each implementation; returns what takes it away again."""
+        """Let ``observer`` wrap each implementation; return a function that removes it again."""
         self._observers += (observer,)
         self._resolve()
 
@@ -94,7 +95,7 @@ class ActivePlugins(pluggy.PluginManager):
         return stop
 
     def calls(self) -> dict[str, list[str]]:
-        """Per event that somebody implements, the plugins in the order in which it calls them."""
+        """Return, per implemented event, the names of its plugins in the order of the calls."""
         table = {}
         for event in EVENTS.values():
             impls = getattr(self.hook, event.name).get_hookimpls()
@@ -104,9 +105,9 @@ class ActivePlugins(pluggy.PluginManager):
         return table
 
     def replacements(self) -> dict[str, list[str]]:
-        """Per transform that several plugins answer with a replacement, these in order.
+        """Return, per transform with several plugins that replace its value, their names in order.
 
-        A method that only ever returns None (an observer) is none of them.
+        A plugin whose method always returns None only observes, and is left out.
         """
         table = {}
         for event in EVENTS.values():

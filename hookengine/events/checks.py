@@ -1,4 +1,4 @@
-"""What a plugin may be: its methods and their arguments, checked against the events."""
+"""Check the methods of a plugin, and their arguments, against the events."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hookengine.events.registry import unknown
 
 
 def check_methods(name: str, plugin: object) -> None:
-    """Refuse misspelt events and arguments that an event does not have.
+    """Refuse misspelled events, and arguments that an event does not have.
 
     Raises:
-        TypeError: with the plugin, the method and the nearest match.
+        TypeError: The message names the plugin, the method and the nearest match.
     """
-    answered = 0
+    implemented = 0
     for attribute in dir(plugin):
         method = inspect.getattr_static(plugin, attribute, None)
         if attribute.startswith("_") or not inspect.isroutine(method):
@@ -30,26 +30,26 @@ def check_methods(name: str, plugin: object) -> None:
         if attribute not in EVENTS:
             _check_is_no_event(name, attribute)
             continue
-        answered += 1
+        implemented += 1
         event = EVENTS[attribute]
         parameters = inspect.signature(getattr(plugin, attribute)).parameters
         if inspect.isfunction(method) and getattr(plugin, attribute) != method:
             first = next(iter(inspect.signature(method).parameters), None)
             if first is None or first in event.arguments:
-                raise TypeError(f"plugin {name!r}, event {event}: the method lacks 'self'")
+                raise TypeError(f"plugin {name!r}, event {event}: the method has no 'self'")
         for argument, parameter in parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(
-                    f"plugin {name!r}, event {event}: name the arguments that {attribute!r} wants "
+                    f"plugin {name!r}, event {event}: name the arguments that {attribute!r} uses "
                     f"instead of *{argument}"
                 )
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")
-    if not answered:
+    if not implemented:
         raise TypeError(
-            f"plugin {name!r} ({plugin!r}) answers no event: a plugin is an object with methods "
-            "named after events, which `hookengine events` lists"
+            f"plugin {name!r} ({plugin!r}) implements no event. A plugin is an object with methods "
+            "named after events; `hookengine events` lists them"
         )
 
 
@@ -58,13 +58,13 @@ def _check_is_no_event(name: str, attribute: str) -> None:
     hint = answer(attribute) or (f"Did you mean {near[0]!r}?" if near else "")
     if re.match(r"(before|after|on)_", attribute):
         raise TypeError(
-            f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists them "
-            "all; a method that is no event must not be called before_*, after_* or on_*"
+            f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists all "
+            "events; other methods must not be named before_*, after_* or on_*"
         )
     if near and difflib.SequenceMatcher(None, attribute, near[0]).ratio() > 0.9:
         warnings.warn(
-            f"plugin {name!r}: the method {attribute!r} is no event and is not called. {hint} "
-            "A leading underscore says that it is meant so",
+            f"plugin {name!r}: the method {attribute!r} is not an event and is never called. "
+            f"{hint} To silence this warning, start its name with an underscore",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""The plugin manager: selects the plugins of a Runner, configures them, and keeps their states."""
+"""The plugin manager: selects the plugins of a Runner, configures them, collects their states."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ class PluginManager(ActivePlugins):
             switch a default off. Naming a default gives its options.
         defaults: Names of the plugins that are on without being named.
 
+    Attributes:
+        configured: Names of the plugins that have received ``configure``.
+
     Raises:
-        ValueError: a name twice, or an order that is a cycle.
-        KeyError: an unknown name. ImportError: one that cannot be imported.
-        TypeError: a misspelt event, an option that does not exist or does not validate.
+        ValueError: A name is given twice, or the order is a cycle.
+        KeyError: A name is unknown. ImportError: A plugin cannot be imported.
+        TypeError: An event is misspelled, or an option does not exist or is invalid.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class PluginManager(ActivePlugins):
     # -- in mid-run -----------------------------------------------------------------------------
 
     def configure(self) -> None:
-        """Emit ``configure``; remembers who was told, for ``unconfigure``."""
+        """Emit ``configure``, and remember which plugins received it for ``unconfigure``."""
         impls = self.hook.configure.get_hookimpls()[::-1]
         self.configured |= {*self.order} - {impl.plugin_name for impl in impls}
         for impl in impls:
@@ -63,16 +66,17 @@ class PluginManager(ActivePlugins):
             self._call(impl, "configure")
 
     def unconfigure(self) -> None:
-        """Emit ``unconfigure`` to all who were configured, in reverse order, once each.
+        """Emit ``unconfigure`` once to each configured plugin, the last one first.
 
         Raises:
-            BaseExceptionGroup: what they raised, after all were told; one alone as it is.
+            BaseException: What a plugin raised, after all were called; a BaseExceptionGroup if
+                several did.
         """
         errors: list[BaseException] = []
-        impls = self.hook.unconfigure.get_hookimpls()  # from the last to call to the first
-        told, self.configured = self.configured, set()
+        impls = self.hook.unconfigure.get_hookimpls()  # pluggy keeps the first one last
+        configured, self.configured = self.configured, set()
         for impl in impls:
-            if impl.plugin_name in told:
+            if impl.plugin_name in configured:
                 try:
                     self._call(impl, "unconfigure")
                 except BaseException as error:
@@ -82,7 +86,7 @@ class PluginManager(ActivePlugins):
 
     @contextmanager
     def opened(self, event: str) -> Iterator[None]:
-        """Remember that ``event``, a ``before_*``, is open; who is added meanwhile is told it."""
+        """Mark ``event``, a ``before_*``, as in progress: plugins added now receive it."""
         self._open.append(event)
         try:
             yield
@@ -90,27 +94,34 @@ class PluginManager(ActivePlugins):
             self._open.remove(event)
 
     def add(self, plugin: PluginLike, *, replace: bool = False) -> str:
-        """Switch a plugin on, also in mid-run; returns its name.
+        """Switch a plugin on, at any time, and return its name.
 
-        In mid-run it is told ``configure`` and the ``before_*`` events that are open.
+        A plugin added mid-run receives ``configure`` and every ``before_*`` event still in
+        progress.
+
+        Args:
+            plugin: A name, ``dict(type=NAME or class, **options)``, or an instance.
+            replace: Whether to replace a plugin of the same name.
 
         Raises:
-            ValueError: the name is taken, or (in a built Runner) the plugin has build events.
+            ValueError: The name is taken, or the plugin implements events of the construction and
+                the Runner is already built.
+            RuntimeError: The Runner is closed.
         """
         runner = self._hooks.runner
         if runner is not None and runner.closed:
-            raise RuntimeError("this Runner is closed: no plugin can be added to it")
+            raise RuntimeError("no plugin can be added: this Runner is closed")
         name = entry_name(plugin)
         if name in self._declared and not replace:
-            raise ValueError(f"the plugin {name!r} is on already; remove({name!r}) it first")
+            raise ValueError(f"the plugin {name!r} is already on: remove({name!r}) it first")
         built = self._selection.build(name, plugin)
         check_methods(name, built)
         if runner is not None and runner.built:
             build = [e.name for e in EVENTS.values() if e.subject == "build"]
             if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
                 raise ValueError(
-                    f"the plugin {name!r} implements {', '.join(missed)}, and this Runner is built "
-                    "already: pass it as Runner(plugins=[...])"
+                    f"the plugin {name!r} implements {', '.join(missed)}, but this Runner is built "
+                    "already: pass the plugin to Runner(plugins=[...])"
                 )
         resolve_order({**self._declared, name: built})
         if name in self._declared:
@@ -120,50 +131,53 @@ class PluginManager(ActivePlugins):
             self.configured.add(name)
             try:
                 for event in ("configure", *self._open):
-                    self._tell(name, event)
+                    self._emit_to(name, event)
             except BaseException as error:
-                self.blame(error)  # before it is off, and nobody's any more
+                self.blame(error)  # while the plugin is still on
                 try:
                     self.remove(name)
                 except Exception as other:
-                    error.add_note(f"and then, in unconfigure, {type(other).__name__}: {other}")
+                    error.add_note(f"then unconfigure raised {type(other).__name__}: {other}")
                 raise
         return name
 
     def remove(self, name: str) -> None:
-        """Switch a plugin off, also in mid-run; it is told ``unconfigure``.
+        """Switch a plugin off, at any time; it receives ``unconfigure``.
 
-        The event that is being emitted at that moment may still reach it.
+        The event that is being emitted may still call it.
+
+        Args:
+            name: The plugin's name; for a function of ``runner.on``, its own name is enough.
         """
-        if name not in self._declared:  # a function's short name will do
+        if name not in self._declared:
             ends = [full for full in self._declared if full.endswith(f":{name}")]
             name = ends[0] if len(ends) == 1 else name
         self[name]
         try:
             if name in self.configured:
                 self.configured.discard(name)
-                self._tell(name, "unconfigure")
+                self._emit_to(name, "unconfigure")
         finally:
             self._arrange({n: p for n, p in self._declared.items() if n != name})
 
-    def _tell(self, name: str, event: str) -> None:
+    def _emit_to(self, name: str, event: str) -> None:
         for impl in getattr(self.hook, event).get_hookimpls():
             if impl.plugin_name == name:
                 self._call(impl, event)
 
     def _call(self, impl: pluggy.HookImpl, event: str) -> None:
-        """Emit an event whose only argument is the Runner, to one implementation."""
+        """Call one implementation of an event whose only argument is the Runner."""
         wanted = len(impl.argnames) + len(impl.kwargnames)
         observed(event, impl, self._observers)(*[self._hooks.runner] * wanted)
 
     # -- state and blame ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The states that are not empty, by plugin name."""
+        """Return the states that are not empty, by plugin name."""
         return self._collect("state_dict")
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """The states of this rank that are not empty, by plugin name."""
+        """Return the states of this rank that are not empty, by plugin name."""
         return self._collect("rank_state_dict")
 
     def _collect(self, method: str) -> dict[str, Any]:
@@ -171,24 +185,24 @@ class PluginManager(ActivePlugins):
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
-        """Give every plugin its state back.
+        """Load the state of each plugin.
 
         Args:
             states: What ``state_dict`` returned.
             allow: Names that may be missing on either side.
 
         Raises:
-            ValueError: a state without its plugin, or a plugin whose state is missing.
+            ValueError: There is a state without its plugin, or a plugin without its state.
         """
         allowed = set(allow)
         problems = [(n, text) for n, text in self.differences(states) if n not in allowed]
         if problems:
             texts = "; ".join(f"{name}: {text}" for name, text in problems)
-            raise ValueError(f"the plugins differ from those of the state: {texts}")
+            raise ValueError(f"the plugins differ from those in the state: {texts}")
         self.restore(states)
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Give each plugin that is on its state, without looking for differences."""
+        """Load the states of the plugins that are on, without looking for differences."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_state_dict(state)
@@ -196,25 +210,26 @@ class PluginManager(ActivePlugins):
     def differences(
         self, states: Mapping[str, Any], were_on: Iterable[str] = ()
     ) -> Iterator[tuple[str, str]]:
-        """The plugins that have a state on one side only, and what there is to say.
+        """Yield the name of each plugin that has a state on one side only, and a sentence about it.
 
         Args:
             states: What ``state_dict`` returned.
-            were_on: Plugins that were on then: one of them may have had nothing to keep yet.
+            were_on: Plugins that were on when the state was made. They may be missing from it, if
+                they had nothing to save yet.
         """
         for name in sorted({*states} - {*self}):
-            yield name, f"there is a state of {name!r}, which is not on: switch it on"
+            yield name, f"the checkpoint has a state of {name!r}, which is not on: switch it on"
         for name in sorted({*self.state_dict()} - {*states} - {*were_on}):
-            yield name, f"there is no state for {name!r}, which is on: switch it off"
+            yield name, f"the checkpoint has no state of {name!r}, which is on: switch it off"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Give every plugin that is on the state of this rank back."""
+        """Load the states of this rank into the plugins that are on."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_rank_state_dict(state)
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to ``error``: which plugin raised it, in which event, at which iteration."""
+        """Add a note to ``error`` that names the plugin, the event and the iteration."""
         impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
         progress = getattr(self._hooks.runner, "progress", None)
         blame(error, impls, self.source, progress)

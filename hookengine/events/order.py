@@ -1,4 +1,4 @@
-"""In which order plugins are called: as given, subject to their ``after`` and ``before``."""
+"""Put plugins in order: as given, subject to their ``after`` and ``before``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hookengine.events.registry import PLUGINS
 
 
 def resolve_order(plugins: Mapping[str, object]) -> list[str]:
-    """Order plugins: as given, subject to their ``after`` and ``before``.
+    """Return the names of the plugins in order.
 
-    A pure function of what is declared: each comes in its turn, and just before it those that it
-    says it comes after.
+    The order depends only on what is declared: plugins keep the given order, and each is preceded
+    by those that it must come after.
 
     Raises:
-        ValueError: the constraints form a cycle, which the message prints.
+        ValueError: The constraints form a cycle; the message prints it.
     """
     _check_known(plugins)
     meant = _meanings(plugins)
@@ -35,8 +35,8 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     except graphlib.CycleError as error:
         cycle = " -> ".join(reversed(error.args[1]))
         raise ValueError(
-            f"the order of the plugins is a cycle: {cycle} (each says that it is called after the "
-            "next). Drop one of these 'after' or 'before' declarations"
+            f"the order of the plugins is a cycle: {cycle} (each declares that it is called after "
+            "the next). Remove one of these 'after' or 'before' declarations"
         ) from None
     order: dict[str, None] = {}
 
@@ -52,10 +52,10 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
 
 
 def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
-    """What a name in ``after`` or ``before`` stands for.
+    """Map each name that ``after`` and ``before`` may use to the plugins that it stands for.
 
-    The plugin of that name, and those of the class of that name, or derived from it, that were
-    given another one.
+    A name stands for the plugin of that name, and for renamed plugins of the class of that name or
+    of a class derived from it.
     """
     meant: dict[str, list[str]] = {}
     for name, plugin in plugins.items():
@@ -66,7 +66,7 @@ def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def _check_known(plugins: Mapping[str, object]) -> None:
-    """Warn of a place that is declared relative to what looks like a misspelt plugin."""
+    """Warn if ``after`` or ``before`` names what looks like a misspelled plugin."""
     for name, plugin in plugins.items():
         for other in (*_names(plugin, "after"), *_names(plugin, "before")):
             if other in plugins or other in PLUGINS:
@@ -74,7 +74,7 @@ def _check_known(plugins: Mapping[str, object]) -> None:
             known = {*plugins, *PLUGINS.names()}
             if near := difflib.get_close_matches(other, known, n=1, cutoff=0.8):
                 warnings.warn(
-                    f"plugin {name!r}, in 'after' or 'before': there is no plugin {other!r}. Did "
+                    f"plugin {name!r}: 'after' or 'before' names the unknown plugin {other!r}. Did "
                     f"you mean {near[0]!r}?",
                     stacklevel=2,
                 )

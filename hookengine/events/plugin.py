@@ -27,7 +27,7 @@ DEFAULT_PLUGINS = (
     "progress_bar",
     "checkpoint",
 )
-"""On without being named; each is inert where it has nothing to do. Names only."""
+"""Names of the plugins that are on by default. Each does nothing where it is not needed."""
 
 CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -43,9 +43,10 @@ def snake_case(name: str) -> str:
 class Plugin:
     """Base class of plugins: annotated fields are options, methods named after events are hooks.
 
-    Each subclass becomes a keyword-only pydantic dataclass: options are validated, an unknown one
-    is refused. Anything else is a plain attribute (``self.best = 0``). Equality and hash are
-    identity. A subclass with an ``__init__`` of its own stays as it is written.
+    Each subclass becomes a keyword-only pydantic dataclass, which validates its options and
+    refuses unknown ones. Attributes without an annotation are plain attributes
+    (``self.best = 0``). Plugins are compared and hashed by identity. A subclass that defines
+    ``__init__`` is left unchanged.
 
     ::
 
@@ -55,16 +56,17 @@ class Plugin:
             def after_train_iter(self, runner): ...
 
     Args:
-        name: (class keyword) The plugin's name; by default the class's in snake case.
+        name: (class keyword) The plugin's name; by default the name of the class in snake case.
     """
 
     plugin_name: ClassVar[str] = "plugin"
-    """The name by which it is switched off, ordered, blamed and its state kept; also an option,
-    ``Clip(plugin_name="second")``, to have two of one class."""
+    """The name under which a plugin is switched off, ordered, blamed and saved.
+
+    It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
     after: ClassVar[tuple[str, ...]] = ()
-    """Names of plugins that are called before this one."""
+    """Names of the plugins that are called before this one."""
     before: ClassVar[tuple[str, ...]] = ()
-    """Names of plugins that are called after this one."""
+    """Names of the plugins that are called after this one."""
     _by_keyword: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -76,28 +78,28 @@ class Plugin:
             cls.__init__ = _explaining(cls.__init__)  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse options by position, which pydantic lets pass where a default is a Field."""
+        """Refuse positional options, which pydantic accepts where a default is a ``Field``."""
         if args and cls._by_keyword:
             raise TypeError(f"{cls.__name__} takes its options by name, not {args!r}")
         return super().__new__(cls)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the plugin needs to go on after a resume: tensors and plain containers."""
+        """Return what the plugin needs to resume, as tensors and plain containers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore the state that ``state_dict`` returned."""
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """The part of the state that differs from rank to rank; kept for each of them."""
+        """Return the part of the state that differs between ranks; it is saved for each rank."""
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``rank_state_dict`` returned on this rank."""
+        """Restore the state that ``rank_state_dict`` returned on this rank."""
 
 
 def _explaining(init: Callable[..., None]) -> Callable[..., None]:
-    """An ``__init__`` that reports bad options in one line, and takes ``plugin_name``."""
+    """Wrap an ``__init__`` to report bad options in one line and to accept ``plugin_name``."""
 
     @functools.wraps(init)
     def explaining(self: Plugin, **options: Any) -> None:
@@ -118,7 +120,7 @@ def _explaining(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def options_of(plugin: object) -> dict[str, Any]:
-    """The options of a plugin as JSON would hold them; what JSON cannot, as its repr."""
+    """Return the options of a plugin as JSON can hold them; other values as their ``repr``."""
     if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
         return {}
     values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
@@ -126,15 +128,15 @@ def options_of(plugin: object) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON would hold it; what JSON cannot hold, as its repr."""
+    """Return a value as JSON can hold it, or its ``repr`` if JSON cannot."""
     try:
         return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
-    except (ValueError, RecursionError):  # of bytes that are no text, or a circle
+    except (ValueError, RecursionError):  # bytes that are not text, or a cycle
         return repr(value)
 
 
 def name_of(plugin: object) -> str:
-    """The name of a plugin (or class): its ``plugin_name``, or the class's in snake case."""
+    """Return a plugin's (or class's) ``plugin_name``, or the class's name in snake case."""
     named = getattr(plugin, "plugin_name", None)
     if isinstance(named, str):
         return named
@@ -144,13 +146,16 @@ def name_of(plugin: object) -> str:
 
 
 class FunctionPlugin:
-    """One function as a plugin; its options are kept here, since the function may serve twice.
+    """A plugin made of one function, which may implement several events.
 
     Args:
-        event: The event that it answers.
+        event: The event that the function implements.
         function: The function.
-        tryfirst: See ``hookimpl``.
-        trylast: Likewise.
+        tryfirst: Whether it is called before other plugins, see ``hookimpl``.
+        trylast: Whether it is called after other plugins, see ``hookimpl``.
+
+    Raises:
+        KeyError: The event does not exist. TypeError: ``function`` is not a function.
     """
 
     def __init__(
@@ -159,9 +164,9 @@ class FunctionPlugin:
         if event not in EVENTS:
             raise KeyError(unknown("event", event, EVENTS))
         if not inspect.isroutine(function):
-            raise TypeError(f"a function is needed for {event!r}, got {function!r}")
+            raise TypeError(f"expected a function for {event!r}, got {function!r}")
         name = function.__name__
-        if name == "<lambda>":  # of the same place, so that a cell that is run again replaces it
+        if name == "<lambda>":  # named by its place, so that a rerun notebook cell replaces it
             code = inspect.unwrap(function).__code__
             name = f"<lambda, {os.path.basename(code.co_filename)}:{code.co_firstlineno}>"
         self.plugin_name = f"{event}:{name}"

@@ -1,30 +1,36 @@
-"""What a run consists of, for people and for who compares runs."""
+"""Describe a run: whole, for people and for comparing runs; or in short, for its checkpoints."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from hookengine import dist
 from hookengine.events.plugin import as_json, options_of
-from hookengine.loop.optim import OptimWrapper
+from hookengine.loop.data import dataset_size, length_of
 from hookengine.setup.environment import describe_environment
 
 if TYPE_CHECKING:
+    from hookengine.loop.optim import OptimWrapper
     from hookengine.runner import Runner
 
 
-def describe(runner: Runner) -> dict[str, Any]:
-    """What a run consists of, as plain values."""
+def describe_run(runner: Runner) -> dict[str, Any]:
+    """Return what a run consists of, as values that JSON can hold.
+
+    The model and its number of parameters, the optimizers and their options, the configuration,
+    the plugins and their options, the order of the hooks, the environment.
+    """
     configured = {f"{p}_cfg": getattr(runner, f"{p}_cfg") for p in ("train", "val", "test")}
-    wrappers = {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
     return {
         "name": runner.name,
-        "model": type(runner.bare_model).__name__,
+        "model": _model(runner),
         "parameters": sum(p.numel() for p in runner.bare_model.parameters()),
-        "optimizers": {
-            name: {"type": type(wrapper.optimizer).__name__, **_options(wrapper)}
-            for name, wrapper in wrappers.items()
-        },
+        "optimizers": _optimizers(runner, _options),
         **{name: cfg.model_dump() for name, cfg in configured.items() if cfg is not None},
         "plugins": [
             {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
@@ -32,14 +38,67 @@ def describe(runner: Runner) -> dict[str, Any]:
         ],
         "hooks": runner.plugins.calls(),
         "environment": describe_environment(),
-        "ranks": dist.get_world_size(),
+        "world_size": dist.get_world_size(),
+    }
+
+
+def describe_state(runner: Runner) -> dict[str, Any]:
+    """Return what a checkpoint belongs to: code, model, optimizers, data, number of ranks."""
+
+    def parameters(wrapper: OptimWrapper) -> dict[str, Any]:
+        return {"parameters": _parameter_names(runner.bare_model, wrapper)}
+
+    loops = {"train": runner.train_loop, "val": runner.val_loop}
+    return {
+        "hookengine": _release(),
+        "model": _model(runner),
+        "plugins": [*runner.plugins],
+        "optimizers": _optimizers(runner, parameters),
+        "dataset": {
+            phase: {"samples": dataset_size(loop.dataloader), "batches": length_of(loop.dataloader)}
+            for phase, loop in loops.items()
+            if loop is not None
+        },
+        "world_size": dist.get_world_size(),
+    }
+
+
+def wrappers_of(runner: Runner) -> dict[str, OptimWrapper]:
+    """Return the Runner's optimizer wrappers by name; none if it does not train."""
+    return {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
+
+
+def _model(runner: Runner) -> str:
+    return type(runner.bare_model).__name__
+
+
+def _optimizers(
+    runner: Runner, about: Callable[[OptimWrapper], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"type": type(wrapper.optimizer).__name__, **about(wrapper)}
+        for name, wrapper in wrappers_of(runner).items()
     }
 
 
 def _options(wrapper: OptimWrapper) -> dict[str, Any]:
-    """The options of an optimizer: of all its groups together, or a list where they differ."""
+    """Return the options that all groups share, and under ``groups`` those that differ."""
     groups = [{k: v for k, v in g.items() if k != "params"} for g in wrapper.param_groups]
     groups = [as_json(group) for group in groups]
     same = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}
     others = [{k: v for k, v in group.items() if k not in same} for group in groups]
     return {**same, **({"groups": others} if any(others) else {})}
+
+
+def _parameter_names(model: nn.Module, wrapper: OptimWrapper) -> list[list[str]]:
+    """Return the names of an optimizer's parameters, one list per group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names.get(id(p), "?") for p in group["params"]] for group in wrapper.param_groups]
+
+
+@functools.cache
+def _release() -> str:
+    try:
+        return version("hookengine")
+    except PackageNotFoundError:
+        return "unknown"

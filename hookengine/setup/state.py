@@ -1,10 +1,8 @@
-"""The state of a Runner: what it consists of, what may differ from it, and how it is loaded."""
+"""The state of a Runner: what it consists of, how it may differ from a Runner, how it is loaded."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,10 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from hookengine import dist
 from hookengine.events.registry import PLUGINS, unknown
-from hookengine.loop.data import dataset_size, length_of
+from hookengine.loop.data import length_of
+from hookengine.setup.description import describe_state, wrappers_of
 
 if TYPE_CHECKING:
-    from hookengine.loop.optim import OptimWrapper
     from hookengine.runner import Runner
 
 
@@ -23,59 +21,30 @@ _NAMES = ("optimizer", "dataset", "world_size")
 
 
 def collect(runner: Runner) -> dict[str, Any]:
-    """What all ranks share: weights, optimizers, counters, plugins, and what they belong to."""
+    """Return the state that all ranks share: weights, optimizers, counters, plugins."""
     checkpoint: dict[str, Any] = {
         "state_dict": runner.bare_model.state_dict(),
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
-        "meta": describe(runner),
+        "meta": describe_state(runner),
     }
     if runner.optim_wrapper is not None:
         checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
     return checkpoint
 
 
-def describe(runner: Runner) -> dict[str, Any]:
-    """What a state belongs to, as plain values: code, model, optimizers, data, ranks."""
-    loops = {"train": runner.train_loop, "val": runner.val_loop}
-    return {
-        "hookengine": _release(),
-        "model": type(runner.bare_model).__name__,
-        "plugins": [*runner.plugins],
-        "optimizers": {
-            name: {
-                "type": type(wrapper.optimizer).__name__,
-                "parameters": _parameter_names(runner.bare_model, wrapper),
-            }
-            for name, wrapper in _wrappers(runner).items()
-        },
-        "dataset": {
-            phase: {"samples": dataset_size(loop.dataloader), "batches": length_of(loop.dataloader)}
-            for phase, loop in loops.items()
-            if loop is not None
-        },
-        "world_size": dist.get_world_size(),
-    }
-
-
-@functools.cache
-def _release() -> str:
-    try:
-        return version("hookengine")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
-    """Load all of it, after everything that differs was looked at together.
+    """Load a state, after comparing all of it with the Runner.
 
     Args:
         runner: A built Runner.
         checkpoint: What ``collect`` returned.
-        allow: What may differ, by the names that ``differences`` gives.
+        allow: Names of what may differ, as ``differences`` yields them.
 
     Raises:
-        ValueError: it is no such state, or differs in what is not allowed; nothing is loaded then.
+        ValueError: It is not the state of a Runner, or it differs in something that is not
+            allowed; then nothing is loaded.
+        KeyError: ``allow`` has an unknown name.
     """
     allowed = {allow} if isinstance(allow, str) else set(allow)
     needed = {"state_dict", "progress", "plugins"}
@@ -83,8 +52,8 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         needed.add("optimizer")
     if missing := needed - checkpoint.keys():
         raise ValueError(
-            f"this is no state of a Runner: it lacks {', '.join(sorted(missing))}. For weights "
-            "alone: Runner(load_from=...), or runner.bare_model.load_state_dict(...)"
+            f"this is not the state of a Runner: it has no {', '.join(sorted(missing))}. To load "
+            "only weights, use Runner(load_from=...) or runner.bare_model.load_state_dict(...)"
         )
     known = {*_NAMES, *runner.plugins, *checkpoint["plugins"], *PLUGINS.names()}
     for name in allowed - known:
@@ -96,14 +65,14 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     runner.bare_model.load_state_dict(checkpoint["state_dict"])
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
-        _tell_rates(runner, checkpoint["optimizer"])
+        _warn_of_rates(runner, checkpoint["optimizer"])
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
     runner.plugins.restore(checkpoint["plugins"])
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The counters; within an epoch at another number of ranks, the batch as far through it."""
+    """Return the counters; mid-epoch with another number of ranks, the batch at the same share."""
     progress, meta = dict(checkpoint["progress"]), checkpoint.get("meta", {})
     ranks, now = meta.get("world_size"), dist.get_world_size()
     then, length = meta.get("dataset", {}).get("train", {}).get("batches"), None
@@ -114,22 +83,23 @@ def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def _tell_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
-    """Say where a learning rate was given that is not that of the state."""
+def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
+    """Warn if the script's learning rate differs from the checkpoint's, which is used."""
     for group, old in _groups(runner, saved):
-        # torch's schedulers keep the rate that was given, and change the other one.
+        # torch's schedulers keep the rate that the user gave, and change the other one.
         given, then = (g.get("initial_lr", g.get("lr")) for g in (group, old))
         if given is not None and then is not None and float(given) != float(then):
             runner.logger.warning(
-                f"the learning rate is {float(given):g} here and {float(then):g} in the state, "
-                "which is taken; to change it, set it in optim_wrapper.param_groups"
+                f"the learning rate {float(given):g} of the script is ignored; the run resumes "
+                f"with {float(then):g} from the checkpoint. To change it, set it in "
+                "optim_wrapper.param_groups"
             )
 
 
 def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """The parameter groups beside those of the state, as far as there are both."""
+    """Return pairs of parameter groups, of the Runner and of the state."""
     pairs: list[tuple[Any, Any]] = []
-    for name, wrapper in _wrappers(runner).items():
+    for name, wrapper in wrappers_of(runner).items():
         old = saved if "param_groups" in saved else saved.get(name, {})
         pairs += zip(wrapper.param_groups, old.get("param_groups", ()), strict=False)
     return pairs
@@ -138,28 +108,27 @@ def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 def _report(refused: list[tuple[str, str]]) -> str:
     lines = [f"\n  {name}: {text}" for name, text in refused]
     names = [name for name, _ in refused if name != "state_dict"]
-    advice = f"\nTo go on all the same, allow it by name: allow={names}" if names else ""
-    head = "the state does not fit this Runner, and nothing of it was loaded:"
+    advice = f"\nTo load it anyway, allow these differences: allow={names}" if names else ""
+    head = "the state does not fit this Runner; nothing was loaded:"
     return f"{head}{''.join(lines)}{advice}"
 
 
 def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What differs between a Runner and a state: its name, and what there is to say.
+    """Yield what differs between a Runner and a state: a name, and a sentence about it.
 
-    ``state_dict`` (which cannot be allowed), ``optimizer``, ``dataset``, ``world_size``, or the
-    name of a plugin.
+    The names are ``state_dict`` (which cannot be allowed), ``optimizer``, ``dataset``,
+    ``world_size``, and the names of plugins.
     """
-    meta = checkpoint.get("meta", {})
+    meta, here = checkpoint.get("meta", {}), describe_state(runner)
     if text := _weights(runner.bare_model, checkpoint["state_dict"]):
         yield "state_dict", text
-    if runner.optim_wrapper is not None and (text := _optimizers(runner, checkpoint, meta)):
-        yield "optimizer", f"{text}; allowed, the optimizer begins anew"
+    if text := _optimizers(runner, checkpoint, here["optimizers"]):
+        yield "optimizer", f"{text}; if you allow this, the optimizer starts from scratch"
     yield from runner.plugins.differences(checkpoint["plugins"], meta.get("plugins", ()))
-    here = describe(runner)
     ranks, ranks_then = here["world_size"], meta.get("world_size", here["world_size"])
     for phase, then in meta.get("dataset", {}).items():
         now = here["dataset"].get(phase, then)
-        if ranks != ranks_then:  # then each has another number of batches
+        if ranks != ranks_then:  # then the number of batches per rank differs too
             now, then = ({"samples": counts["samples"]} for counts in (now, then))
         if now != then:
             yield "dataset", f"{phase} has {_data(now)} here, {_data(then)} in the checkpoint"
@@ -172,7 +141,7 @@ def _data(counts: Mapping[str, Any]) -> str:
 
 
 def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
-    """What names and shapes tell; empty where torch's own loading may adapt them."""
+    """Compare names and shapes; return "" if a module loads its state in its own way."""
     if any(_adapts(part) for part in model.modules()):
         return ""
     own = model.state_dict()
@@ -198,7 +167,7 @@ def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
     if not parts:
         return ""
     return (
-        f"{'; '.join(parts)}. It is of another model; to begin with the weights that fit, "
+        f"{'; '.join(parts)}. It belongs to another model; to start with the weights that fit, use "
         "Runner(load_from=dict(checkpoint=..., strict=False, ignore_mismatched_sizes=True))"
     )
 
@@ -213,18 +182,11 @@ def _adapts(part: nn.Module) -> bool:
     return home.split(".")[0] not in ("torch", "hookengine")
 
 
-def _wrappers(runner: Runner) -> dict[str, OptimWrapper]:
-    return {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
-
-
-def _parameter_names(model: nn.Module, wrapper: OptimWrapper) -> list[list[str]]:
-    """The names of an optimizer's parameters, by group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [[names.get(id(p), "?") for p in group["params"]] for group in wrapper.param_groups]
-
-
-def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    saved, wrappers = checkpoint["optimizer"], _wrappers(runner)
+def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Compare the optimizers: their names, types, and the parameters of each group."""
+    if runner.optim_wrapper is None:
+        return ""
+    saved, wrappers = checkpoint["optimizer"], wrappers_of(runner)
     several = runner.optim_wrapper is not next(iter(wrappers.values()))
     if several or "param_groups" not in saved:
         if saved.keys() != wrappers.keys():
@@ -232,7 +194,7 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], meta: Mapping[str
             return f"there are {', '.join(sorted(wrappers))} here, {there} in the checkpoint"
     else:
         saved = dict.fromkeys(wrappers, saved)
-    described, here = meta.get("optimizers", {}), describe(runner)["optimizers"]
+    described = checkpoint.get("meta", {}).get("optimizers", {})
     for name, wrapper in wrappers.items():
         label = f"{name!r} " if several else ""
         then, now = described.get(name, here[name]), here[name]

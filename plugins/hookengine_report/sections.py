@@ -238,8 +238,8 @@ def environment(run: Run) -> Markup:
         for name in ("python", "platform", "devices", "cuda", "cpus", "threads")
         if name in found
     ]
-    if "ranks" in run.info:
-        rows.append(("ranks", plain(run.info["ranks"])))
+    if (ranks := run.info.get("world_size")) is not None:
+        rows.append(("ranks", plain(ranks)))
     if isinstance(command, list):
         rows.append(("command", " ".join(map(str, command))))
     rows.append(("folder", str(run.folder.resolve())))

@@ -137,7 +137,8 @@ def configuration(run: Run) -> dict[str, Any]:
     }
     optimizers = {name: initial(options) for name, options in run.section("optimizers").items()}
     loops = {f"{p}_cfg": run.section(f"{p}_cfg") for p in ("train", "val", "test")}
-    facts = {name: run.info[name] for name in ("model", "parameters", "ranks") if name in run.info}
+    kept = ("model", "parameters", "world_size")
+    facts = {name: run.info[name] for name in kept if name in run.info}
     groups: dict[str, Any] = {**facts, **loops, "optimizers": optimizers, "plugins": plugins}
     return dict(_leaves("", groups))
 

@@ -91,7 +91,7 @@ def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Model, optimizers, limits and the options of plugins, as numbers and texts by name."""
     yield "model", description["model"]
     yield "parameters", description["parameters"]
-    yield "ranks", description["ranks"]
+    yield "world_size", description["world_size"]
     groups: dict[str, Any] = {
         **description["optimizers"],
         "train": description.get("train_cfg", {}),

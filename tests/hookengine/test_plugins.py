@@ -102,14 +102,14 @@ def test_the_name_is_given_or_the_class_in_snake_case() -> None:
         ("after_train_iter(self, **kwargs)", "instead of *kwargs"),
     ],
 )
-def test_misspelt_events_and_arguments_are_refused(method: str, message: str) -> None:
+def test_misspelled_events_and_arguments_are_refused(method: str, message: str) -> None:
     namespace: dict[str, object] = {}
     exec(f"class Misspelt:\n    def {method}: pass", namespace)
     plugin = namespace["Misspelt"]()  # type: ignore[operator]
     with pytest.raises(TypeError) as caught:
-        check_methods("misspelt", plugin)
+        check_methods("misspelled", plugin)
     assert message in str(caught.value)
-    assert "'misspelt'" in str(caught.value)
+    assert "'misspelled'" in str(caught.value)
 
 
 def test_properties_options_and_private_methods_are_no_events() -> None:

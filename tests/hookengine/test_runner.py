@@ -675,7 +675,7 @@ def test_more_mistakes_are_answered(make: Any, data: Any) -> None:
         (dict(train_dataloader=data()), TypeError, "sample by sample: wrap it"),
         (dict(model=Plain(), loss="cross_entropy"), TypeError, "loss must be callable"),
         (dict(model=Plain(), loss=Centres()), TypeError, "Centres has parameters of its own"),
-        (dict(plugins=[3]), TypeError, r"plugin 'int' \(3\) answers no event"),
+        (dict(plugins=[3]), TypeError, r"plugin 'int' \(3\) implements no event"),
         (dict(plugins=Life()), TypeError, r"write plugins=\[...\]"),
     ]:
         with pytest.raises(error, match=message):

@@ -190,7 +190,7 @@ def test_a_run_that_is_cut_within_an_epoch_goes_on(make: Any, plugins: Any, tmp_
 def test_a_checkpoint_without_averaged_weights(make: Any, caplog: Any) -> None:
     plain, runner = make(train_cfg=dict(max_epochs=1)), make(plugins=["ema"])
     plain.train()
-    with pytest.raises(ValueError, match=r"(?s)no state for 'ema'.*allow=\['ema'\]"):
+    with pytest.raises(ValueError, match=r"(?s)no state of 'ema'.*allow=\['ema'\]"):
         runner.load_state_dict(plain.state_dict())
     states = States()
     runner.plugins.add(states)

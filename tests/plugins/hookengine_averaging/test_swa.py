@@ -374,7 +374,7 @@ def test_beside_a_moving_average(tmp_path: Any) -> None:
 def test_a_checkpoint_without_averaged_weights(tmp_path: Any, caplog: Any) -> None:
     with build(tmp_path, epochs=4) as plain, build(tmp_path, Swa(begin=2)) as runner:
         plain.train()
-        with pytest.raises(ValueError, match="no state for 'swa'"):
+        with pytest.raises(ValueError, match="no state of 'swa'"):
             runner.load_state_dict(plain.state_dict())
         runner.load_state_dict(plain.state_dict(), allow=["swa"])
         assert "no averaged weights (swa_state_dict): averaging begins anew" in caplog.text

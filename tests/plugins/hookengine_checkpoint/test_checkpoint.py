@@ -505,8 +505,8 @@ def test_all_that_differs_is_said_at_once_and_can_be_allowed(make: Any, data: An
         make(plugins=["checkpoint", dict(type="amp", dtype="float16")], **other)
     text = str(caught.value)
     assert "optimizer: is AdamW here, SGD in the checkpoint" in text
-    assert "kept: there is a state of 'kept', which is not on" in text
-    assert "amp: there is no state for 'amp', which is on" in text
+    assert "kept: the checkpoint has a state of 'kept', which is not on" in text
+    assert "amp: the checkpoint has no state of 'amp', which is on" in text
     assert "dataset: train has 12 samples in 3 batches here, 20 samples in 5 batches" in text
     assert "allow=['optimizer', 'kept', 'amp', 'dataset']" in text
     assert any("dict(type='checkpoint', allow=[...])" in n for n in caught.value.__notes__)
@@ -750,7 +750,7 @@ def test_another_learning_rate_is_said(make: Any, capsys: Any) -> None:
     first.train()
     other = dict(optimizer=dict(type="SGD", lr=0.2))
     make(plugins=["checkpoint", "logging"], optim_wrapper=other, resume=first.run_dir)
-    said = "the learning rate is 0.2 here and 0.1 in the state, which is taken"
+    said = "the learning rate 0.2 of the script is ignored"
     assert said in capsys.readouterr().out
 
 

@@ -298,7 +298,7 @@ def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="is no state of a Runner"):
         make(plugins=["checkpoint"], resume=tmp_path / "list.pth")
     torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"it lacks optimizer, plugins.*Runner\(load_from="):
+    with pytest.raises(ValueError, match=r"it has no optimizer, plugins.*Runner\(load_from="):
         make(plugins=["checkpoint"], resume=tmp_path / "weights.pth")
 
 
