@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint types format bench docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -11,11 +11,17 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: .venv/installed
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/count_calls.py

@@ -1,0 +1,108 @@
+"""The house: the size of the kernel, the paths that users import, the table in CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+KERNEL = ("hookengine/events/**/*.py", "hookengine/loop/**/*.py", "hookengine/runner.py")
+LIMIT = 2200
+NOT_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
+def code_lines(source: str) -> int:
+    """Count the lines that hold code: no docstrings, no comments, no blank lines."""
+    texts = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in NOT_CODE
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(lines - texts)
+
+
+def test_code_lines_are_counted_without_texts() -> None:
+    assert code_lines('"""One.\n\nTwo."""\n\nx = 1  # three\n# four\ny = (\n    2\n)\n') == 4
+
+
+def test_the_kernel_is_small() -> None:
+    files = [path for pattern in KERNEL for path in sorted(ROOT.glob(pattern))]
+    assert len(files) > 15
+    sizes = {str(path.relative_to(ROOT)): code_lines(path.read_text()) for path in files}
+    assert sum(sizes.values()) <= LIMIT, sizes
+
+
+def _python_texts() -> Iterator[tuple[str, str]]:
+    """The examples, and the Python blocks of the README and the docs."""
+    for path in sorted((ROOT / "examples").glob("**/*.py")):
+        yield path.name, path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+            yield path.name, block
+
+
+def _imported_names() -> list[str]:
+    found: set[str] = set()
+    for _, text in _python_texts():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hookengine"):
+                found |= {f"{node.module}:{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names = [a.name for a in node.names if a.name.startswith("hookengine")]
+                found |= {f"{name}:" for name in names}
+    seed = {
+        "hookengine.dist:get_rank",
+        "hookengine.evaluator:BaseMetric",
+        "hookengine.evaluator:Evaluator",
+        "hookengine.model:BaseModel",
+        "hookengine.optim:OptimWrapper",
+        "hookengine.optim:OptimWrapperDict",
+        "hookengine.registry:MODELS",
+        "hookengine.registry:Registry",
+        "hookengine.registry:WEIGHT_INITIALIZERS",
+        "hookengine.runner:Runner",
+    }
+    return sorted(found | seed)
+
+
+@pytest.mark.parametrize("name", _imported_names())
+def test_what_the_pages_import_is_there(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    imported = importlib.import_module(module)
+    assert not attribute or getattr(imported, attribute) is not None
+
+
+def test_the_table_of_the_house_is_complete() -> None:
+    listed = re.findall(r"^\| `(hookengine/[\w/.]+\.pyi?)` \|", CONTRIBUTING, re.MULTILINE)
+    there = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "hookengine").glob("**/*.py*")
+        if path.suffix in (".py", ".pyi")
+        and (path.name != "__init__.py" or path.stat().st_size > 200)
+    }
+    assert len(listed) == len(set(listed))
+    assert set(listed) == there
