@@ -16,7 +16,7 @@ def batch_size(batch: Any) -> int:
 
     - A tensor holds as many samples as its first dimension.
     - A dict holds as many as its first value. If that value is a list, each item is a sample.
-    - A tuple or list of tensors holds as many as its first tensor.
+    - A tuple or list of tensors, nested or not, holds as many as its first tensor.
     - In a list of dicts or other objects, each item is a sample. The same goes for a list of
       tensors next to equally many targets, as in object detection.
     - Anything else counts as one sample.
