@@ -167,7 +167,7 @@ def test_no_pixels_are_refused(shape: tuple[int, ...]) -> None:
     "tensor", [torch.zeros(3, 3, dtype=torch.complex64), torch.eye(3).to_sparse()]
 )
 def test_complex_and_sparse_tensors_are_refused(what: Any, tensor: torch.Tensor) -> None:
-    with pytest.raises(TypeError, match="take their parts"):
+    with pytest.raises(TypeError, match="pass their parts instead"):
         what(tensor)
 
 
@@ -292,7 +292,7 @@ def test_what_a_value_is_can_be_told() -> None:
 
 @pytest.mark.parametrize("value", [None, [1, 2], {"a": 1}, b"bytes", object(), 1 + 2j])
 def test_what_is_none_of_these_is_told_what_would_be(value: Any) -> None:
-    with pytest.raises(TypeError, match="wrap the value in hookengine.Image, Histogram or"):
+    with pytest.raises(TypeError, match=r"wrap the value in hookengine\.Image"):
         as_medium(value)
     with pytest.raises(ValueError, match="at least one value"):
         as_medium(torch.zeros(0))
