@@ -31,7 +31,7 @@ def blame(
 
     The plugin is the owner of the innermost frame in the traceback that belongs to a registered
     implementation. An exception gets no note if it already has one or if no plugin raised it. In a
-    group, each exception gets its note; if none does, the group gets one.
+    group, each exception gets its note; if none has one, the group gets it.
 
     Args:
         error: The exception, with its traceback.

@@ -23,7 +23,7 @@ class TrainCfg(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    by_epoch: bool | None = Field(None, description="unit; by default follows from the limit")
+    by_epoch: bool | None = Field(None, description="unit; by default inferred from the limit")
     max_epochs: int | None = Field(None, gt=0)
     max_iters: int | None = Field(None, gt=0)
     val_interval: int | None = Field(None, gt=0, description="default 1 epoch or 1000 iterations")

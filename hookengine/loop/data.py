@@ -37,7 +37,7 @@ def batch_size(batch: Any) -> int:
 
 
 def _are_samples(items: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Return whether each item is a sample, judging by the ``others`` of the batch (the targets).
+    """Return whether each item is a sample, judging by ``others``, the rest of the batch.
 
     Otherwise the items are several inputs, each of which holds the whole batch.
     """
@@ -73,10 +73,10 @@ def iterate_from(
 ) -> tuple[Iterator[Any], int]:
     """Start a pass over the dataloader at ``batch``.
 
-    A dataloader with a method ``seek(epoch, batch)`` starts there without fetching the batches
-    before it, and so does a list or tuple. An iterator (such as a generator) continues where it
-    stands, so the first ``behind`` batches are fetched and dropped. For any other dataloader, the
-    first ``batch`` batches are fetched and dropped.
+    If the dataloader has a method ``seek(epoch, batch)``, this function calls it and the dataloader
+    starts there by itself. An iterator (such as a generator) continues from its current position,
+    so its next ``behind`` batches are fetched and dropped. A list or tuple is sliced. For any other
+    dataloader, the first ``batch`` batches are fetched and dropped.
 
     Returns:
         The iterator, and how many batches were fetched and dropped.

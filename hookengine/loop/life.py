@@ -116,7 +116,7 @@ class Life:
             self.requests.clear()
 
     def _also(self, error: BaseException, call: Callable[..., None], *arguments: Any) -> None:
-        """Call a closing step after ``error``; add what it raises to ``error`` as a note."""
+        """Call a closing step after ``error``; note what it raises without hiding ``error``."""
         try:
             call(*arguments)
         except BaseException as other:  # including a second Ctrl-C

@@ -23,7 +23,7 @@ def combine(
 ) -> AbstractContextManager[Any]:
     """Return one context manager that enters ``contexts`` in order.
 
-    Without any contexts, every call returns the same null context.
+    With no contexts, it returns a shared null context, which costs nothing.
 
     Raises:
         TypeError: If an item is not a context manager. The message names the plugins of
@@ -290,7 +290,7 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
         """Load the state of each optimizer.
 
         Raises:
-            ValueError: If ``state`` has other names than this dict.
+            ValueError: If ``state`` and this dict have different names.
         """
         if state.keys() != self.optim_wrappers.keys():
             raise ValueError(

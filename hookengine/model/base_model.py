@@ -93,7 +93,7 @@ class BaseModel(BaseModule):
     def parse_losses(
         self, losses: dict[str, Tensor | list[Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the losses, including any changes that plugins make in ``after_forward``.
+        """Let plugins replace the losses through ``after_forward``, then sum them.
 
         Args:
             losses: Tensors or lists of tensors by name. A tensor counts with its mean, a list with
@@ -128,9 +128,9 @@ class BaseModel(BaseModule):
                 outputs = self(*data, mode=mode)
             else:
                 raise TypeError(
-                    "a batch must be a dict, tuple or list, to be passed to forward() as "
-                    f"arguments, got {type(data).__name__}; return one of these from the dataset, "
-                    "the data_preprocessor or before_train_iter"
+                    "a batch must be a dict, tuple or list to become the arguments of forward(), "
+                    f"got {type(data).__name__}; return one from the dataset, the "
+                    "data_preprocessor or before_train_iter"
                 )
         except TypeError as error:
             error.add_note(f"{type(self).__name__}.forward got {_describe(data)}, mode={mode!r}")

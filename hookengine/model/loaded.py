@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 
 class LoadedTensors:
-    """A set of weak references to tensors. Copies and pickles of a module keep it."""
+    """A set of weak references to tensors, preserved when a module is copied or pickled."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._references = {id(tensor): weakref.ref(tensor) for tensor in tensors}

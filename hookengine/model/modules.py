@@ -50,7 +50,7 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
                     module.loaded_tensors = LoadedTensors()
 
     def init_weights(self) -> None:
-        """Initialize the weights of this module and its children as their ``init_cfg`` describe.
+        """Initialize the weights of this module and its children as their ``init_cfg`` describes.
 
         Raises:
             RuntimeError: If no installed plugin provides the initializers.

@@ -1,4 +1,4 @@
-"""Records: the type that sinks write, and the lines of ``metrics.jsonl`` that store them."""
+"""Records: what sinks write, and the lines of ``metrics.jsonl`` that store them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of a run's history, with reduced values, as every sink receives it.
+    """One line of a run's history, after averaging. Every sink receives it.
 
     Attributes:
         phase: ``train``, ``val`` or ``test``.
@@ -96,7 +96,7 @@ class Record:
 def read_records(run_dir: str | Path) -> Iterator[Record]:
     """Yield the records in a run's ``metrics.jsonl``, oldest first, one at a time.
 
-    Lines that hold no complete record, because a killed run cut them short, are skipped.
+    Incomplete lines, such as one that a killed run cut short, are skipped.
 
     Args:
         run_dir: The folder of the run, ``runner.run_dir``.
