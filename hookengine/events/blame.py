@@ -1,4 +1,4 @@
-"""Who raised an exception: worked out when the kernel catches it, at no cost before."""
+"""Find the plugin that raised an exception, at no cost until the kernel catches one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Implementations = Iterable[tuple[str, pluggy.HookImpl]]
 
 
 def answering(runner: Any, event: str) -> str:
-    """Who answers an event, for a message about an answer that will not do."""
+    """Describe which plugins implement an event, for an error about an invalid return value."""
     names = runner.plugins.calls().get(event, []) if runner is not None else []
     return f"{event} of {' or '.join(map(repr, names)) or 'a plugin'}"
 
@@ -29,15 +29,15 @@ def blame(
 ) -> None:
     """Add a note to ``error``: plugin, distribution and version, event, epoch, iteration.
 
-    The frames of the traceback are compared with the implementations; the innermost one that is an
-    implementation is to blame. An exception that has the note already, or that no plugin raised,
-    gets none; in a group each exception is blamed, or else the group itself.
+    The plugin is the owner of the innermost frame in the traceback that belongs to a registered
+    implementation. An exception gets no note if it already has one or if no plugin raised it. In a
+    group, each exception gets its note; if none has one, the group gets it.
 
     Args:
         error: The exception, with its traceback.
-        impls: (event, implementation) of all that are registered.
-        source: Where the plugin of a name comes from.
-        progress: Where the run stands.
+        impls: (event, implementation) of each registered implementation.
+        source: Maps the name of a plugin to its distribution and version, or to its module.
+        progress: The counters of the run, or None to leave out epoch and iteration.
     """
     impls = list(impls)
     if isinstance(error, BaseExceptionGroup):
@@ -67,7 +67,7 @@ def _culprit(error: BaseException, impls: Implementations) -> tuple[str, str] | 
         for event, impl in by_code.get(frame.f_code, ()):
             first = frame.f_code.co_varnames[:1]
             owner = frame.f_locals.get(first[0]) if first else None
-            # Of two plugins of one class, the one that is the method's self.
+            # Two plugins of one class share their code; blame the one that is the method's self.
             if owner is impl.plugin or not isinstance(owner, type(impl.plugin)):
                 found = event, impl.plugin_name
         traceback = traceback.tb_next

@@ -1,7 +1,7 @@
-"""Names -> objects: what user code registered by decorator, then entry points.
+"""Registries map names to objects: those registered by decorator, then entry points.
 
-A name is looked up first among the objects that were registered in this process, then among the
-entry points of the installed distributions, of which only the one asked for is imported.
+A registry looks a name up first among the objects registered in this process, then among the entry
+points of the installed distributions. It imports only the requested entry point.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """`` Did you mean 'NAME'?`` of the known name that is most like ``name``, or nothing.
+    """Return `` Did you mean 'NAME'?`` with the known name closest to ``name``, or an empty string.
 
     Args:
-        name: What was written; upper and lower case are alike.
-        known: What might have been meant.
-        cutoff: How alike they must be, as difflib counts it, 1 for the same.
+        name: The unknown name; case is ignored.
+        known: The names to suggest from.
+        cutoff: The similarity a suggestion needs, as in ``difflib.get_close_matches``: 1 means
+            identical.
     """
     folded = {known_name.casefold(): known_name for known_name in known}
     near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=cutoff)
@@ -31,7 +32,7 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Say that ``name`` is unknown, with the nearest match and all the known names."""
+    """Return the message that ``name`` is unknown, with the closest match and all known names."""
     names = sorted(known)
     return (
         f"unknown {what} {name!r}.{did_you_mean(name, names)} Known: {', '.join(names) or 'none'}"
@@ -39,7 +40,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
 
 
 def distribution_of(entry_point: EntryPoint) -> str:
-    """The distribution that offers an entry point, as ``name version``."""
+    """Return the distribution that provides an entry point, as ``name version``."""
     dist = entry_point.dist
     return f"{dist.name} {dist.version}" if dist is not None else "an unnamed distribution"
 
@@ -49,11 +50,11 @@ def _identity(obj: object) -> tuple[object, object]:
 
 
 class Registry:
-    """One group of names.
+    """Map the names of one group to objects.
 
     Args:
-        group: The entry-point group, for instance ``hookengine.plugins``.
-        kind: What the names stand for, in messages.
+        group: The entry-point group, such as ``hookengine.plugins``.
+        kind: What messages call an object of the group, such as ``plugin``.
     """
 
     def __init__(self, group: str, kind: str) -> None:
@@ -68,7 +69,7 @@ class Registry:
         return f"Registry({self.group!r})"
 
     def entry_points(self) -> dict[str, EntryPoint]:
-        """The entry points of the group by name, from metadata alone: nothing is imported."""
+        """Return the entry points of the group by name, from metadata, without importing any."""
         found: dict[str, EntryPoint] = {}
         self._disputed: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
@@ -78,15 +79,17 @@ class Registry:
         return self._entry_points
 
     def own_entry_points(self) -> dict[str, EntryPoint]:
-        """Return the entry points that hookengine's own distribution offers, by name."""
+        """Return the entry points of hookengine's own distribution by name."""
         points = self._known().items()
         return {n: p for n, p in points if p.dist is not None and p.dist.name == "hookengine"}
 
     def entry_point(self, name: str) -> EntryPoint | None:
-        """The entry point of that name, or None; looks anew for a new name or on a new path.
+        """Return the entry point called ``name``, or None.
+
+        The metadata is read again if the name is not known yet or ``sys.path`` has changed.
 
         Raises:
-            ValueError: two distributions offer different objects under that name.
+            ValueError: If two distributions provide different objects under this name.
         """
         if name not in self._entry_points or self._searched != tuple(sys.path):
             self.entry_points()
@@ -100,21 +103,21 @@ class Registry:
         return point
 
     def offered_as(self, obj: Any) -> EntryPoint | None:
-        """The entry point that offers this class or function, or None."""
+        """Return the entry point that provides this class or function, or None."""
         value = f"{obj.__module__}:{obj.__qualname__}"
         return next((point for point in self._known().values() if point.value == value), None)
 
     def _known(self) -> dict[str, EntryPoint]:
-        """The entry points as they were last found, where the path is still the same."""
+        """Return the entry points found last time, or search again if ``sys.path`` has changed."""
         known = self._searched == tuple(sys.path)
         return self._entry_points if known else self.entry_points()
 
     def names(self) -> list[str]:
-        """All names, sorted; nothing is imported."""
+        """Return all names, sorted, without importing anything."""
         return sorted({*self._registered, *self.entry_points()})
 
     def objects(self) -> Iterator[Any]:
-        """What all the names stand for; imports each."""
+        """Yield the object of each name, importing each entry point that is not yet loaded."""
         yield from self._registered.values()
         for name, point in self._known().items():
             if name not in self._registered:
@@ -134,21 +137,22 @@ class Registry:
     def register_module(
         self, name: str | None = None, *, force: bool = False, module: Any = None
     ) -> Any:
-        """Register a class or function, as a decorator or by ``module=``.
+        """Register a class or function, as a decorator or with ``module=``.
 
         Args:
-            name: The name; by default the object's own.
-            force: Replace another object of that name. The same object defined again (a notebook
-                cell that is run again) replaces itself without it.
-            module: The object, where no decorator is wanted.
+            name: The name to register; the default is the ``__name__`` of the object.
+            force: Replace another object of the same name. You do not need it to define the same
+                object again, as when you rerun a notebook cell.
+            module: The object to register, if you do not use the decorator.
 
         Raises:
-            KeyError: the name is taken by another object.
+            KeyError: If another object has the name.
+            TypeError: If ``name`` is not a string.
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(
-                f"register_module() takes a name, not {name!r}: as a decorator it is written with "
-                "parentheses, @REGISTRY.register_module()"
+                f"register_module() got {name!r} instead of a name: write the decorator with "
+                "parentheses, as in @REGISTRY.register_module()"
             )
 
         def register(obj: Any) -> Any:
@@ -156,7 +160,7 @@ class Registry:
             other = self._registered.get(key)
             if other is not None and not force and _identity(other) != _identity(obj):
                 raise KeyError(
-                    f"the {self.kind} {key!r} is registered already, as {other!r}; "
+                    f"the {self.kind} {key!r} is already registered as {other!r}; "
                     "choose another name or pass force=True"
                 )
             self._registered[key] = obj
@@ -165,12 +169,13 @@ class Registry:
         return register(module) if module is not None else register
 
     def get(self, name: str) -> Any:
-        """The object of that name; imports its module if it is an entry point's.
+        """Return the object called ``name``, importing its module if it is an entry point.
 
         Raises:
-            KeyError: unknown; the message has the known names and the nearest match.
-            ImportError: the entry point cannot be loaded; the message names the distribution and
-                says what to do.
+            KeyError: If the name is unknown; the message lists the known names and the closest
+                match.
+            ImportError: If the entry point cannot be loaded; the message names the distribution
+                and the fix.
         """
         if name in self._registered:
             return self._registered[name]
@@ -180,20 +185,20 @@ class Registry:
         return self._load(point)
 
     def build(self, cfg: Mapping[str, Any], **defaults: Any) -> Any:
-        """Call what ``cfg["type"]`` names, or is, with the rest of ``cfg`` as keyword arguments.
+        """Call ``cfg["type"]`` with the rest of ``cfg`` as keyword arguments; return the result.
 
         Args:
             cfg: ``dict(type=NAME or class, **kwargs)``.
             defaults: Arguments that ``cfg`` may override.
 
         Raises:
-            TypeError: ``cfg`` is not a dict.
-            KeyError: it has no ``type``, or an unknown one.
+            TypeError: If ``cfg`` is not a dict.
+            KeyError: If ``cfg`` has no ``type``, or its type is an unknown name.
         """
         if not isinstance(cfg, Mapping):
             raise TypeError(f"expected dict(type=..., ...) for a {self.kind}, got {cfg!r}")
         if "type" not in cfg:
-            raise KeyError(f"a {self.kind} needs a 'type', a name or a class; got {dict(cfg)!r}")
+            raise KeyError(f"a {self.kind} needs a 'type': a name or a class; got {dict(cfg)!r}")
         arguments = {**defaults, **cfg}
         target = arguments.pop("type")
         factory = self.get(target) if isinstance(target, str) else target
@@ -216,9 +221,9 @@ class Registry:
             if isinstance(error, ModuleNotFoundError) and point.extras and point.dist is not None:
                 fix = f'pip install "{point.dist.name}[{",".join(point.extras)}]"'
             elif isinstance(error, AttributeError):
-                fix = f"its module has no {point.attr!r}: tell its authors, or install a newer one"
+                fix = f"its module has no {point.attr!r}; install a newer one or tell its authors"
             else:
-                fix = f"repair or uninstall it, or do not name {point.name!r}"
+                fix = f"repair or uninstall it, or do not use {point.name!r}"
             raise ImportError(
                 f"the {self.kind} {point.name!r} of {dist} ({point.value}) cannot be imported: "
                 f"{type(error).__name__}: {error}. Fix: {fix}"
@@ -227,15 +232,15 @@ class Registry:
         return obj
 
     def _check_requirement(self, point: EntryPoint, dist: str) -> None:
-        """Refuse a distribution that asks for another version of hookengine."""
+        """Raise an ImportError if the distribution requires another version of hookengine."""
         for line in (point.dist.requires if point.dist is not None else None) or ():
             requirement = Requirement(line)
             if requirement.name == "hookengine" and requirement.marker is None:
                 mine = version("hookengine")
                 if not requirement.specifier.contains(mine, prereleases=True):
                     raise ImportError(
-                        f"the {self.kind} {point.name!r} of {dist} needs {requirement}, and this "
-                        f"is hookengine {mine}. Fix: install versions that fit one another"
+                        f"the {self.kind} {point.name!r} of {dist} requires {requirement}, but "
+                        f"hookengine {mine} is installed. Fix: install compatible versions"
                     )
 
 

@@ -1,4 +1,4 @@
-"""What ``train_cfg``, ``val_cfg`` and ``test_cfg`` may hold, and how a bad value is reported."""
+"""The options of ``train_cfg``, ``val_cfg`` and ``test_cfg``, and how bad values are reported."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
 
 
 class TrainCfg(pydantic.BaseModel):
-    """The limits of training and the rhythm of validation.
+    """Set the limit of training and how often to validate.
 
-    Either ``max_epochs`` or ``max_iters``; the first makes the epoch the unit of ``val_interval``
-    and ``val_begin``, the second the iteration. Validation also follows the last epoch or
+    Pass either ``max_epochs`` or ``max_iters``. ``val_interval`` and ``val_begin`` count epochs in
+    the first case and iterations in the second. Validation also runs after the last epoch or
     iteration.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    by_epoch: bool | None = Field(None, description="unit; by default told by the limit given")
+    by_epoch: bool | None = Field(None, description="unit; by default inferred from the limit")
     max_epochs: int | None = Field(None, gt=0)
     max_iters: int | None = Field(None, gt=0)
-    val_interval: int | None = Field(None, gt=0, description="default 1 epoch, 1000 iterations")
+    val_interval: int | None = Field(None, gt=0, description="default 1 epoch or 1000 iterations")
     val_begin: int = Field(1, ge=0, description="no validation before this epoch or iteration")
 
     @model_validator(mode="before")
@@ -44,8 +44,8 @@ class TrainCfg(pydantic.BaseModel):
     def _one_unit(self) -> Self:
         if self.max_epochs is not None and self.max_iters is not None:
             raise ValueError(
-                f"give one of max_epochs={self.max_epochs} and max_iters={self.max_iters}: the one "
-                "that counts"
+                f"max_epochs={self.max_epochs} and max_iters={self.max_iters} are both set: "
+                "set only one of them"
             )
         if self.by_epoch is None:
             self.by_epoch = self.max_iters is None
@@ -60,23 +60,23 @@ class TrainCfg(pydantic.BaseModel):
 
     @property
     def limit(self) -> int:
-        """``max_epochs`` or ``max_iters``, whichever counts."""
+        """The limit in effect: ``max_epochs`` or ``max_iters``."""
         return self.max_epochs or self.max_iters or 0
 
     @property
     def unit(self) -> str:
-        """``epochs`` or ``iters``."""
+        """The unit of the limit: ``epochs`` or ``iters``."""
         return "epochs" if self.by_epoch else "iters"
 
     def validates_at(self, count: int) -> bool:
-        """Whether validation follows when ``count`` epochs (or iterations) are finished."""
+        """Return whether validation runs once ``count`` epochs (or iterations) are finished."""
         if count < self.val_begin:
             return False
         return count % (self.val_interval or 1) == 0 or count == self.limit
 
 
 class EvalCfg(pydantic.BaseModel):
-    """Options of validation and testing."""
+    """Set the options of validation and testing."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -94,12 +94,13 @@ def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
     """Validate ``cfg`` into ``model``.
 
     Raises:
-        TypeError: ``cfg`` is no dict. ValueError: a bad value or an unknown key.
+        TypeError: If ``cfg`` is not a dict.
+        ValueError: If ``cfg`` has a bad value or an unknown key.
     """
     if isinstance(cfg, model):
         return cfg
     if not isinstance(cfg, Mapping):
-        raise TypeError(f"{name} takes a dict, got {cfg!r}")
+        raise TypeError(f"{name} must be a dict, got {cfg!r}")
     try:
         return model.model_validate(dict(cfg))
     except pydantic.ValidationError as error:

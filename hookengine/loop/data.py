@@ -1,4 +1,4 @@
-"""Dataloaders and batches: what the Runner accepts, and how many samples a batch holds."""
+"""Dataloaders and batches: where a pass starts, and how many batches and samples there are."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples in a batch of any nesting.
+    """Return the number of samples in a batch of any nesting.
 
-    A tensor holds its first dimension's; a dict what its first value holds, a list there being a
-    list of samples; a tuple or list of tensors what the first of them holds; a list of dicts (or
-    other objects) is a list of samples, and so is a list of tensors beside targets of that number
-    (as detection has it). A batch that tells nothing counts as one sample.
+    The number depends on the type of the batch:
+
+    - A tensor holds as many samples as its first dimension.
+    - A dict holds as many as its first value. If that value is a list, each item is a sample.
+    - A tuple or list of tensors, nested or not, holds as many as its first tensor.
+    - In a list of dicts or other objects, each item is a sample. The same goes for a list of
+      tensors next to equally many targets, as in object detection.
+    - Anything else counts as one sample.
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
@@ -33,7 +37,10 @@ def batch_size(batch: Any) -> int:
 
 
 def _are_samples(items: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether a list of tensors is one of samples, by what stands beside it."""
+    """Return whether each item is a sample, judging by ``others``, the rest of the batch.
+
+    Otherwise the items are several inputs, each of which holds the whole batch.
+    """
     if not others or not isinstance(items[0] if items else None, Tensor):
         return False
     target, size = others[0], items[0].shape[:1]
@@ -43,12 +50,12 @@ def _are_samples(items: Sequence[Any], others: Sequence[Any]) -> bool:
         return bool(told) and not (as_one and size[0] in target.shape)
     if not isinstance(target, (list, tuple)) or len(target) != len(items):
         return False
-    # Several inputs beside several targets are a batch, if all have one first dimension.
+    # Several inputs with several targets are one batch if they all share their first dimension.
     return not (as_one and all(isinstance(t, Tensor) and t.shape[:1] == size for t in target))
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:
-    """The number of batches, or None where the dataloader does not tell."""
+    """Return the number of batches, or None if the dataloader has no length."""
     try:
         return len(dataloader)  # type: ignore[arg-type]
     except TypeError:
@@ -56,7 +63,7 @@ def length_of(dataloader: Iterable[Any]) -> int | None:
 
 
 def dataset_size(dataloader: Iterable[Any]) -> int | None:
-    """The number of samples in the dataset behind a dataloader, or None where it does not tell."""
+    """Return the number of samples in the dataset of a dataloader, or None if it is unknown."""
     dataset = getattr(dataloader, "dataset", None)
     return None if dataset is None else length_of(dataset)
 
@@ -66,9 +73,10 @@ def iterate_from(
 ) -> tuple[Iterator[Any], int]:
     """Start a pass over the dataloader at ``batch``.
 
-    A dataloader with a method ``seek(epoch, batch)`` is told, and starts there by itself. Of an
-    iterator (a generator), which goes on where it is, ``behind`` batches are dropped; of any
-    other dataloader the batches before.
+    If the dataloader has a method ``seek(epoch, batch)``, this function calls it and the dataloader
+    starts there by itself. An iterator (such as a generator) continues from its current position,
+    so its next ``behind`` batches are fetched and dropped. A list or tuple is sliced. For any other
+    dataloader, the first ``batch`` batches are fetched and dropped.
 
     Returns:
         The iterator, and how many batches were fetched and dropped.

@@ -1,4 +1,4 @@
-"""The life of a Runner: runs that begin and end, and a close that comes once, whatever happens."""
+"""The life cycle of a Runner: how runs begin and end, and how the Runner closes exactly once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hookengine.events.manager import PluginManager
 
 
 class Life:
-    """What the Runner inherits: ``close``, ``with``, and the events that open and end a run.
+    """Give the Runner ``close``, the ``with`` statement and the events that begin and end a run.
 
     Attributes:
-        closed: Whether the plugins have given back what they took.
-        built: Whether the construction is over.
+        closed: Whether the Runner is closed and its plugins have released their resources.
+        built: Whether construction has finished.
     """
 
     hooks: HookSpecs
@@ -31,11 +31,17 @@ class Life:
     _depth = 0
 
     def close(self) -> None:
-        """Let the plugins give back what they took; the Runner cannot be used afterwards."""
+        """Have the plugins release their resources and close the Runner for good.
+
+        Further calls do nothing.
+
+        Raises:
+            RuntimeError: If a run is in progress.
+        """
         if self.closed:
             return
         if self._depth:
-            raise RuntimeError("close() was called within a run that goes on: call stop() there")
+            raise RuntimeError("close() was called during a run: call stop() to end the run first")
         self.closed = True
         _open_lives.discard(self)
         try:
@@ -46,10 +52,10 @@ class Life:
             self._let_go()
 
     def _leave_run(self) -> None:
-        """Drop what a run that was left in the middle would go on with."""
+        """Discard what an interrupted run would resume with."""
 
     def _let_go(self) -> None:
-        """Take the hooks from what may live longer than the Runner."""
+        """Remove the hooks from objects that may outlive the Runner."""
 
     def __enter__(self) -> Self:
         return self
@@ -71,11 +77,11 @@ class Life:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise RuntimeError("this Runner is closed: make another one")
+            raise RuntimeError("this Runner is closed: create a new one")
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        """The construction: one that fails is closed."""
+        """Wrap the construction of the Runner, and close the Runner if construction fails."""
         self._begun = True
         _open_lives.add(self)
         with self._errors_blamed(close=True):
@@ -84,9 +90,9 @@ class Life:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """One call of train(), val() or test(): before_run, and on the way out after_run.
+        """Wrap a call of train(), val() or test(): emit before_run, and at the end after_run.
 
-        A validation that a plugin starts within a run is a part of it.
+        A validation that a plugin starts during a run is part of that run.
         """
         if self._depth:
             yield
@@ -110,10 +116,10 @@ class Life:
             self.requests.clear()
 
     def _also(self, error: BaseException, call: Callable[..., None], *arguments: Any) -> None:
-        """Run a closing event after ``error``; what it raises is noted and does not hide it."""
+        """Call a closing step after ``error``; note what it raises without hiding ``error``."""
         try:
             call(*arguments)
-        except BaseException as other:  # a second Ctrl-C, too
+        except BaseException as other:  # including a second Ctrl-C
             self.plugins.blame(other)
             notes = "; ".join(getattr(other, "__notes__", []))
             error.add_note(f"and then {type(other).__name__}: {other} ({notes})")
@@ -136,7 +142,7 @@ def _close_quietly(life: Life) -> None:
     try:
         life.close()
     except Exception as error:
-        life.logger.error(f"closing failed: {error!r}")
+        life.logger.error(f"failed to close the Runner: {error!r}")
 
 
 @atexit.register

@@ -1,4 +1,4 @@
-"""Optimizer wrappers: loss -> backward -> step, as events."""
+"""Optimizer wrappers: run loss -> backward -> step and emit an event at each stage."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 def combine(
     contexts: tuple[AbstractContextManager[Any], ...], runner: Any = None
 ) -> AbstractContextManager[Any]:
-    """One context manager that enters ``contexts`` in order; at no cost where there are none.
+    """Return one context manager that enters ``contexts`` in order.
+
+    With no contexts, it returns a shared null context, which costs nothing.
 
     Raises:
-        TypeError: one of them is none; the message names the plugins of ``runner`` that answer.
+        TypeError: If an item is not a context manager. The message names the plugins of
+            ``runner`` that implement ``forward_context``.
     """
     if not contexts:
         return _NO_CONTEXT
@@ -56,9 +59,9 @@ class _Combined(ExitStack):
 
 
 class OptimWrapper:
-    """One optimizer, and the events around it. Usable without a Runner: the events are silent.
+    """Wrap an optimizer and emit the events around its steps.
 
-    ::
+    You can use a wrapper without a Runner; its events then call no plugin::
 
         with optim_wrapper.optim_context(model):
             loss = model(batch)
@@ -66,16 +69,16 @@ class OptimWrapper:
 
     Args:
         optimizer: The optimizer.
-        name: What it is called where there are several.
+        name: The name that identifies the wrapper when a run has several optimizers.
 
     Attributes:
-        hooks: The events; those of the Runner that took the wrapper.
-        will_step: Whether the present iteration ends with a step; known before the forward pass.
-            Who exchanges gradients between ranks only where it does, exchanges them in
-            ``finish_gradients`` where a window is closed in another way.
+        hooks: The events that the wrapper emits. A Runner that receives the wrapper sets them.
+        will_step: Whether the current iteration ends with a step; known before the forward pass.
+            A plugin that synchronizes gradients between ranks only in such iterations must do so
+            in ``finish_gradients`` when a direct call of ``step`` closes the window.
         window_length: Iterations per step, as planned by the plugin that answers ``should_step``.
-        window_open: Whether gradients are held that no step has used yet.
-        steps: Steps really taken.
+        window_open: Whether there are gradients that no step has used yet.
+        steps: Steps taken; skipped steps do not count.
     """
 
     def __init__(self, optimizer: Optimizer, name: str = "optimizer", **moved: Any) -> None:
@@ -93,7 +96,11 @@ class OptimWrapper:
         self._asked = False
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """The context of a forward pass: asks ``should_step``, enters ``forward_context``."""
+        """Return the context for a forward pass of ``model`` in training.
+
+        Emits ``should_step`` to set ``will_step``, and ``forward_context`` to collect the contexts
+        to enter.
+        """
         hooks = self.hooks
         self.will_step = hooks.should_step(hooks.runner, self)
         self._asked = True
@@ -101,13 +108,14 @@ class OptimWrapper:
         return combine(contexts, hooks.runner) if contexts else _NO_CONTEXT
 
     def update_params(self, loss: Tensor) -> None:
-        """Backpropagate ``loss`` and, where this iteration steps, step and zero the gradients.
+        """Backpropagate ``loss``; if this iteration steps, step and zero the gradients.
 
         Args:
-            loss: Scalar tensor that requires a gradient.
+            loss: A scalar tensor that requires a gradient.
 
         Raises:
-            TypeError: it is no tensor. ValueError: it is no scalar, or has no gradient.
+            TypeError: If ``loss`` is not a tensor.
+            ValueError: If ``loss`` is not a scalar or does not require a gradient.
         """
         if not self._asked:
             hooks = self.hooks
@@ -118,10 +126,11 @@ class OptimWrapper:
             self.step()
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate ``loss`` without a step, for a ``train_step`` that steps by itself.
+        """Backpropagate ``loss`` without a step, for a ``train_step`` that calls ``step`` itself.
 
         Raises:
-            TypeError: it is no tensor. ValueError: it is no scalar, or has no gradient.
+            TypeError: If ``loss`` is not a tensor.
+            ValueError: If ``loss`` is not a scalar or does not require a gradient.
         """
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
@@ -135,7 +144,10 @@ class OptimWrapper:
         self.window_open = True
 
     def step(self) -> None:
-        """Step with the gradients that are there and zero them; also closes a short window."""
+        """Take a step with the current gradients, then zero them.
+
+        Call it directly to close a window of accumulated gradients early.
+        """
         self._asked = False
         hooks = self.hooks
         hooks.finish_gradients(hooks.runner, self)
@@ -151,41 +163,43 @@ class OptimWrapper:
             hooks.after_optim_step(hooks.runner, self)
 
     def zero_grad(self) -> None:
-        """Drop the gradients, and with them an open window."""
+        """Discard the gradients, including those of an open window."""
         self.optimizer.zero_grad()
         self.window_open = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups."""
+        """The parameter groups of the optimizer."""
         return self.optimizer.param_groups
 
     def by_name(self, name: str | None = None) -> dict[str, OptimWrapper]:
-        """Itself by its name, as ``OptimWrapperDict`` gives several.
+        """Return a dict that maps the name of this wrapper to the wrapper itself.
+
+        This matches ``OptimWrapperDict.by_name``, so that callers need not distinguish the two.
 
         Args:
-            name: Only the one of this name.
+            name: If given, the wrapper must have this name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: If ``name`` is given and the wrapper has another name.
         """
         return _by_name({self.name: self}, name)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters of the optimizer."""
+        """Yield all the parameters of the optimizer."""
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
     def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group."""
+        """Return the learning rate of each parameter group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state."""
+        """Return the state of the optimizer."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the optimizer's state."""
+        """Load an optimizer state saved by ``state_dict``."""
         self.optimizer.load_state_dict(state)
 
     def __repr__(self) -> str:
@@ -209,17 +223,17 @@ def _bad_loss(loss: Any) -> Exception:
             ".sum()"
         )
     return ValueError(
-        "the loss does not require a gradient: it was detached, computed under no_grad, or every "
-        "parameter behind it is frozen"
+        "the loss does not require a gradient: it was detached or computed under torch.no_grad(), "
+        "or every parameter it depends on is frozen"
     )
 
 
 class OptimWrapperDict(Mapping[str, OptimWrapper]):
-    """Several optimizer wrappers by name, for a model whose ``train_step`` uses each of them."""
+    """Map names to optimizer wrappers, for a model whose ``train_step`` uses several of them."""
 
     def __init__(self, **optim_wrappers: OptimWrapper) -> None:
         if not optim_wrappers:
-            raise ValueError("OptimWrapperDict needs at least one OptimWrapper by name")
+            raise ValueError("OptimWrapperDict needs at least one OptimWrapper, as in name=wrapper")
         for name, wrapper in optim_wrappers.items():
             if not isinstance(wrapper, OptimWrapper):
                 raise TypeError(f"expected an OptimWrapper for {name!r}, got {wrapper!r}")
@@ -236,44 +250,51 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
         return len(self.optim_wrappers)
 
     def by_name(self, name: str | None = None) -> dict[str, OptimWrapper]:
-        """All of them by name; or only the one of this name, a KeyError where there is none."""
+        """Return the wrappers by name.
+
+        Args:
+            name: If given, return only the wrapper with this name.
+
+        Raises:
+            KeyError: If no wrapper has this name.
+        """
         return _by_name(self.optim_wrappers, name)
 
     @property
     def window_open(self) -> bool:
-        """Whether any of them holds gradients that no step has used yet."""
+        """Whether any wrapper has gradients that no step has used yet."""
         return any(wrapper.window_open for wrapper in self.optim_wrappers.values())
 
     def update_params(self, loss: Tensor) -> None:
-        """Refused: only the model knows which of them a loss belongs to."""
+        """Raise a TypeError, because only the model knows which optimizer a loss belongs to."""
         raise TypeError(self._choose("update_params(loss)"))
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Refused, as ``update_params`` is."""
+        """Raise a TypeError, because only the model knows which optimizer the pass is for."""
         raise TypeError(self._choose("optim_context(model)"))
 
     def _choose(self, call: str) -> str:
         first = next(iter(self.optim_wrappers))
-        return f"there are several optimizers: choose one, as in optim_wrapper[{first!r}].{call}"
+        return f"{call} needs one optimizer: choose one, as in optim_wrapper[{first!r}].{call}"
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Discard the gradients of all the wrappers."""
         for wrapper in self.optim_wrappers.values():
             wrapper.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each by name."""
+        """Return the state of each optimizer by name."""
         return {name: wrapper.state_dict() for name, wrapper in self.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of each.
+        """Load the state of each optimizer.
 
         Raises:
-            ValueError: the names differ.
+            ValueError: If ``state`` and this dict have different names.
         """
         if state.keys() != self.optim_wrappers.keys():
             raise ValueError(
-                f"the checkpoint has the optimizers {sorted(state)}, the Runner {sorted(self)}"
+                f"the checkpoint has optimizers {sorted(state)}, but the Runner has {sorted(self)}"
             )
         for name, wrapper in self.items():
             wrapper.load_state_dict(state[name])

@@ -1,4 +1,4 @@
-"""Where a run stands: epoch, iteration, batch, step."""
+"""The counters of a run: epoch, iteration, batch and optimizer step."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any, Protocol
 
 
 class CountsSteps(Protocol):
-    """What an optimizer wrapper is to the counters."""
+    """The part of an optimizer wrapper that the counters need."""
 
     steps: int
 
 
 class Progress:
-    """The counters of a run. They move before an ``after_*`` event.
+    """Count the epochs, iterations, batches and optimizer steps of a run.
+
+    The counters advance before the matching ``after_*`` event is emitted.
 
     Attributes:
-        epoch: Finished epochs, passes over the training dataloader.
+        epoch: Finished epochs. An epoch is one pass over the training dataloader.
         iter: Finished iterations.
-        batch: Batches of the present epoch that were trained on.
-        epoch_length: Batches per epoch, or None where the dataloader does not tell.
+        batch: Batches of the current epoch already used for training.
+        epoch_length: Batches per epoch, or None if the dataloader has no length.
         max_epochs: The limit in epochs, or None.
-        max_iters: The limit in iterations; with ``max_epochs`` it follows from ``epoch_length``;
-            None where unknown.
-        is_last: Whether the present batch is known to be the last one of its epoch or of the run.
-        val_due: Whether a validation is still owed.
+        max_iters: The limit in iterations, or None if it is unknown. When ``max_epochs`` is set,
+            it is computed from ``epoch_length``.
+        is_last: Whether the current batch is known to be the last one of its epoch or of the run.
+        val_due: Whether a validation is due and has not run yet.
         stopped: Why training stopped before its limit, or None.
     """
 
@@ -55,20 +57,20 @@ class Progress:
 
     @property
     def current_epoch(self) -> int:
-        """The epoch, from 1, that the last iteration belongs to; 0 before the first one."""
+        """The epoch of the last finished iteration, counted from 1; 0 before the first one."""
         return self.epoch + (self.batch > 0)
 
     @property
     def step(self) -> int:
-        """Optimizer steps really taken, by the first optimizer."""
+        """The number of steps the first optimizer has taken; skipped steps do not count."""
         return next((wrapper.steps for wrapper in self._optim_wrappers.values()), 0)
 
     def count_steps_of(self, optim_wrappers: Mapping[str, CountsSteps]) -> None:
-        """Keep the ``steps`` of these wrappers with the counters."""
+        """Include the ``steps`` of these wrappers in the counters and their saved state."""
         self._optim_wrappers = dict(optim_wrappers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters as plain numbers."""
+        """Return the counters as plain numbers."""
         return {
             "epoch": self.epoch,
             "iter": self.iter,
@@ -78,7 +80,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the counters back to what ``state_dict`` returned."""
+        """Restore the counters saved by ``state_dict``."""
         self.epoch = state["epoch"]
         self.iter = state["iter"]
         self.batch = state["batch"]

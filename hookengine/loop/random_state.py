@@ -12,7 +12,10 @@ import torch
 
 
 def _accelerator() -> Any:
-    """The module of the accelerator in use (``torch.cuda`` ...), or None: asking starts none."""
+    """Return the module of the accelerator in use, such as ``torch.cuda``, or None.
+
+    The check does not initialize an accelerator.
+    """
     for name in ("cuda", "xpu"):
         module = getattr(torch, name, None)
         if module is not None and getattr(module, "is_initialized", lambda: False)():
@@ -21,7 +24,10 @@ def _accelerator() -> Any:
 
 
 def get_random_state() -> dict[str, Any]:
-    """The present states, as tensors and plain containers (``torch.load`` reads them safely)."""
+    """Return the current states as tensors and plain containers.
+
+    ``torch.load(weights_only=True)`` can load them.
+    """
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
@@ -38,7 +44,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the states back to what ``get_random_state`` returned."""
+    """Restore the states returned by ``get_random_state``."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
@@ -53,7 +59,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave the random states as they were, whatever happens inside, errors included."""
+    """Restore the random states when the block ends, even if it raises."""
     state = get_random_state()
     try:
         yield

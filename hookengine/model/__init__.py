@@ -1,8 +1,8 @@
-"""What ``hookengine.model`` exports: the base classes, and the names that plugins contribute.
+"""The base classes of models, and the names that plugins add to ``hookengine.model``.
 
-``from hookengine.model import ImgDataPreprocessor`` asks the ``MODELS`` registry, which imports
-the plugin that offers the name in the entry-point group ``hookengine.model``. Type checkers and
-editors read the same names from ``__init__.pyi``, which ``make docs`` writes.
+``from hookengine.model import ImgDataPreprocessor`` looks the name up in the ``MODELS`` registry,
+which imports the plugin that provides it through the entry-point group ``hookengine.model``. Type
+checkers and editors read the same names from ``__init__.pyi``, which ``make docs`` generates.
 """
 
 from typing import Any

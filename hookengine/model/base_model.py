@@ -1,4 +1,4 @@
-"""BaseModel: what the Runner trains, and the wrapper that makes one of a plain module."""
+"""BaseModel, the base class of what the Runner trains, and a wrapper for plain modules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class BaseModel(BaseModule):
-    """Base class of models that the Runner trains: a subclass implements ``forward``.
+    """Base class for models that the Runner trains. Subclasses implement ``forward``.
 
     Args:
-        data_preprocessor: A module, or ``dict(type=NAME or class, ...)``; by default the
+        data_preprocessor: A module, or ``dict(type=NAME or class, ...)``. The default is
             ``BaseDataPreprocessor``, which moves batches to the model's device.
         init_cfg: See ``BaseModule``.
     """
@@ -40,33 +40,34 @@ class BaseModel(BaseModule):
             data_preprocessor = MODELS.build(cfg)
         if not isinstance(data_preprocessor, nn.Module):
             raise TypeError(
-                "data_preprocessor takes a dict or an nn.Module, got "
-                f"{type(data_preprocessor).__name__}; an init_cfg is given by name, init_cfg=[...]"
+                "data_preprocessor must be a dict or an nn.Module, got "
+                f"{type(data_preprocessor).__name__}; pass an init_cfg by name: init_cfg=[...]"
             )
         self.data_preprocessor = data_preprocessor
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Losses, predictions or tensors, as the argument ``mode`` says.
+        """Return losses, predictions or tensors, depending on ``mode``.
 
-        Called as ``forward(*batch, mode=...)`` or ``forward(**batch, mode=...)``.
+        The Runner calls it as ``forward(*batch, mode=...)`` or ``forward(**batch, mode=...)``.
 
         Args:
-            mode: ``"loss"``: a dict of scalar tensors (or lists of them) by name. ``"predict"``:
-                what the metrics' ``process`` takes. ``"tensor"``: tensors, for use of your own.
+            mode: With ``"loss"``, return a dict of scalar tensors (or lists of them) by name. With
+                ``"predict"``, return what the ``process`` method of your metrics expects. With
+                ``"tensor"``, return tensors for your own use.
         """
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
-        """Preprocess, forward, backward, step.
+        """Train on one batch: preprocess, forward, backward, step.
 
         Args:
-            data: A batch: dict, tuple or list.
-            optim_wrapper: Updates the parameters.
+            data: A batch: a dict, tuple or list.
+            optim_wrapper: The wrapper that updates the parameters.
 
         Returns:
-            The losses by name, detached scalar tensors on the device; ``loss`` is their sum.
+            The losses by name, as detached scalar tensors on the device; ``loss`` is their sum.
         """
-        # As self.data_preprocessor, less the search of nn.Module.__getattr__ in each iteration.
+        # Same as self.data_preprocessor, without the lookup of nn.Module.__getattr__ in each call.
         preprocess = self._modules.get("data_preprocessor") or self.data_preprocessor
         with optim_wrapper.optim_context(self):
             data = preprocess(data, True)
@@ -76,34 +77,35 @@ class BaseModel(BaseModule):
         return log_vars
 
     def val_step(self, data: Any) -> Any:
-        """The predictions for a batch, which the metrics get."""
+        """Return the predictions for a batch, which the Runner passes to the metrics."""
         data = self.data_preprocessor(data, False)
         return self._run_forward(data, "predict")
 
     def test_step(self, data: Any) -> Any:
-        """The predictions for a batch, as ``val_step``."""
+        """Return the predictions for a batch; the default calls ``val_step``."""
         return self.val_step(data)
 
     def loss_step(self, data: Any) -> dict[str, Tensor]:
-        """The losses of a batch without an update, for ``val_cfg=dict(loss=True)``."""
+        """Return the losses of a batch without an update, for ``val_cfg=dict(loss=True)``."""
         data = self.data_preprocessor(data, False)
         return _sum_losses(self._run_forward(data, "loss"))[1]
 
     def parse_losses(
         self, losses: dict[str, Tensor | list[Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the losses; what plugins answer to ``after_forward`` comes in here.
+        """Let plugins replace the losses through ``after_forward``, then sum them.
 
         Args:
-            losses: By name a tensor, which is averaged, or a list of tensors, whose averages are
-                summed. Every entry whose name contains ``loss`` counts.
+            losses: Tensors or lists of tensors by name. A tensor counts with its mean, a list with
+                the sum of the means. The sum includes every entry whose name contains ``loss``.
 
         Returns:
-            The scalar to backpropagate, and every entry (and ``loss``, the sum) for the log,
-            detached.
+            The scalar to backpropagate, and a dict of detached tensors to log: every entry, and
+            the sum as ``loss``.
 
         Raises:
-            TypeError: no dict, or an entry of another type. ValueError: no name contains "loss".
+            TypeError: If ``losses`` is not a dict, or an entry is not a tensor or list of tensors.
+            ValueError: If no name contains "loss".
         """
         hooks = self._hooks
         given, losses = losses, hooks.after_forward(hooks.runner, losses)
@@ -112,7 +114,7 @@ class BaseModel(BaseModule):
                 f"{answering(hooks.runner, 'after_forward')} must return a dict of losses by name, "
                 f"or None; got {type(losses).__name__}"
             )
-        if isinstance(losses, dict) and len(losses) == 1:  # by far the most common, so in short
+        if isinstance(losses, dict) and len(losses) == 1:  # fast path for the most common case
             loss = losses.get("loss")
             if isinstance(loss, Tensor) and not loss.dim():
                 return loss, {"loss": loss.detach()}
@@ -135,21 +137,21 @@ class BaseModel(BaseModule):
             raise
         if outputs is None:
             raise TypeError(
-                f"{type(self).__name__}.forward(mode={mode!r}) returned None: does every branch "
-                "of it return?"
+                f"{type(self).__name__}.forward(mode={mode!r}) returned None: check that every "
+                "branch returns a value"
             )
         return outputs
 
     def npu(self, device: int | str | torch.device | None = None) -> Self:
-        """Move to an Ascend NPU (torch_npu), the data preprocessor included."""
+        """Move the model and its data preprocessor to an Ascend NPU (requires torch_npu)."""
         return self._move("npu", device)
 
     def mlu(self, device: int | str | torch.device | None = None) -> Self:
-        """Move to a Cambricon MLU (torch_mlu), the data preprocessor included."""
+        """Move the model and its data preprocessor to a Cambricon MLU (requires torch_mlu)."""
         return self._move("mlu", device)
 
     def musa(self, device: int | str | torch.device | None = None) -> Self:
-        """Move to a Moore Threads GPU (torch_musa), the data preprocessor included."""
+        """Move the model and its data preprocessor to a Moore Threads GPU (requires torch_musa)."""
         return self._move("musa", device)
 
     def _move(self, backend: str, device: int | str | torch.device | None) -> Self:
@@ -159,16 +161,16 @@ class BaseModel(BaseModule):
             target = torch.device(backend) if device is None else torch.device(backend, device)
         except RuntimeError as error:
             raise RuntimeError(
-                f"this torch has no device {backend!r}: import torch_{backend} first"
+                f"torch does not know the device {backend!r}: import torch_{backend} first"
             ) from error
         return self.to(target)
 
 
 class SupervisedModel(BaseModel):
-    """A plain module and a loss function as a BaseModel; a batch is (inputs, target).
+    """Combine a plain module and a loss function into a BaseModel.
 
-    What the Runner puts around a plain ``nn.Module`` when it gets ``loss=``: a batch must be
-    (inputs, target). Evaluation sees (output, target).
+    The Runner wraps a plain ``nn.Module`` in this class when you pass it ``loss=``. A batch must
+    be (inputs, target); metrics receive (output, target).
 
     Args:
         module: Called as ``module(inputs)``.
@@ -181,7 +183,7 @@ class SupervisedModel(BaseModel):
         self.loss = loss
 
     def forward(self, inputs: Any, target: Any, mode: str = "tensor") -> Any:
-        """The loss, (output, target), or the output."""
+        """Return the loss, (output, target) or the output: mode "loss", "predict" or "tensor"."""
         output = self.module(inputs)
         if mode == "loss":
             loss = self.loss(output, target)
@@ -190,7 +192,7 @@ class SupervisedModel(BaseModel):
 
 
 def _describe(data: Any) -> str:
-    """A batch in a few words, for a note on an error."""
+    """Describe a batch in a few words, for a note on an error."""
     if isinstance(data, dict):
         return f"a dict with {', '.join(map(repr, data))}"
     if isinstance(data, (list, tuple)):
@@ -209,7 +211,7 @@ def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
     log_vars: dict[str, Tensor] = {}
     for name, value in losses.items():
         if isinstance(value, Tensor):
-            mean = value.mean() if value.dim() else value  # a scalar needs no node of its own
+            mean = value.mean() if value.dim() else value  # a scalar needs no extra autograd node
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             mean = sum(item.mean() for item in value[1:]) + value[0].mean()
         else:
@@ -217,7 +219,7 @@ def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
                 f"the loss {name!r} must be a tensor or a list of tensors, got "
                 f"{type(value).__name__}"
             )
-        if "loss" in name:  # the first is taken as it is: no sum, no extra autograd node
+        if "loss" in name:  # start from the first loss, not from 0, to save an autograd node
             total = mean if total is None else total + mean
         log_vars[name] = mean.detach()
     if total is None:

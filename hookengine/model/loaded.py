@@ -1,4 +1,4 @@
-"""Which tensors of a module a state dict was loaded into."""
+"""Track which tensors of a module a state dict was loaded into."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.nn.parameter import is_lazy
 
 
 class LoadedTensors:
-    """A set of tensors, weakly held, which the copies and pickles of a module take along."""
+    """A set of weak references to tensors, preserved when a module is copied or pickled."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._references = {id(tensor): weakref.ref(tensor) for tensor in tensors}
 
     def add(self, tensor: Tensor) -> None:
-        """Add one."""
+        """Add ``tensor`` to the set."""
         self._references[id(tensor)] = weakref.ref(tensor)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -38,13 +38,19 @@ class LoadedTensors:
 
 
 def watch_loading(module: nn.Module) -> None:
-    """Have ``module.loaded_tensors`` filled whenever a state dict is loaded, by whatever root."""
+    """Fill ``module.loaded_tensors`` whenever a state dict is loaded into ``module``.
+
+    This includes loading through any parent module.
+    """
     module.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """Parameters and buffers outside of watched modules within, and how often each was written."""
+    """Yield the parameters and buffers of ``module``, each with its number of in-place writes.
+
+    Tensors that belong to a watched module inside it are left out.
+    """
     waiting: list[nn.Module] = [module]
     while waiting:
         part = waiting.pop()
@@ -63,7 +69,7 @@ _LOADING: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, int]]] = WeakKeyD
 
 
 def _before_loading(module: nn.Module, *_: Any) -> None:
-    # The tensors themselves, so that none that takes their place has the same id.
+    # Hold the tensors themselves, so that no new tensor can reuse an id.
     _LOADING[module] = {id(tensor): (tensor, count) for tensor, count in _own_tensors(module)}
 
 

@@ -1,4 +1,4 @@
-"""Modules with an ``init_cfg``: ``BaseModule`` and the containers of torch derived from it."""
+"""Modules with an ``init_cfg``: ``BaseModule`` and the container modules derived from it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hookengine.model.loaded import LoadedTensors, watch_loading
 
 
 class BaseModule(nn.Module, metaclass=ABCMeta):
-    """A module whose weights are initialised as its ``init_cfg`` says.
+    """Base class for modules that initialize their weights as their ``init_cfg`` describes.
 
     Args:
-        init_cfg: One dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
+        init_cfg: A dict or a list of dicts, ``dict(type=INITIALIZER, layer=...)``.
 
     Attributes:
-        init_cfg: A copy of it.
-        loaded_tensors: The parameters and buffers that a state dict was loaded into, but for those
-            of BaseModules within.
+        init_cfg: A copy of the argument.
+        loaded_tensors: The parameters and buffers that a state dict was loaded into, except those
+            that belong to a BaseModule inside this one.
     """
 
     def __init__(self, init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
@@ -35,14 +35,14 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
     def is_init(self) -> bool:
         """Whether ``init_weights`` was called.
 
-        Set to False, the module and all BaseModules within are initialised anew, loaded tensors
-        included.
+        If you set it to False, the next call initializes this module and every BaseModule inside
+        it again, including tensors that were loaded from a state dict.
         """
         return self._is_init
 
     @is_init.setter
     def is_init(self, value: bool) -> None:
-        self.__dict__["_is_init"] = value  # nn.Module's own way would search the parameters first
+        self.__dict__["_is_init"] = value  # nn.Module.__setattr__ searches the parameters first
         if not value:
             for module in self.modules():
                 if isinstance(module, BaseModule):
@@ -50,10 +50,10 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
                     module.loaded_tensors = LoadedTensors()
 
     def init_weights(self) -> None:
-        """Initialise the weights of this module and its children, as their ``init_cfg`` say.
+        """Initialize the weights of this module and its children as their ``init_cfg`` describes.
 
         Raises:
-            RuntimeError: no plugin provides the initializers.
+            RuntimeError: If no installed plugin provides the initializers.
         """
         if "init_weights" not in MODELS:
             raise RuntimeError(

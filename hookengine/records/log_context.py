@@ -1,4 +1,4 @@
-"""What every line of a run's log is bound with: run, epoch, iteration, plugin."""
+"""Add the run, epoch, iteration and plugin to each line of a run's log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def make_logger(runner: Runner) -> Any:
-    """A structlog logger over a standard one, which nobody else shares; plugins replace it."""
+    """Return a structlog logger that wraps a standard logger used by this Runner only.
+
+    Plugins may replace it.
+    """
     logger = logging.Logger("hookengine", logging.INFO)
     logger.parent = logging.getLogger("hookengine")
     return structlog.wrap_logger(
@@ -34,11 +37,11 @@ def make_logger(runner: Runner) -> Any:
 
 
 def log_context(runner: Runner) -> Processor:
-    """A structlog processor that adds ``run``, ``epoch``, ``iteration`` and ``plugin``.
+    """Return a structlog processor that adds ``run``, ``epoch``, ``iteration`` and ``plugin``.
 
-    They are read at the moment of the line, and nothing happens between lines. The plugin is the
-    one whose method, or function, is running; the kernel and the user's own code have none. What
-    the line was bound with before stays.
+    The processor reads the values when a line is logged, and costs nothing otherwise. The plugin is
+    the one whose method or function is running; lines logged by the kernel or by your own code
+    have none. Values already bound to the line are kept.
     """
 
     def add(logger: Any, method: str, event: EventDict) -> EventDict:
@@ -55,11 +58,13 @@ def log_context(runner: Runner) -> Processor:
 
 
 def running(plugins: Sequence[tuple[str, object]], frame: FrameType | None) -> str | None:
-    """The plugin of the innermost frame that is a method, or the function, of one.
+    """Return the name of the plugin whose code is running, or None.
+
+    This is the plugin whose method or function owns the innermost matching frame.
 
     Args:
-        plugins: (name, plugin) of all that are on.
-        frame: Where to begin.
+        plugins: (name, plugin) of each active plugin.
+        frame: The innermost frame to look at; the search continues with its callers.
     """
     by_id = {id(plugin): name for name, plugin in plugins}
     by_code = {

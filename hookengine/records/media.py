@@ -1,4 +1,4 @@
-"""What a record holds beside numbers: images, histograms, tables and texts."""
+"""What a record can hold besides numbers: images, histograms, tables and texts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ _CHANNELS = (1, 3, 4)
 
 
 class Image:
-    """A picture, taken as it is at that moment; it is read from the device and encoded later.
+    """Hold a snapshot of a picture; copying from the device and encoding happen later.
 
     Args:
-        data: A tensor or array (H, W), (C, H, W) or (H, W, C) of 1, 3 or 4 channels, or a batch
-            (N, C, H, W), which becomes a grid; floats from 0 to 1, integers from 0 to 255, what
-            lies beyond is cut off and NaN is black. Or a PIL image, a matplotlib figure, or the
-            bytes of a PNG file.
-        caption: A line below it.
+        data: A tensor or array of shape (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels, or
+            a batch of shape (N, C, H, W), which becomes a grid. Floats range from 0 to 1, integers
+            from 0 to 255; values outside are clipped and NaN is black. Also accepts a PIL image, a
+            matplotlib figure or the bytes of a PNG file.
+        caption: A line of text below the picture.
 
     Raises:
-        ValueError: another shape, or no pixels. TypeError: something else.
+        ValueError: If the shape is not supported, the picture has no pixels, or the bytes are not
+            a PNG file.
+        TypeError: If ``data`` is of another type, or complex or sparse.
     """
 
     def __init__(self, data: Any, caption: str | None = None) -> None:
@@ -38,7 +40,7 @@ class Image:
         self._png = b""
         if isinstance(data, bytes):
             if not data.startswith(_PNG):
-                raise ValueError("an image as bytes must be a PNG file")
+                raise ValueError("image bytes must be a PNG file")
             self._png = data
         elif hasattr(data, "savefig"):
             self._png = _saved(data.savefig)
@@ -49,14 +51,14 @@ class Image:
 
     @classmethod
     def from_file(cls, path: Path, caption: str | None = None) -> Image:
-        """One that is a PNG file already; it is read when it is looked at."""
+        """Return an image backed by a PNG file, which is read on first access to ``png``."""
         image = cls(_PNG, caption)
         image._file = path
         return image
 
     @property
     def png(self) -> bytes:
-        """The bytes of a PNG file."""
+        """The picture as the bytes of a PNG file."""
         if self._file is not None:
             self._png, self._file = self._file.read_bytes(), None
         if self._pixels is not None:
@@ -68,16 +70,18 @@ class Image:
 
 
 class Histogram:
-    """How values are distributed: counted on their device, read from it later.
+    """Count how values are distributed.
 
-    Values that are NaN or infinite are not counted.
+    The values are counted on their device; the counts are copied from it later. NaN and infinite
+    values are not counted.
 
     Args:
         values: A tensor or array of any shape, with at least one value.
-        bins: How many, of equal width.
+        bins: The number of bins, all of equal width.
 
     Raises:
-        ValueError: no values. TypeError: no numbers.
+        ValueError: If there are no values or fewer than one bin.
+        TypeError: If ``values`` does not hold numbers, or is complex or sparse.
     """
 
     def __init__(self, values: Any, bins: int = 64) -> None:
@@ -90,30 +94,33 @@ class Histogram:
 
     @classmethod
     def counted(cls, counts: Iterable[float], edges: Iterable[float]) -> Histogram:
-        """One that is counted already.
+        """Return a histogram of values that are already counted.
 
         Args:
-            counts: N of them.
-            edges: N + 1, in ascending order.
+            counts: The number of values in each of N bins.
+            edges: The N + 1 edges of the bins, in ascending order.
+
+        Raises:
+            ValueError: If the numbers of counts and edges do not match.
         """
         histogram = cls.__new__(cls)
         histogram._counts = torch.tensor([*counts], dtype=torch.float64)
         histogram._edges = torch.tensor([*edges], dtype=torch.float64)
         if len(histogram._edges) != len(histogram._counts) + 1:
             raise ValueError(
-                f"N counts have N + 1 edges, got {len(histogram._counts)} and "
-                f"{len(histogram._edges)}"
+                f"N counts need N + 1 edges, got {len(histogram._counts)} counts and "
+                f"{len(histogram._edges)} edges"
             )
         return histogram
 
     @property
     def counts(self) -> list[float]:
-        """How many values lie in each bin."""
+        """The number of values in each bin."""
         return [float(count) for count in self._counts.tolist()]
 
     @property
     def edges(self) -> list[float]:
-        """The limits of the bins, one more than bins."""
+        """The edges of the bins: one more than the number of bins."""
         return [float(edge) for edge in self._edges.tolist()]
 
     def __repr__(self) -> str:
@@ -121,15 +128,15 @@ class Histogram:
 
 
 class Table:
-    """Rows of texts and numbers.
+    """Hold rows of texts and numbers.
 
     Args:
-        columns: Their names.
-        rows: Each as long as ``columns``; a tensor of one value is a number, and what is neither
-            text, number, bool nor None becomes its ``str``.
+        columns: The names of the columns.
+        rows: The rows, each as long as ``columns``. A tensor or array without dimensions becomes
+            its number, and a cell that is not a text, number, bool or None becomes its ``str``.
 
     Raises:
-        ValueError: a row of another length.
+        ValueError: If a row has a different length than ``columns``.
     """
 
     def __init__(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -138,8 +145,8 @@ class Table:
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"row {number} of the table has {len(row)} cells, for {len(self.columns)} "
-                    "columns"
+                    f"row {number} of the table has {len(row)} cells, but there are "
+                    f"{len(self.columns)} columns"
                 )
 
     def __repr__(self) -> str:
@@ -150,13 +157,15 @@ Medium: TypeAlias = Image | Histogram | Table | str
 
 
 def as_medium(value: Any) -> Medium:
-    """What a value is that is no number.
+    """Convert a value that is not a number to the medium that shows it.
 
-    A tensor or array of one dimension is a histogram, of two to four an image; a PIL image and a
-    matplotlib figure are images, a pandas DataFrame is a table, a string a text.
+    A tensor or array with one dimension becomes a histogram, and one with two to four dimensions an
+    image. PIL images and matplotlib figures become images, a pandas DataFrame becomes a table, and
+    a string stays a text.
 
     Raises:
-        TypeError or ValueError: none of these; the message says what would be.
+        TypeError: If the type of the value is not supported; the message lists what is.
+        ValueError: If its shape or content is not supported.
     """
     if isinstance(value, (Image, Histogram, Table, str)):
         return value
@@ -168,8 +177,8 @@ def as_medium(value: Any) -> Medium:
         tensor = _tensor(value)
         return Histogram(tensor) if tensor.dim() == 1 else Image(tensor)
     raise TypeError(
-        "it is no number, tensor, image, figure or text; hookengine.Image, Histogram and Table "
-        "say what a value is"
+        "expected a number, tensor, image, figure or text; wrap the value in hookengine.Image, "
+        "Histogram or Table"
     )
 
 
@@ -178,17 +187,17 @@ def _tensor(data: Any) -> Tensor:
         tensor = data.detach()
     else:
         try:
-            # a copy, since torch takes no array that is read-only or runs backwards
+            # Copy, because torch does not accept read-only arrays or negative strides.
             tensor = torch.as_tensor(data.copy() if hasattr(data, "strides") else data)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{type(data).__name__} holds no numbers: {error}") from error
     if tensor.is_complex() or tensor.layout != torch.strided:
-        raise TypeError("complex and sparse tensors cannot be shown: take their parts")
+        raise TypeError("complex and sparse tensors cannot be shown: pass their parts instead")
     return tensor
 
 
 def _channels_last(pixels: Tensor) -> Tensor:
-    """(H, W, C) of any of the shapes that an image may have."""
+    """Return pixels of any supported shape as (H, W, C)."""
     shape = list(pixels.shape)
     if not pixels.numel():
         raise ValueError(f"an image of shape {shape} has no pixels")
@@ -201,13 +210,13 @@ def _channels_last(pixels: Tensor) -> Tensor:
     if pixels.dim() == 3 and pixels.shape[-1] in _CHANNELS:
         return pixels
     raise ValueError(
-        f"an image is (H, W), (C, H, W), (H, W, C) or (N, C, H, W) with 1, 3 or 4 channels, got "
-        f"{shape}"
+        "an image must have shape (H, W), (C, H, W), (H, W, C) or (N, C, H, W) with 1, 3 or 4 "
+        f"channels, got {shape}"
     )
 
 
 def _grid(images: Tensor, gap: int = 2) -> Tensor:
-    """(N, C, H, W) beside and below each other, as square as can be: (C, rows, columns)."""
+    """Arrange images of shape (N, C, H, W) in a grid, as square as possible, of shape (C, H, W)."""
     number, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
@@ -220,7 +229,7 @@ def _grid(images: Tensor, gap: int = 2) -> Tensor:
 
 
 def _encoded(pixels: Tensor) -> bytes:
-    """(H, W, C) as PNG."""
+    """Encode pixels of shape (H, W, C) as PNG."""
     import PIL.Image
 
     if pixels.dtype.is_floating_point:
@@ -228,7 +237,7 @@ def _encoded(pixels: Tensor) -> bytes:
     elif pixels.dtype == torch.bool:
         pixels = pixels.to(torch.uint8) * 255
     elif pixels.dtype != torch.uint8:
-        pixels = pixels.to(torch.int64)  # int8 has no 255, and torch clamps no uint16
+        pixels = pixels.to(torch.int64)  # int8 cannot hold 255, and torch cannot clamp uint16
     pixels = pixels.clamp(0, 255).to("cpu", torch.uint8).contiguous()
     height, width, channels = pixels.shape
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -237,7 +246,7 @@ def _encoded(pixels: Tensor) -> bytes:
 
 
 def _as_png_has_it(picture: Any) -> Any:
-    """A PIL image, in a mode that a PNG file has."""
+    """Return a PIL image converted to a mode that PNG supports."""
     if picture.mode in ("F", "I"):
         return picture.convert("L")
     return picture.convert("RGB") if picture.mode in ("CMYK", "HSV", "YCbCr", "LAB") else picture
@@ -250,16 +259,16 @@ def _saved(save: Any) -> bytes:
 
 
 def _counted(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(counts, edges) without a synchronisation, and a million values at a time."""
+    """Return (counts, edges) without synchronizing, working on a million values at a time."""
     parts = torch.split(values, 2**20)
     low, high = (torch.stack(ends).amin(0) for ends in zip(*map(_ends, parts), strict=True))
     high = -high
-    low = torch.where(low.isfinite(), low, 0.0)  # no value is finite
+    low = torch.where(low.isfinite(), low, 0.0)  # if no value is finite, use 0 to 1
     high = torch.where(high.isfinite(), high, 1.0)
     flat = low == high
     low, high = torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high)
     steps = torch.arange(bins + 1, device=values.device, dtype=low.dtype)
-    edges = low + steps * ((high - low) / bins)  # as numpy has them: whole numbers stay whole
+    edges = low + steps * ((high - low) / bins)  # like numpy: integer edges stay exact
     edges[-1] = high
     counts = torch.stack([_counts(_wide(part), edges) for part in parts]).sum(0)
     return counts, edges
@@ -270,7 +279,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(the smallest, the largest with its sign changed) of the values that are finite."""
+    """Return the smallest and the negated largest of the finite values."""
     values = _wide(values)
     finite = values.isfinite()
     low = torch.where(finite, values, math.inf).amin()
@@ -278,7 +287,7 @@ def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counts(values: Tensor, edges: Tensor) -> Tensor:
-    # NaN has no place in an order, and searchsorted may count it
+    # NaN breaks the sort order, and searchsorted may count it.
     ordered = values.nan_to_num(math.inf, math.inf, -math.inf).sort().values
     below = torch.searchsorted(ordered, edges)
     below[-1] = torch.searchsorted(ordered, edges[-1], right=True)

@@ -1,4 +1,4 @@
-"""Records: one type behind ``write``, and the lines of ``metrics.jsonl`` that they are kept in."""
+"""Records: what sinks write, and the lines of ``metrics.jsonl`` that store them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hookengine.records.media import Histogram, Image, Medium, Table
 
 _FIELDS = frozenset(("phase", "epoch", "iter", "step", "timestamp", "media"))
 _OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")
-"""Names of the record's own fields, and what stands for values of these names."""
+"""Match the field names of a record, and the same names escaped with ``value/`` prefixes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of a run's history, reduced: what every sink gets.
+    """One line of a run's history, after averaging. Every sink receives it.
 
     Attributes:
         phase: ``train``, ``val`` or ``test``.
-        epoch: The epoch, from 1, that the last iteration belongs to.
+        epoch: The epoch of the last iteration, counted from 1.
         iter: Finished iterations.
         step: Optimizer steps taken.
-        scalars: Python floats by name; NaN and infinities are as they are.
-        media: Images, histograms, tables, texts by name.
-        timestamp: When it was made, in seconds since 1970; NaN where that is not known.
+        scalars: Python floats by name, including NaN and infinities.
+        media: Images, histograms, tables and texts by name.
+        timestamp: When the record was made, in seconds since 1970, or NaN if that is unknown.
     """
 
     phase: str
@@ -41,15 +41,15 @@ class Record:
     timestamp: float = field(default_factory=time.time)
 
     def to_line(self, image_files: Mapping[str, str]) -> str:
-        """As JSON, without the newline.
+        """Return the record as one line of JSON, without the newline.
 
-        A number that JSON does not have is written as a string, ``"nan"``, ``"inf"`` or
-        ``"-inf"``; a value that has the name of one of the record's own fields is written as
+        Numbers that JSON cannot represent are written as strings: ``"nan"``, ``"inf"`` or
+        ``"-inf"``. A value with the same name as a field of the record is written as
         ``"value/NAME"``.
 
         Args:
-            image_files: Where the images are, by name, relative to the file that the line is for.
-                One that is not there is left out.
+            image_files: The path of each image by name, relative to the file that will hold the
+                line. An image without a path is left out.
         """
         fields: dict[str, Any] = {
             "phase": self.phase,
@@ -70,14 +70,14 @@ class Record:
 
     @classmethod
     def from_line(cls, line: str | bytes, folder: Path) -> Record:
-        """Back from JSON.
+        """Return the record stored in a line of JSON.
 
         Args:
-            line: What ``to_line`` returned.
-            folder: That of the file; images that are missing are left out.
+            line: A line written by ``to_line``.
+            folder: The folder of the file that holds the line. Missing images are left out.
 
         Raises:
-            ValueError: it is no such line.
+            ValueError: If ``line`` does not hold a record.
         """
         try:
             fields = json.loads(line)
@@ -88,21 +88,21 @@ class Record:
             media = {name: _unpack(one, folder) for name, one in packed.items()}
             scalars = {_plain(name): float(value) for name, value in fields.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no record: {line[:80]!r} ({error})") from error
+            raise ValueError(f"not a record: {line[:80]!r} ({error})") from error
         there = {name: one for name, one in media.items() if one is not None}
         return cls(phase, epoch, iteration, step, scalars, there, timestamp)
 
 
 def read_records(run_dir: str | Path) -> Iterator[Record]:
-    """The records of a run, oldest first, one after another from its ``metrics.jsonl``.
+    """Yield the records in a run's ``metrics.jsonl``, oldest first, one at a time.
 
-    A line that a kill has cut short is left out.
+    Incomplete lines, such as one that a killed run cut short, are skipped.
 
     Args:
         run_dir: The folder of the run, ``runner.run_dir``.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: If the folder has no ``metrics.jsonl``.
     """
     path = Path(run_dir) / "metrics.jsonl"
     with path.open("rb") as file:

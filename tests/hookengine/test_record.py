@@ -139,9 +139,9 @@ def test_a_line_of_a_time_before_timestamps_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_record_is_said_so(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no record"):
+    with pytest.raises(ValueError, match="not a record"):
         Record.from_line(text, tmp_path)
-    with pytest.raises(ValueError, match="no record"):
+    with pytest.raises(ValueError, match="not a record"):
         Record.from_line(text.encode() + b"\xff", tmp_path)
 
 

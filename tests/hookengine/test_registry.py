@@ -43,7 +43,7 @@ def test_a_taken_name_is_refused_but_the_same_object_replaces_itself(registry: R
     again = cell()  # a notebook cell that is run again
     assert registry.get("Model") is again
 
-    with pytest.raises(KeyError, match="registered already"):
+    with pytest.raises(KeyError, match="already registered"):
 
         @registry.register_module("Model")
         class Other: ...

@@ -212,7 +212,7 @@ def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) ->
     assert torch.equal(runner.bare_model.net.weight, straight.bare_model.net.weight)
     runner.train(max_iters=12)  # the unit may change
     assert runner.progress.iter == 12
-    with pytest.raises(ValueError, match="give one of max_epochs=3 and max_iters=3"):
+    with pytest.raises(ValueError, match="max_epochs=3 and max_iters=3 are both set"):
         runner.train(max_epochs=3, max_iters=3)
 
 
@@ -549,7 +549,7 @@ def test_runs_that_cannot_be_nested_are_refused(make: Any) -> None:
 
     attempt("after_val_epoch", lambda r: r.val(), r"val\(\) was called within a val\(\)")
     attempt("after_train_iter", lambda r: r.train(), r"train\(\) was called within a run")
-    attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) there")
+    attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) to end the run")
 
 
 def test_a_stop_before_the_run_holds(make: Any) -> None:
