@@ -1,4 +1,4 @@
-"""The training loop, with two units of progress, and the evaluation loop."""
+"""The training loop, which counts in epochs or iterations, and the evaluation loop."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ if TYPE_CHECKING:
 
 
 class TrainLoop:
-    """Training: passes over the dataloader until ``max_epochs`` or ``max_iters``.
+    """Train: pass over the dataloader until ``max_epochs`` or ``max_iters`` is reached.
 
     Args:
         runner: The Runner, with its model and optimizer wrapper.
         dataloader: The training batches.
-        cfg: Limits and the rhythm of validation.
+        cfg: The limit, and when to validate.
     """
 
     def __init__(self, runner: Runner, dataloader: Iterable[Any], cfg: TrainCfg) -> None:
         self.runner = runner
         self.dataloader = dataloader
-        self._iterator: Iterator[Any] | None = None  # kept where a run stops within an epoch
+        self._iterator: Iterator[Any] | None = None  # kept if a run stops mid-epoch
         self._resumed = False
         self.set_limits(cfg)
 
     def set_limits(self, cfg: TrainCfg) -> None:
-        """Train up to other limits from now on."""
+        """Replace the limits, from now on."""
         self.cfg = cfg
         progress = self.runner.progress
         progress.epoch_length = length = length_of(self.dataloader)
         progress.max_epochs = cfg.max_epochs
         known = None
         if length is not None and cfg.max_epochs is not None:
-            # What is left, since earlier epochs may have had another length (on other ranks).
+            # Earlier epochs may have had another length, with another number of ranks.
             left = (cfg.max_epochs - progress.epoch) * length - progress.batch
             known = progress.iter + max(left, 0)
         progress.max_iters = known if cfg.by_epoch else cfg.max_iters
 
     @property
     def done(self) -> bool:
-        """Whether the limit is reached, no validation is owed and no epoch is left to close."""
+        """Whether the limit is reached, no validation is due and no epoch remains to be closed."""
         progress = self.runner.progress
         count = progress.epoch if self.cfg.by_epoch else progress.iter
         left = progress.val_due or progress.batch == progress.epoch_length
         return count >= self.cfg.limit and not left
 
     def run(self) -> None:
-        """Train, or go on training, until the limit or an agreed stop."""
+        """Train, or resume training, until the limit or until all ranks agree to stop."""
         runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
         progress.stopped = None
         if runner.optim_wrapper.window_open:
             runner.logger.warning(
                 "training was interrupted between two optimizer steps: the gradients since the "
-                "last one are dropped"
+                "last step are dropped"
             )
-        runner.optim_wrapper.zero_grad()  # also what an interrupted backward pass may have left
+        runner.optim_wrapper.zero_grad()  # an interrupted backward pass may have left some
         with runner.plugins.opened("before_train"):
             hooks.before_train(runner)
             if progress.val_due:
@@ -85,8 +85,8 @@ class TrainLoop:
             if progress.batch == 0:
                 raise ValueError(
                     f"the training dataloader gave no batch in epoch {progress.epoch + 1}. An "
-                    "iterator (a generator) can be gone through once: pass an iterable that "
-                    "starts anew each time, or limit the run with max_iters"
+                    "iterator (a generator) can be used only once: pass an iterable that starts "
+                    "over each time, or limit the run with max_iters"
                 )
             progress.epoch += 1
             progress.batch = 0
@@ -97,7 +97,7 @@ class TrainLoop:
             self._validate()
 
     def _run_batches(self, batches: Iterator[Any]) -> bool:
-        """Run the iterations of an epoch; returns whether it is complete."""
+        """Run the iterations of an epoch; return whether the epoch is complete."""
         runner, hooks, progress = self.runner, self.runner.hooks, self.runner.progress
         train_step, optim_wrapper = runner.model.train_step, runner.optim_wrapper
         last, milestone = self._last_batch(), self._next_milestone()
@@ -121,7 +121,7 @@ class TrainLoop:
         return True
 
     def _at_safe_point(self) -> bool:
-        """Let plugins save and settle requests, if no window is open; returns whether to stop."""
+        """Let plugins save and serve requests, unless a window is open; return whether to stop."""
         runner = self.runner
         if runner.optim_wrapper.window_open:
             return False
@@ -129,7 +129,7 @@ class TrainLoop:
         if agreed is None:
             agreed = runner.requests
         if agreed:
-            self._serve(dict(agreed))  # a copy: what is asked for meanwhile is for the next time
+            self._serve(dict(agreed))  # a copy: later requests wait for the next safe point
         else:
             runner.hooks.safe_point(runner)
         return runner.progress.stopped is not None
@@ -156,21 +156,21 @@ class TrainLoop:
         return self.runner.val_loop is not None and self.cfg.validates_at(count)
 
     def _open(self) -> Iterator[Any]:
-        """The batches that are left of this epoch."""
+        """Return the remaining batches of this epoch."""
         if self._iterator is None:
             progress = self.runner.progress
             behind = progress.iter if self._resumed else 0
             start = progress.epoch, progress.batch
-            # In mid-epoch the draws of the pass's beginning are behind us: they are not repeated.
+            # Mid-epoch, the draws at the start of the pass were made before the resume.
             resumed = self._resumed and progress.batch > 0
             with preserved_random_state() if resumed else nullcontext():
                 self._iterator, dropped = iterate_from(self.dataloader, *start, behind)
             self._resumed = False
             if dropped:
                 self.runner.logger.warning(
-                    f"fetched and dropped the first {dropped} batches of epoch "
-                    f"{progress.epoch + 1}, which were trained on already; they were the same "
-                    "ones only if the dataloader's random state is what it was"
+                    f"skipped the first {dropped} batches of epoch {progress.epoch + 1}, which "
+                    "were trained on before the resume; they are the same batches only if the "
+                    "dataloader's random state is the same"
                 )
         return self._iterator
 
@@ -178,20 +178,21 @@ class TrainLoop:
         """Drop the iterator of an epoch that was left in the middle.
 
         Args:
-            resumed: The counters were loaded: a dataloader that cannot start anew is at its start.
+            resumed: Whether the counters were loaded, so that a dataloader that cannot start over
+                is still at its first batch.
         """
         self._iterator = None
         self._resumed |= resumed
 
     def _last_batch(self) -> int | None:
-        """The number of the last batch of this pass, as far as it is known."""
+        """Return the number of batches until the pass or the run ends, or None if it is unknown."""
         progress = self.runner.progress
         left = None if self.cfg.by_epoch else progress.batch + self.cfg.limit - progress.iter
         known = [end for end in (progress.epoch_length, left) if end is not None]
         return min(known, default=None)
 
     def _next_milestone(self) -> int:
-        """The next iteration after which something is due: a validation, the end; -1 for none."""
+        """Return the iteration of the next validation or of the end; -1 if epochs decide."""
         if self.cfg.by_epoch:
             return -1
         interval, done = self.cfg.val_interval or 1, self.runner.progress.iter
@@ -199,16 +200,16 @@ class TrainLoop:
 
 
 class EvalLoop:
-    """Validation or testing: one pass over the dataloader per evaluated model.
+    """Validate or test: one pass over the dataloader per evaluated model.
 
-    Under a random state that is restored afterwards, without gradients, in evaluation mode; each
-    module's mode is restored too, also after an error.
+    A pass runs in evaluation mode and without gradients. Afterwards, even after an error, the
+    random state and the mode of each module are restored.
 
     Args:
         runner: The Runner, with its model.
         phase: ``val`` or ``test``.
         dataloader: The batches.
-        evaluator: The metrics, or None where only the losses are asked for.
+        evaluator: The metrics, or None if only the losses are wanted.
         cfg: Options.
     """
 
@@ -232,9 +233,9 @@ class EvalLoop:
             evaluator.set_dataset_meta(getattr(dataset, "metainfo", None))
 
     def run(self) -> dict[str, Any]:
-        """Evaluate, and return the metrics of all evaluated models by (prefixed) name."""
+        """Evaluate, and return the metrics of all evaluated models by name, with their prefix."""
         if self._running:
-            raise RuntimeError(f"{self.phase}() was called within a {self.phase}() that goes on")
+            raise RuntimeError(f"{self.phase}() was called while {self.phase}() is running")
         self._running = True
         try:
             return self._run()
@@ -265,8 +266,8 @@ class EvalLoop:
             return {"": runner.model}
         if not isinstance(models, Mapping) or not all(hasattr(m, method) for m in models.values()):
             raise TypeError(
-                f"a plugin's evaluated_models must return modules with {method}() by prefix (a "
-                f"plain one through runner.wrap(module, 'average')), got {models!r}"
+                f"evaluated_models must return modules with {method}() by prefix (for a "
+                f"plain module, runner.wrap(module, 'average')); a plugin returned {models!r}"
             )
         return models
 

@@ -547,7 +547,7 @@ def test_runs_that_cannot_be_nested_are_refused(make: Any) -> None:
         with pytest.raises(RuntimeError, match=message):
             runner.train()
 
-    attempt("after_val_epoch", lambda r: r.val(), r"val\(\) was called within a val\(\)")
+    attempt("after_val_epoch", lambda r: r.val(), r"val\(\) was called while val\(\)")
     attempt("after_train_iter", lambda r: r.train(), r"train\(\) was called within a run")
     attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) to end the run")
 
