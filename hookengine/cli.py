@@ -89,7 +89,7 @@ def events_page() -> str:
     text = inspect.getdoc(hookspecs) or ""
     drawing, kinds = text.split("Kinds\n-----\n")
     loop, _, rest = drawing.split("::\n", 1)[1].partition("\n\n``")
-    lines = ["# Events", "", "Made from `hookengine/events/hookspecs.py` by `make docs`.", ""]
+    lines = ["# Events", "", "Generated from `hookengine/events/hookspecs.py` by `make docs`.", ""]
     lines += ["```text", textwrap.dedent(loop.strip("\n")), "```", "", "``" + rest.strip(), ""]
     lines += ["## Kinds", ""]
     for line in kinds.splitlines():
