@@ -181,9 +181,9 @@ def test_what_it_has_no_parts_for_is_answered(make: Any) -> None:
     idle = make(train_dataloader=None, train_cfg=None, optim_wrapper=None)
     with pytest.raises(ValueError, match="needs train_dataloader, train_cfg and optim_wrapper"):
         idle.train()
-    with pytest.raises(ValueError, match="pass val_dataloader and val_evaluator"):
+    with pytest.raises(ValueError, match="Pass val_dataloader and val_evaluator"):
         idle.val()
-    with pytest.raises(ValueError, match="pass test_dataloader and test_evaluator"):
+    with pytest.raises(ValueError, match="Pass test_dataloader and test_evaluator"):
         idle.test()
 
 
@@ -203,7 +203,7 @@ def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) ->
     runner.train()
     weight = runner.bare_model.net.weight.clone()
     runner.train()
-    assert "has reached its limit of 1 epochs already" in caplog.text
+    assert "has already reached its limit of 1 epochs" in caplog.text
     assert "train(max_epochs=2)" in caplog.text
     assert torch.equal(runner.bare_model.net.weight, weight)
     runner.train(max_epochs=2)
