@@ -302,8 +302,8 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
         )
     if length_of(dataloader) == 0:
         raise ValueError(
-            f"{name} is empty: its dataset has no samples, or fewer than one batch with "
-            "drop_last=True. Check the dataset, or lower the batch size"
+            f"{name} is empty: it has no samples, or fewer than one batch with drop_last=True. "
+            "Check the dataset or lower the batch size"
         )
     return cast("Iterable[Any]", dataloader)
 
