@@ -78,7 +78,7 @@ def events(
         bool, typer.Option(help="Print the documentation of all events as a Markdown page.")
     ] = False,
 ) -> None:
-    """List the events that a plugin can answer."""
+    """List the events that a plugin can implement."""
     if markdown:
         typer.echo(events_page(), nl=False)
         return

@@ -235,7 +235,7 @@ class Runner(Life):
         given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
         if given and "resume" not in self.plugins.calls():
             raise ValueError(
-                f"{' and '.join(given)} needs a plugin that answers the event 'resume', but no "
+                f"{' and '.join(given)} needs a plugin that implements the event 'resume', but no "
                 f"such plugin is enabled. {answer('resume')}"
             )
 
@@ -381,7 +381,7 @@ class Runner(Life):
         It replaces a function that was registered under the same name.
 
         Args:
-            event: The event that the function answers.
+            event: The event that the function implements.
             tryfirst: See ``hookimpl``.
             trylast: See ``hookimpl``.
         """
