@@ -1,4 +1,4 @@
-"""The command ``hookengine``: what is installed, and which events there are."""
+"""The command ``hookengine``: list plugins and events, and print the environment."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from hookengine.events.plugin import DEFAULT_PLUGINS
 from hookengine.events.registry import PLUGINS, distribution_of
 from hookengine.setup.environment import describe_environment
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for whole lines where it is none."""
+    """Return a console as wide as the terminal, or wide enough for whole lines without one."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] = False) -> None:
-    """What is installed, and which events there are."""
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version of hookengine and exit.")
+    ] = False,
+) -> None:
+    """List plugins and their options, list events, and print the environment."""
     if version:
         typer.echo(describe_environment()["packages"]["hookengine"])
         raise typer.Exit
@@ -36,9 +40,14 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] =
 
 @app.command()
 def plugins(
-    name: Annotated[str | None, typer.Argument(help="Show the options of this one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show the options of this plugin instead.")
+    ] = None,
 ) -> None:
-    """List the installed plugins, from metadata alone: none is imported; or one's options."""
+    """List the installed plugins, or show the options of one.
+
+    The list comes from package metadata; no plugin is imported.
+    """
     if name is not None:
         _show_options(name)
         return
@@ -55,7 +64,7 @@ def _show_options(name: str) -> None:
     except (KeyError, ImportError) as error:
         raise typer.BadParameter(str(error.args[0])) from None
     typer.echo(inspect.getdoc(plugin) or name)
-    table = Table("option", "type", "default", "what for")
+    table = Table("option", "type", "default", "description")
     schema = TypeAdapter(plugin).json_schema()
     for option, about in schema.get("properties", {}).items():
         kind = about.get("type", " | ".join(map(str, about.get("enum", ["any"]))))
@@ -65,13 +74,15 @@ def _show_options(name: str) -> None:
 
 @app.command()
 def events(
-    markdown: Annotated[bool, typer.Option(help="Print the page of the documentation.")] = False,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the documentation of all events as a Markdown page.")
+    ] = False,
 ) -> None:
-    """List the events that a plugin can answer."""
+    """List the events that a plugin can implement."""
     if markdown:
         typer.echo(events_page(), nl=False)
         return
-    table = Table("event", "kind", "what for")
+    table = Table("event", "kind", "description")
     for event in EVENTS.values():
         table.add_row(str(event), str(event.kind), event.doc.splitlines()[0])
     _console().print(table)
@@ -79,17 +90,17 @@ def events(
 
 @app.command()
 def env() -> None:
-    """Print versions and devices."""
+    """Print versions, devices and threads."""
     for key, value in describe_environment().items():
         typer.echo(f"{key}: {value}")
 
 
 def events_page() -> str:
-    """The page of the documentation about events, made from the hookspecs themselves."""
+    """Return the documentation page about events, generated from the hookspecs."""
     text = inspect.getdoc(hookspecs) or ""
     drawing, kinds = text.split("Kinds\n-----\n")
     loop, _, rest = drawing.split("::\n", 1)[1].partition("\n\n``")
-    lines = ["# Events", "", "Made from `hookengine/events/hookspecs.py` by `make docs`.", ""]
+    lines = ["# Events", "", "Generated from `hookengine/events/hookspecs.py` by `make docs`.", ""]
     lines += ["```text", textwrap.dedent(loop.strip("\n")), "```", "", "``" + rest.strip(), ""]
     lines += ["## Kinds", ""]
     for line in kinds.splitlines():

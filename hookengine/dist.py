@@ -1,6 +1,6 @@
 """Rank, world size, gather: thin helpers over torch.distributed that also work on one process.
 
-They look at the process group that exists, and never make one: a plugin does, in ``configure``.
+They use the existing process group and never create one. A plugin creates it in ``configure``.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether a process group exists."""
+    """Return whether a process group exists."""
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def get_rank() -> int:
-    """The rank of this process, 0 alone."""
+    """Return the rank of this process, or 0 without a process group."""
     return torch_dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes, 1 alone."""
+    """Return the number of processes, or 1 without a process group."""
     return torch_dist.get_world_size() if is_distributed() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0."""
+    """Return whether this process is rank 0."""
     return get_rank() == 0
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:
-    """Rank ``src``'s object, on all ranks. Pickled among the job's own processes."""
+    """Return the object of rank ``src`` on all ranks.
+
+    The object is pickled, between processes of the same job only.
+    """
     if not is_distributed():
         return obj
     box: list[Any] = [obj]
@@ -47,7 +50,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 
 def gather_objects(obj: T, dst: int = 0) -> list[T] | None:
-    """The objects of all ranks in order, on rank ``dst``; None on the others."""
+    """Return the objects of all ranks in order on rank ``dst``, and None on the other ranks."""
     if not is_distributed():
         return [obj]
     gathered: list[Any] | None = [None] * get_world_size() if get_rank() == dst else None
@@ -56,7 +59,7 @@ def gather_objects(obj: T, dst: int = 0) -> list[T] | None:
 
 
 def all_gather_objects(obj: T) -> list[T]:
-    """The objects of all ranks in order, on all ranks."""
+    """Return the objects of all ranks in order, on all ranks."""
     if not is_distributed():
         return [obj]
     gathered: list[Any] = [None] * get_world_size()
@@ -65,7 +68,10 @@ def all_gather_objects(obj: T) -> list[T]:
 
 
 def _on_the_cpu() -> torch_dist.ProcessGroup | None:
-    """The group by which objects travel, which may be large: none that has GPUs' memory alone."""
+    """Return a group that can send objects through CPU memory, since objects may be large.
+
+    None means that the default group can do so, because it has a CPU backend.
+    """
     default = torch_dist.group.WORLD
     if default is None or "cpu:" in str(torch_dist.get_backend_config()):
         return None
@@ -79,13 +85,15 @@ _BESIDE: WeakKeyDictionary[torch_dist.ProcessGroup, Any] = WeakKeyDictionary()
 
 
 def collect_results(results: list[T], size: int, consecutive: bool = False) -> list[T] | None:
-    """The results of all ranks on rank 0, in the order of the dataset.
+    """Return the results of all ranks on rank 0, in the order of the dataset, and None elsewhere.
 
     Args:
-        results: This rank's results.
-        size: Length of the dataset; what a sampler padded beyond it is dropped.
-        consecutive: Each rank has the samples that follow those of the rank before. Without, a
-            sampler has dealt them in turn, as ``DistributedSampler`` does.
+        results: The results of this rank.
+        size: Length of the dataset. Results of samples that a sampler added as padding are dropped,
+            unless ``consecutive`` is set.
+        consecutive: Whether each rank has the samples that follow those of the previous rank. If
+            False, a sampler has dealt the samples to the ranks in turn, like
+            ``DistributedSampler``.
     """
     parts = gather_objects(results)
     if parts is None or len(parts) == 1:
@@ -97,22 +105,23 @@ def collect_results(results: list[T], size: int, consecutive: bool = False) -> l
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if is_distributed():
         torch_dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
-    """Give rank ``src``'s values to the tensors of all ranks, in place, of whatever dtype.
+    """Copy the values of rank ``src`` into the tensors of all ranks, in place, for any dtype.
 
     Args:
-        tensors: In the same order on all ranks. Those without values (lazy, meta) are passed over.
-        src: The rank whose values all get.
+        tensors: Tensors in the same order on all ranks. Tensors without values (lazy, meta) are
+            skipped.
+        src: The rank whose values all ranks receive.
     """
     if not is_distributed():
         return
-    # NCCL takes tensors on its own device, and backends know few dtypes: so bytes travel.
+    # NCCL needs tensors on its own device, and backends support few dtypes, so we send bytes.
     staging = torch.device("cuda") if torch_dist.get_backend() == "nccl" else None
     with torch.no_grad():
         for tensor in tensors:

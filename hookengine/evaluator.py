@@ -1,4 +1,4 @@
-"""Metrics: process batches, gather over ranks, compute."""
+"""Metrics: process batches, gather the results over ranks, and compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NEITHER = re.compile(r"std|var|gap|drop|difference|distance|divergence|time|lat
 
 
 def greater_is_better(metric: str) -> bool | None:
-    """Whether more of a metric is better, as far as the words of its name tell; else None."""
+    """Return whether a higher value of a metric is better, or None if its name does not tell."""
     words = set()
     for part in re.split(r"[^A-Za-z0-9]+", re.sub(r"(?i)top_(\d)", r"top\1", metric)):
         words |= {part.lower(), *snake_case(part).split("_")}
@@ -36,32 +36,32 @@ def greater_is_better(metric: str) -> bool | None:
 
 
 def metric_value(metrics: Mapping[str, Any], name: str) -> float:
-    """One of the metrics, as a Python number.
+    """Return the metric ``name`` as a Python number.
 
     Raises:
-        KeyError: there is none of that name; the message has the nearest and all of them.
-        TypeError: it is no number.
+        KeyError: No metric has this name. The message lists all names and suggests the nearest.
+        TypeError: The metric is not a number.
     """
     if name not in metrics:
-        hint = "; losses of validation come with val_cfg=dict(loss=True)" if "loss" in name else ""
+        hint = ". val_cfg=dict(loss=True) adds the validation losses" if "loss" in name else ""
         raise KeyError(unknown("metric", name, metrics) + hint)
     try:
         return float(metrics[name])
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"the metric {name!r} is no number: {metrics[name]!r}") from None
+        raise TypeError(f"the metric {name!r} is not a number: {metrics[name]!r}") from None
 
 
 class BaseMetric(ABC):
     """Base class of metrics: ``process`` each batch, then ``compute_metrics`` from the results.
 
     Args:
-        prefix: Put before the names of the metrics, as ``prefix/name``; by default the class's
-            ``default_prefix``, or nothing.
+        prefix: Added before the names of the metrics, as ``prefix/name``. Default: the
+            ``default_prefix`` of the class, or no prefix.
 
     Attributes:
-        results: What ``process`` has put there since the last ``evaluate``; gathered over ranks,
-            on the CPU, before ``compute_metrics`` sees it on rank 0.
-        dataset_meta: ``metainfo`` of the dataset, where it has any.
+        results: What ``process`` has appended since the last ``evaluate``. The results of all ranks
+            are gathered on the CPU, and ``compute_metrics`` receives them on rank 0.
+        dataset_meta: ``metainfo`` of the dataset, or None if it has none.
     """
 
     default_prefix: str | None = None
@@ -73,32 +73,33 @@ class BaseMetric(ABC):
 
     @abstractmethod
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Put what one batch contributes into ``self.results``.
+        """Append the contribution of one batch to ``self.results``.
 
         Args:
-            data_batch: The batch as the dataloader gave it.
+            data_batch: The batch that the dataloader yielded.
             data_samples: What the model returned for it in ``mode="predict"``.
         """
 
     @abstractmethod
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
-        """The metrics by name, from the results of all batches of all ranks."""
+        """Return the metrics by name, computed from the results of all batches of all ranks."""
 
     def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
-        """Gather the results, compute, and start anew.
+        """Gather the results, compute the metrics, and reset.
 
         Args:
-            size: Length of the dataset; results that a sampler padded beyond it are dropped.
-            consecutive: How samples were shared, see ``dist.collect_results``.
+            size: Length of the dataset. Results of samples that a sampler added as padding are
+                dropped.
+            consecutive: How the samples were shared between ranks. See ``dist.collect_results``.
 
         Returns:
-            The metrics on all ranks, prefixed; scalars as Python numbers.
+            The metrics, with prefix, on all ranks. Scalars are Python numbers.
         """
         results = dist.collect_results(_to_cpu(self.results), size, consecutive)
         self.results = []
         if results is not None and not results:
             warnings.warn(
-                f"{type(self).__name__}.results is empty: process() must append to self.results",
+                f"{type(self).__name__}.results is empty. Append to self.results in process()",
                 stacklevel=2,
             )
         metrics, failure = self._try(results) if results is not None else ({}, None)
@@ -110,13 +111,13 @@ class BaseMetric(ABC):
         return _named(metrics, self.prefix)
 
     def _try(self, results: list[Any]) -> tuple[dict[str, Any], Exception | None]:
-        """The metrics, or why there are none: the other ranks wait to be told."""
+        """Return the metrics, or the error that the other ranks must receive instead."""
         name = f"{type(self).__name__}.compute_metrics"
         try:
             metrics = self.compute_metrics(results)
         except Exception as error:
             if not results:
-                error.add_note(f"{name} got no results: does process() append to self.results?")
+                error.add_note(f"{name} got no results. Does process() append to self.results?")
             return {}, error
         if not isinstance(metrics, Mapping):
             message = f"{name} must return a dict of metrics by name, got {metrics!r}"
@@ -124,15 +125,15 @@ class BaseMetric(ABC):
         return dict(metrics), None
 
     def reset(self) -> None:
-        """Forget what was processed (an evaluation that was interrupted)."""
+        """Drop the results so far, for example after an interrupted evaluation."""
         self.results = []
 
 
 class TorchMetric(BaseMetric):
-    """A ``torchmetrics.Metric`` (or collection) as a metric; it gathers over ranks by itself.
+    """Adapter of a ``torchmetrics.Metric`` or collection, which gathers over ranks by itself.
 
-    What the model returned is handed to its ``update``: a tuple or list as ``update(*outputs)``,
-    a dict as ``update(**outputs)``.
+    Its ``update`` receives what the model returned: a tuple or list as ``update(*outputs)``, a dict
+    as ``update(**outputs)``, anything else as ``update(outputs)``.
     """
 
     def __init__(self, metric: Any, prefix: str | None = None) -> None:
@@ -145,7 +146,7 @@ class TorchMetric(BaseMetric):
                 part.dist_sync_fn = _gather_state
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Update the metric, on the device of the model's outputs."""
+        """Update the metric on the device of the model's outputs."""
         named = dict(data_samples) if isinstance(data_samples, Mapping) else {}
         several = isinstance(data_samples, (list, tuple))
         listed = list(data_samples) if several else [] if named else [data_samples]
@@ -156,37 +157,38 @@ class TorchMetric(BaseMetric):
         self.metric.update(*listed, **named)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
-        """The metric's value, under its class's name; a collection's under its own names."""
+        """Return the value under the name of the metric's class, or a collection's own names."""
         with warnings.catch_warnings():
-            if dist.get_world_size() > 1:  # a rank may have had no batch, while others had
+            if dist.get_world_size() > 1:  # a rank may have had no batch while others had some
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric")
             value = self.metric.compute()
         return value if isinstance(value, dict) else {self.name: value}
 
     def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
-        """Compute and reset."""
+        """Compute the metric and reset it. The arguments are ignored."""
         metrics = self.compute_metrics([])
         self.metric.reset()
         return _named(metrics, self.prefix)
 
     def reset(self) -> None:
-        """Forget what was processed."""
+        """Reset the metric."""
         self.metric.reset()
 
 
 def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
-    """One state of a torchmetric on all ranks; of ranks that had no batch there is none."""
+    """Return a state of a torchmetric on all ranks, without those of ranks that had no batch."""
     states = dist.all_gather_objects(state.detach().cpu())
     there = [value for value in states if value.numel()] or states[:1]
     return [value.to(state.device) for value in there]
 
 
 class Evaluator:
-    """Several metrics over the same predictions.
+    """One or several metrics over the same predictions.
 
     Args:
         metrics: A ``BaseMetric``, a ``torchmetrics.Metric``, ``dict(type=class, ...)``, a list of
-            these, or a dict of these by name: the name of a torchmetric, the prefix of another.
+            these, or a dict of these by name. The name in the dict becomes the name of a
+            torchmetrics metric, and the prefix of any other metric.
     """
 
     def __init__(self, metrics: Any) -> None:
@@ -200,55 +202,59 @@ class Evaluator:
         self.metrics: list[BaseMetric] = several
 
     def set_dataset_meta(self, meta: Mapping[str, Any] | None) -> None:
-        """Tell all metrics the dataset's ``metainfo``."""
+        """Set ``dataset_meta``, the ``metainfo`` of the dataset, on all metrics."""
         for metric in self.metrics:
             metric.dataset_meta = meta
 
     def process(self, data_samples: Any, data_batch: Any = None) -> None:
-        """Hand the predictions for one batch to all metrics."""
+        """Pass the predictions for one batch to all metrics."""
         for metric in self.metrics:
             metric.process(data_batch, data_samples)
 
     def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
-        """The metrics of all, by name.
+        """Compute all metrics and return them by name.
 
         Args:
             size: Length of the dataset.
-            consecutive: How samples were shared between ranks, see ``dist.collect_results``.
+            consecutive: How the samples were shared between ranks. See ``dist.collect_results``.
 
         Raises:
-            ValueError: two of them report the same name.
+            ValueError: Two metrics report the same name.
         """
         metrics: dict[str, Any] = {}
-        shared = {"consecutive": True} if consecutive else {}  # who overrides it may not know it
+        shared = {"consecutive": True} if consecutive else {}  # an override may lack this parameter
         for metric in self.metrics:
             for name, value in metric.evaluate(size, **shared).items():
                 if name in metrics:
                     raise ValueError(
-                        f"two metrics report {name!r}: give one of them a prefix, as in "
+                        f"two metrics report {name!r}. Give one of them a prefix, as in "
                         f"{type(metric).__name__}(prefix='other')"
                     )
                 metrics[name] = value
         return metrics
 
     def reset(self) -> None:
-        """Forget what was processed."""
+        """Reset all metrics."""
         for metric in self.metrics:
             metric.reset()
 
     def offline_evaluate(
         self, data_samples: Sequence[Any], data: Sequence[Any] | None = None, chunk_size: int = 1
     ) -> dict[str, Any]:
-        """Evaluate predictions that were kept, without a model.
+        """Evaluate stored predictions without a model.
 
         Args:
             data_samples: The predictions, one per sample.
-            data: The samples of the dataset, as many.
-            chunk_size: Samples handed to ``process`` at a time, as lists.
+            data: The samples of the dataset, in the same number.
+            chunk_size: Number of samples that ``process`` receives at a time, as a list.
+
+        Raises:
+            ValueError: The numbers of predictions and samples differ.
         """
         if data is not None and len(data) != len(data_samples):
             raise ValueError(
-                f"{len(data_samples)} predictions for {len(data)} samples: they must be as many"
+                f"got {len(data_samples)} predictions for {len(data)} samples. Pass one prediction "
+                "per sample"
             )
         inputs = None if data is None else _chunks(iter(data), chunk_size)
         for chunk in _chunks(iter(data_samples), chunk_size):
@@ -344,8 +350,8 @@ def _build(metric: Any, name: str | None = None) -> BaseMetric:
         kind = options.pop("type", None)
         if not callable(kind):
             raise TypeError(
-                f"dict(type=...) of a metric takes the class itself, got type={kind!r}: import it "
-                "and write dict(type=Accuracy)"
+                f"dict(type=...) of a metric takes the class itself, got type={kind!r}. Import the "
+                "class and pass it, as in dict(type=Accuracy)"
             )
         metric = kind(**options)
     if isinstance(metric, BaseMetric):
@@ -353,7 +359,7 @@ def _build(metric: Any, name: str | None = None) -> BaseMetric:
         return metric
     if isinstance(metric, type):
         raise TypeError(
-            f"the metric {metric.__name__} is a class: pass an instance, {metric.__name__}(), or "
+            f"the metric {metric.__name__} is a class. Pass an instance, {metric.__name__}(), or "
             f"dict(type={metric.__name__})"
         )
     if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
@@ -361,7 +367,8 @@ def _build(metric: Any, name: str | None = None) -> BaseMetric:
         adapted.name = name or adapted.name
         return adapted
     raise TypeError(
-        f"a metric is a hookengine.BaseMetric or a torchmetrics.Metric, got {type(metric).__name__}"
+        "a metric must be a hookengine.BaseMetric or a torchmetrics.Metric, got "
+        f"{type(metric).__name__}"
     )
 
 
@@ -370,13 +377,13 @@ def _named(metrics: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A tensor or array of one element as a Python number; anything else as it is."""
+    """Return a tensor or array of one element as a Python number, and anything else unchanged."""
     size = value.numel() if isinstance(value, Tensor) else getattr(value, "size", None)
     return value.item() if size == 1 and hasattr(value, "item") else value
 
 
 def _to_cpu(data: Any) -> Any:
-    """``data`` with its tensors on the CPU; the results of a metric are small."""
+    """Return ``data`` with its tensors on the CPU. The results of a metric are small."""
     if isinstance(data, Tensor):
         return data.detach().cpu()
     if isinstance(data, list):

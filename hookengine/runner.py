@@ -1,4 +1,4 @@
-"""The Runner: puts the parts together and owns their state."""
+"""The Runner, which builds the parts of a run and owns their state."""
 
 from __future__ import annotations
 
@@ -45,53 +45,56 @@ EvalPhase = Literal["val", "test"]
 
 
 class Runner(Life):
-    """Trains, validates and tests a model; every feature is a plugin that answers its events.
+    """Train, validate and test a model. Every feature is a plugin that answers events.
 
-    Everything is built here, in the constructor, so that a mistake shows before the first
-    iteration. Training needs ``train_dataloader``, ``train_cfg`` and ``optim_wrapper``;
-    validation and testing a dataloader and an evaluator.
+    The constructor builds everything, so that a mistake shows before the first iteration. Training
+    needs ``train_dataloader``, ``train_cfg`` and ``optim_wrapper``. Validation and testing need a
+    dataloader and an evaluator each.
 
     Args:
         model: A ``BaseModel``; a plain ``nn.Module`` together with ``loss``; ``dict(type=NAME,
             ...)``; or a function that returns one of these.
-        work_dir: Folder of the runs; this one's files go to ``run_dir`` within it.
-        train_dataloader: Anything iterable, with a length or together with ``max_iters``; or
-            ``dict(dataset=..., batch_size=...)``, the arguments of torch's DataLoader.
-        val_dataloader: Likewise, for validation.
-        test_dataloader: Likewise, for testing.
-        train_cfg: ``dict(max_epochs=..., val_interval=1)`` or ``dict(max_iters=...)``; see
+        work_dir: Folder of all runs. The files of this run go to ``run_dir`` within it.
+        train_dataloader: Any iterable that has a length or is used with ``max_iters``; or
+            ``dict(dataset=..., batch_size=...)`` with the arguments of torch's DataLoader.
+        val_dataloader: The same, for validation.
+        test_dataloader: The same, for testing.
+        train_cfg: ``dict(max_epochs=..., val_interval=1)`` or ``dict(max_iters=...)``. See
             ``TrainCfg``.
-        val_cfg: ``dict(loss=True)`` also reports the losses; see ``EvalCfg``.
-        test_cfg: Likewise.
+        val_cfg: ``dict(loss=True)`` also reports the losses. See ``EvalCfg``.
+        test_cfg: The same, for testing.
         optim_wrapper: An optimizer; ``dict(optimizer=dict(type="SGD", lr=0.1))``, with
-            ``paramwise=dict(...)`` for parameter groups; or a dict of these by the names of the
-            model's parts that they train.
-        val_evaluator: A metric, or a list of them; see ``Evaluator``.
-        test_evaluator: Likewise.
-        loss: For a plain module: ``loss(output, target)``. A batch is then (inputs, target).
-        plugins: Names, ``dict(type=NAME, **options)``, instances, ``"no:NAME"``.
-        defaults: The plugins that are on without being named; ``()`` for the bare kernel.
-        device: By default the accelerator that torch finds, else the CPU.
-        name: Name of the run and of its folder; by default the time.
-        resume: ``"auto"`` (or True) goes on from the newest checkpoint under ``work_dir``, if
-            there is one; a path from that one.
-        load_from: Begin with the weights of a checkpoint: a path, a URL, or a dict of the
-            arguments of ``hookengine.model.load_weights``. Beside ``resume="auto"`` it is for the
-            first start; beside ``resume=True`` it is the checkpoint to go on from.
+            ``paramwise=dict(...)`` for parameter groups; or a dict of these, whose keys are the
+            names of the model's parts that they train.
+        val_evaluator: A metric or a list of metrics. See ``Evaluator``.
+        test_evaluator: The same, for testing.
+        loss: The loss of a plain module, called as ``loss(output, target)``. A batch is then
+            (inputs, target).
+        plugins: Names, ``dict(type=NAME, **options)``, instances, or ``"no:NAME"``, which disables
+            a default plugin.
+        defaults: Plugins that are on without being named. Pass ``()`` for the bare kernel.
+        device: Default: the accelerator that torch finds, or the CPU.
+        name: Name of the run and of its folder. Default: the current time.
+        resume: ``"auto"`` (or True) resumes from the newest checkpoint under ``work_dir``, if there
+            is one. A path resumes from that checkpoint.
+        load_from: Start with the weights of a checkpoint: a path, a URL, or a dict of the arguments
+            of ``hookengine.model.load_weights``. With ``resume="auto"``, these weights are used
+            only if there is no checkpoint to resume from. With ``resume=True``, this is the
+            checkpoint to resume from.
 
     Attributes:
         hooks: All events as functions.
         plugins: The plugin manager.
         progress: The counters.
-        model: The model as it is trained: wrapped, on its device.
-        bare_model: The module before any wrapping, whose names all state uses.
+        model: The model as it is trained: wrapped and on its device.
+        bare_model: The module before any wrapping. All state uses its parameter names.
         optim_wrapper: The optimizer wrapper (or ``OptimWrapperDict``), or None.
-        optimizer_names: The names of the optimizers, known before they are built.
-        requests: What this rank asks for at the next safe point: ``{"stop": reason}``.
+        optimizer_names: The names of the optimizers, known before the optimizers are built.
+        requests: What this rank requests for the next safe point: ``{"stop": reason}``.
         agreed: During ``safe_point``, the requests that all ranks agreed on.
-        resume_from: ``"auto"``, a path, or None; a plugin's ``resume`` does it.
-        load_from: The weights to begin with, or None; a plugin loads them.
-        logger: A structlog logger; its lines are bound with run, epoch, iteration and plugin.
+        resume_from: ``"auto"``, a path, or None. A plugin resumes from it in the event ``resume``.
+        load_from: The weights to start with, or None. A plugin loads them.
+        logger: A structlog logger that binds run, epoch, iteration and plugin to its lines.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Runner(Life):
             known = set(inspect.signature(Runner).parameters) - {"moved"}
             raise TypeError(explain_arguments("Runner", moved, known))
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be callable, as F.cross_entropy is, got {loss!r}")
+            raise TypeError(f"loss must be callable, like F.cross_entropy, got {loss!r}")
         self.optimizer_names = optimizer_names(optim_wrapper)
         train = {
             "train_dataloader": train_dataloader,
@@ -178,10 +181,10 @@ class Runner(Life):
         self.model = self.wrap(self.bare_model, "train")
 
     def wrap(self, model: nn.Module, role: Literal["train", "average"]) -> nn.Module:
-        """``model`` on the device, as the plugins wrap it (DDP, FSDP, compile).
+        """Move ``model`` to the device and let the plugins wrap it (DDP, FSDP, compile).
 
-        A plain module also gets the Runner's loss around it, and with it ``val_step`` and the
-        others.
+        A plain module is first combined with the Runner's loss into a module with ``train_step``,
+        ``val_step`` and ``test_step``.
         """
         if self.loss is not None and not isinstance(model, BaseModel):
             model = SupervisedModel(model, self.loss)
@@ -217,8 +220,8 @@ class Runner(Life):
         loader = self._dataloader(dataloader, phase)
         if cfg.loss and not hasattr(self.model, "loss_step"):
             raise TypeError(
-                f"{phase}_cfg=dict(loss=True) needs loss_step(data), as BaseModel has it, of "
-                f"{type(self.model).__name__}"
+                f"{type(self.model).__name__} has no loss_step(data), which {phase}_cfg="
+                "dict(loss=True) needs. Add this method, as in BaseModel, or remove loss=True"
             )
         evaluator = None if metrics is None else build_evaluator(metrics)
         return EvalLoop(self, phase, loader, evaluator, cfg)
@@ -232,24 +235,28 @@ class Runner(Life):
         given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
         if given and "resume" not in self.plugins.calls():
             raise ValueError(
-                f"{' and '.join(given)} is for a plugin that answers the event 'resume', and none "
-                f"is on: {answer('resume')}"
+                f"{' and '.join(given)} needs a plugin that implements the event 'resume', but no "
+                f"such plugin is enabled. {answer('resume')}"
             )
 
     @property
     def named(self) -> bool:
-        """Whether the run's name was given (or taken over from an earlier run)."""
+        """Whether the run has a name that was given or taken from an earlier run."""
         return self._named
 
     @property
     def run_dir(self) -> Path:
-        """The folder of this run, ``work_dir/name``; see ``make_run_dir``."""
+        """The folder of this run, ``work_dir/name``. See ``make_run_dir``."""
         return self.work_dir / self.name
 
     # -- what users call ------------------------------------------------------------------------
 
     def train(self, max_epochs: int | None = None, max_iters: int | None = None) -> dict[str, Any]:
-        """Train up to the limit of ``train_cfg``, or this once up to another; again to go on.
+        """Train up to the limit of ``train_cfg``. Call it again to continue.
+
+        Args:
+            max_epochs: Override the limit, in epochs, for this call.
+            max_iters: Override the limit, in iterations, for this call.
 
         Returns:
             The metrics of the last validation.
@@ -257,7 +264,8 @@ class Runner(Life):
         self._check_open()
         if self.train_loop is None or self.train_cfg is None:
             raise ValueError(
-                "this Runner cannot train: it needs train_dataloader, train_cfg and optim_wrapper"
+                "this Runner cannot train because it needs train_dataloader, train_cfg and "
+                "optim_wrapper. Pass all three to the Runner"
             )
         cfg = self.train_cfg
         if max_epochs is not None or max_iters is not None:
@@ -266,12 +274,14 @@ class Runner(Life):
                 limits["val_interval"] = None
             cfg = parse(TrainCfg, {**cfg.model_dump(), **limits}, "train()")
         if self._depth:
-            raise RuntimeError("train() was called within a run that goes on")
+            raise RuntimeError(
+                "train() was called within a run that is still in progress. Call it after the run"
+            )
         self.train_loop.set_limits(cfg)
         if self.train_loop.done:
             self.logger.warning(
-                f"training has reached its limit of {cfg.limit} {cfg.unit} already; to go on, call "
-                f"train(max_{cfg.unit}={2 * cfg.limit})"
+                f"training has already reached its limit of {cfg.limit} {cfg.unit}. To continue, "
+                f"call train(max_{cfg.unit}={2 * cfg.limit})"
             )
         else:
             with self._running():
@@ -279,50 +289,56 @@ class Runner(Life):
         return {} if self.val_loop is None else self.val_loop.metrics
 
     def val(self) -> dict[str, Any]:
-        """Validate, and return the metrics."""
+        """Validate and return the metrics."""
         return self._evaluate(self.val_loop, "val")
 
     def test(self) -> dict[str, Any]:
-        """Test, and return the metrics."""
+        """Test and return the metrics."""
         return self._evaluate(self.test_loop, "test")
 
     def _evaluate(self, loop: EvalLoop | None, phase: EvalPhase) -> dict[str, Any]:
         self._check_open()
         if loop is None:
             raise ValueError(
-                f"this Runner has no {phase}() to do: pass {phase}_dataloader and "
-                f"{phase}_evaluator (or {phase}_cfg=dict(loss=True))"
+                f"this Runner cannot run {phase}() because it has no {phase}_dataloader. Pass "
+                f"{phase}_dataloader and {phase}_evaluator (or {phase}_cfg=dict(loss=True)) to the "
+                "Runner"
             )
         with self._running():
             return loop.run()
 
     def stop(self, reason: str = "runner.stop()") -> None:
-        """Ask for the end of training at the next safe point (of the next run, outside of one)."""
+        """Request that training stops at the next safe point.
+
+        If you call it between runs, the next run stops at its first safe point.
+        """
         self.requests["stop"] = reason
 
     def log(self, values: Mapping[str, Any], phase: Phase = "train") -> None:
-        """Hand values to the log, by name; tensors stay on the device until it is their turn.
+        """Log values by name. Tensors stay on the device until their record is due.
 
         Numbers are averaged until their record is due. Of images, figures, histograms, tables and
-        texts (``hookengine.Image``, ``Histogram``, ``Table``, or what ``media.as_medium`` knows)
-        the last of each name joins the record, as it was when it was handed over.
+        texts (``hookengine.Image``, ``Histogram``, ``Table``, or anything that ``media.as_medium``
+        accepts), the record keeps the last one of each name, as it was when you logged it.
         """
         if not isinstance(values, Mapping):
             raise TypeError(
-                f"runner.log takes values by name, runner.log({{'loss': 0.5}}); got {values!r}"
+                f"runner.log takes a dict of values by name, as in runner.log({{'loss': 0.5}}), "
+                f"got {values!r}"
             )
         if phase not in ("train", "val", "test"):
             raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")
         self.hooks.log(self, phase, values)
 
     def make_run_dir(self) -> Path:
-        """Make the run's folder, ``work_dir/name``; under another name where two runs met.
+        """Create the folder of the run, ``work_dir/name``, and return it.
 
-        A run without a name of its own never shares a folder; one with a name goes on in it. Of
-        several ranks the first one makes it.
+        A run without a given name never shares a folder: if the folder exists, the run gets another
+        name. A run with a given name continues in the existing folder. With several ranks, rank 0
+        creates the folder.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: The folder cannot be created.
         """
         if self._run_dir_made:
             return self.run_dir
@@ -340,29 +356,40 @@ class Runner(Life):
                     self.name = f"{name}_{number}"
         except OSError as error:
             raise OSError(
-                f"cannot make the run's folder {self.run_dir}: {error.strerror}. Pass another "
-                "work_dir"
+                f"cannot create the folder of the run, {self.run_dir}: {error.strerror}. Pass "
+                "another work_dir"
             ) from error
         self._run_dir_made = True
         return self.run_dir
 
     def continue_run(self, name: str) -> None:
-        """Go on in the folder of the earlier run ``work_dir/name``.
+        """Continue in the folder of an earlier run, ``work_dir/name``.
 
         Raises:
-            RuntimeError: this run has a folder already.
+            RuntimeError: This run already has another folder.
         """
         if self._run_dir_made and name != self.name:
-            raise RuntimeError(f"this run has the folder {self.run_dir} already")
+            raise RuntimeError(
+                f"cannot continue the run {name!r}, because this run already has the folder "
+                f"{self.run_dir}. Call continue_run before make_run_dir"
+            )
         self.name, self._named = name, True
 
     def on(self, event: str, *, tryfirst: bool = False, trylast: bool = False) -> Callable[[F], F]:
-        """Make a plugin of one function: ``@runner.on("after_train_iter")``.
+        """Register a function as a plugin: ``@runner.on("after_train_iter")``.
 
-        A function of the same name replaces the one before it.
+        It replaces a function that was registered under the same name.
+
+        Args:
+            event: The event that the function implements.
+            tryfirst: See ``hookimpl``.
+            trylast: See ``hookimpl``.
         """
         if not isinstance(event, str):
-            raise TypeError('runner.on takes the name of an event, as in @runner.on("before_run")')
+            raise TypeError(
+                'runner.on takes the name of an event, as in @runner.on("before_run"), got '
+                f"{event!r}"
+            )
 
         def register(function: F) -> F:
             self.plugins.add(FunctionPlugin(event, function, tryfirst, trylast), replace=True)
@@ -388,18 +415,20 @@ class Runner(Life):
     # -- state ----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What the run consists of, as plain values that JSON holds.
+        """Return a description of the run as plain values that JSON can hold.
 
-        The model and its parameters, the optimizers and their options, the configuration, the
-        plugins with their options, the order in which the hooks are called, the environment.
+        It covers the model and its parameters, the optimizers and their options, the configuration,
+        the plugins with their options, the order in which the hooks are called, and the
+        environment.
         """
         return describe_run(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks share: weights, optimizers, counters, plugins; plain containers.
+        """Return the state that all ranks share, in plain containers.
 
-        Gradients are no part of it: within a window of accumulated gradients it cannot be resumed
-        exactly, which is warned of. ``safe_point`` is the event to take it in.
+        The state holds weights, optimizers, counters and plugins. It does not hold gradients:
+        within a window of accumulated gradients, a run cannot be resumed exactly from it, and you
+        are warned. Call this method in the event ``safe_point``.
         """
         if (
             self.optim_wrapper is not None
@@ -408,24 +437,25 @@ class Runner(Life):
         ):
             self._window_told = True
             self.logger.warning(
-                "state_dict() was called between two optimizer steps: the gradients since the last "
-                "one are not in it, so a run cannot be resumed exactly. Call it in safe_point"
+                "state_dict() was called between two optimizer steps. It does not hold the "
+                "gradients since the last step, so a run cannot be resumed from it exactly. Call "
+                "it in safe_point"
             )
         checkpoint = state.collect(self)
         self.hooks.before_save_checkpoint(self, checkpoint)
         return checkpoint
 
     def load_state_dict(self, checkpoint: dict[str, Any], *, allow: Iterable[str] = ()) -> None:
-        """Go on from what ``state_dict`` returned.
+        """Load a state that ``state_dict`` returned, to continue from it.
 
         Args:
             checkpoint: The state.
-            allow: What may differ: names of plugins whose state is missing on either side,
-                ``"optimizer"``, ``"dataset"``, ``"world_size"``.
+            allow: What may differ: ``"optimizer"``, ``"dataset"``, ``"world_size"``, and names of
+                plugins whose state is missing on either side.
 
         Raises:
-            ValueError: it is no such state, or of another run, and all that differs is named;
-                nothing is loaded then.
+            ValueError: ``checkpoint`` is not the state of a Runner, or it does not fit this one.
+                The message names everything that differs, and nothing is loaded.
         """
         state.load(self, checkpoint, allow)
         if self.train_loop is not None:
@@ -434,7 +464,7 @@ class Runner(Life):
 
 
 def _beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
-    """What ``Runner(resume=, load_from=)`` asks for, with MMEngine's booleans translated."""
+    """Return ``(resume_from, load_from)``, with MMEngine's booleans for ``resume`` translated."""
     if resume is True and isinstance(load_from, (str, Path)):
         return load_from, None
     if resume is True:

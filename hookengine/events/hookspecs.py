@@ -1,7 +1,7 @@
 """Every event of hookengine: the contract between the kernel and the plugins.
 
-The loop, with each event at its place. What stands in brackets is the event's kind where it is
-not a plain *event*; the kinds are explained below. ::
+The left column shows the loop, the right column the events that it emits. Brackets give the kind of
+an event, unless it is a plain *event*; the kinds are explained below. ::
 
     Runner(...)                                 configure
                                                 initialize_model
@@ -40,33 +40,35 @@ not a plain *event*; the kinds are explained below. ::
                                                 after_val
                                                 agree, safe_point
       end                                       after_train
-                                                on_exception        where there was one
+                                                on_exception        only after an error
                                                 after_run
     runner.val(), runner.test()                 before_run, before_val or before_test, ...
     runner.close()                              unconfigure
 
-``runner.log(...)`` emits ``log``; a plugin that reduces values emits ``write`` for the sinks.
-``runner.state_dict()`` emits ``before_save_checkpoint``, a plugin that has written it to the disk
-``after_save_checkpoint``; ``runner.load_state_dict()`` emits
-``after_load_checkpoint``, where each sink asks for the ``history``.
+``runner.log(...)`` emits ``log``. The plugin that reduces the logged values emits ``write`` for the
+sinks. ``runner.state_dict()`` emits ``before_save_checkpoint``. The plugin that has written a
+checkpoint to disk emits ``after_save_checkpoint``. ``runner.load_state_dict()`` emits
+``after_load_checkpoint``, during which each sink asks for the ``history``.
 
 Kinds
 -----
 event
-    Everyone is told; return values are ignored.
+    Every plugin is called. Return values are ignored.
 decision
-    Asked in order; the first answer that is not None wins; the kernel's default applies when
-    nobody answers. Who must be asked before the others says ``@hookimpl(tryfirst=True)``.
+    Plugins are called in order until one returns a value other than None, which is the decision.
+    If all of them return None, the kernel's default applies. Plugins that must be asked first use
+    ``@hookimpl(tryfirst=True)``.
 veto
-    Everyone is asked; one False is enough. None is no objection.
+    Every plugin is called. The answer is no if at least one returns False; None is no objection.
 transform
-    Each implementation may return a replacement for the named argument, which the next one
-    receives; None keeps it.
+    Plugins are called in order. Each may return a replacement for the named argument, which the
+    next plugin receives. None keeps the argument as it is.
 contexts
-    Every answer that is not None is a context manager, and all of them are entered, in order.
+    Every plugin is called and may return a context manager or None. The kernel enters all the
+    context managers, in order.
 
-An implementation declares just the arguments that it wants. Annotated return types are what the
-*caller* of the event gets; an implementation may always return None.
+An implementation declares only the arguments that it needs. The annotated return type is what the
+*caller* of the event receives; an implementation may always return None.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ _hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Kind:
-    """How an event treats its implementations; data that the dispatcher and the docs read."""
+    """How an event treats its implementations. The dispatcher and the docs read this data."""
 
     name: Literal["event", "decision", "veto", "transform", "contexts"]
     argument: str | None = None
@@ -135,157 +137,176 @@ def hookimpl(*, tryfirst: bool = ..., trylast: bool = ...) -> Callable[[F], F]: 
 def hookimpl(
     function: F | None = None, /, *, tryfirst: bool = False, trylast: bool = False
 ) -> F | Callable[[F], F]:
-    """Give options to an implementation of an event; without options it is not needed.
+    """Set options on the implementation of an event. Without options, you do not need it.
 
     Args:
-        tryfirst: Called before the implementations of the other plugins; of several, in order.
-        trylast: Called after them; of several, the one of the first plugin is the very last.
+        tryfirst: Call this implementation before those of the other plugins. Several such
+            implementations are called in the order of their plugins.
+        trylast: Call this implementation after those of the other plugins. Several such
+            implementations are called in the reverse order of their plugins: that of the first
+            plugin is the very last.
 
     Raises:
-        ValueError: both were asked for.
+        ValueError: Both options are set.
     """
     if tryfirst and trylast:
-        raise ValueError("an implementation is called first or last, not both: drop one of the two")
+        raise ValueError(
+            "hookimpl got both tryfirst=True and trylast=True, but an implementation is called "
+            "either first or last. Remove one of the two"
+        )
     marker = _hookimpl(tryfirst=tryfirst, trylast=trylast)
     return marker(function) if function is not None else marker
 
 
 class Life(Protocol):
-    """The life of a Runner."""
+    """The life cycle of a Runner."""
 
     @event
     def configure(self, runner: Runner) -> None:
-        """Set up the process, before anything is built: process group, device, seeds, log files.
+        """Set up the process before anything is built: process group, device, seeds, log files.
 
-        ``runner`` has its options and ``run_dir``, but no model yet; ``runner.device`` may be set.
+        ``runner`` has its options and ``run_dir``, but no model yet. You may set ``runner.device``.
         """
 
     @Kind("event", closing=True, reverse=True)
     def unconfigure(self, runner: Runner) -> None:
-        """Give back what ``configure`` took; once, in reverse order.
+        """Release what ``configure`` acquired. Plugins are called once, in reverse order.
 
-        Called by ``runner.close()``, at the end of ``with Runner(...)``, at interpreter exit, or
-        when the construction of the Runner failed.
+        This happens in ``runner.close()``, at the end of ``with Runner(...)``, at interpreter exit,
+        and when the construction of the Runner fails.
         """
 
     @event
     def before_run(self, runner: Runner) -> None:
-        """Begin a call of ``runner.train()``, ``val()`` or ``test()``."""
+        """Prepare for a call of ``runner.train()``, ``val()`` or ``test()``."""
 
     @closing
     def after_run(self, runner: Runner) -> None:
-        """End that call, also when it failed (then ``on_exception`` came before)."""
+        """Clean up after a call of ``runner.train()``, ``val()`` or ``test()``, even a failed one.
+
+        If the call failed, ``on_exception`` comes first.
+        """
 
     @closing
     def on_exception(self, runner: Runner, error: BaseException) -> None:
-        """Learn that the run ends with ``error`` (KeyboardInterrupt included); it is raised on."""
+        """React to ``error``, which ends the run and is raised again afterwards.
+
+        ``error`` may be a KeyboardInterrupt.
+        """
 
 
 class Build(Protocol):
-    """The construction of a Runner, in this order."""
+    """The construction of a Runner. The events come in this order."""
 
     @event
     def initialize_model(self, runner: Runner, model: nn.Module) -> None:
-        """Initialise the weights of the bare model, on the CPU, before any conversion."""
+        """Initialize the weights of the bare model, on the CPU, before any conversion."""
 
     @transform("model")
     def convert_model(self, runner: Runner, model: nn.Module) -> nn.Module:
-        """Replace layers (SyncBN) or the whole bare model, before it moves to the device."""
+        """Replace layers (SyncBN) or the whole bare model before it moves to the device."""
 
     @transform("model")
     def wrap_model(
         self, runner: Runner, model: nn.Module, role: Literal["train", "average"]
     ) -> nn.Module:
-        """Wrap the model, which is on its device (DDP, FSDP, compile).
+        """Wrap the model (DDP, FSDP, compile), which is already on its device.
 
-        ``role`` is ``"train"``, or ``"average"`` for a copy that a plugin wants wrapped the same
-        way (``runner.wrap``). What comes back needs ``train_step``, ``val_step``, ``test_step``,
-        and ``loss_step`` for ``val_cfg=dict(loss=True)``.
+        ``role`` is ``"train"``, or ``"average"`` for a copy that a plugin wraps the same way with
+        ``runner.wrap``. The wrapped model needs ``train_step``, ``val_step`` and ``test_step``, and
+        also ``loss_step`` for ``val_cfg=dict(loss=True)``.
         """
 
     @transform("dataloader")
     def setup_dataloader(
         self, runner: Runner, dataloader: Iterable[Any], phase: Phase
     ) -> Iterable[Any]:
-        """Replace a dataloader (another sampler needs a rebuilt one; torch forbids setting it).
+        """Replace a dataloader, for example to change its sampler.
 
-        A dataloader with a method ``seek(epoch, batch)`` is told where each pass starts and
-        yields from there; of any other the kernel fetches and drops what was consumed before a
-        resume. One with a true attribute ``consecutive`` gives each rank the batches that follow
-        those of the rank before: in evaluation, results are joined in that order.
+        Another sampler needs a new dataloader: torch does not allow setting it on an existing one.
+
+        If a dataloader has a method ``seek(epoch, batch)``, the kernel calls it before each pass
+        of training, and the dataloader yields from that batch on. From any other dataloader, the
+        kernel fetches and drops the batches that were consumed before a resume.
+
+        Set the attribute ``consecutive`` of a dataloader to True if each rank gets the batches that
+        follow those of the previous rank. Evaluation then joins the results in that order.
         """
 
     @event
     def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Add what belongs to one optimizer (schedulers, scalers); once per optimizer.
+        """Add what belongs to one optimizer (schedulers, scalers). Called once per optimizer.
 
-        The lengths of the run are known by then, as far as they can be: ``runner.progress``.
+        ``runner.progress`` holds the lengths of the run by then, as far as they can be known.
         """
 
     @event
     def resume(self, runner: Runner) -> None:
-        """Load or resume, through ``runner.load_state_dict``; everything is built."""
+        """Load weights or resume with ``runner.load_state_dict``. Everything is built by now."""
 
 
 class Train(Protocol):
-    """Training. Counters move before an ``after_*`` event."""
+    """Training. Counters advance before each ``after_*`` event."""
 
     @event
     def before_train(self, runner: Runner) -> None:
-        """Begin training, or go on with it."""
+        """Prepare to start or continue training."""
 
     @event
     def after_train(self, runner: Runner) -> None:
-        """End training: the limit is reached, or a stop was agreed."""
+        """Finish training: the limit is reached, or the ranks agreed to stop."""
 
     @event
     def before_train_epoch(self, runner: Runner) -> None:
-        """Begin a pass over the training dataloader, or go on with one (``progress.batch > 0``).
+        """Prepare for a pass over the training dataloader.
 
-        The model is in training mode; what is changed here (frozen layers) stays for the epoch.
+        If ``progress.batch > 0``, the run continues a pass that was interrupted.
+
+        The model is in training mode. What you change here, such as freezing layers, lasts for the
+        epoch.
         """
 
     @event
     def after_train_epoch(self, runner: Runner) -> None:
-        """End a complete pass; ``progress.epoch`` is the number of finished epochs."""
+        """Finish a complete pass. ``progress.epoch`` is the number of finished epochs."""
 
     @transform("data_batch")
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
-        """Replace the batch as it came from the dataloader, before the data preprocessor."""
+        """Replace the batch that the dataloader yielded, before the data preprocessor gets it."""
 
     @event
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any
     ) -> None:
-        """End an iteration; ``progress.iter`` is the number of finished iterations.
+        """Finish an iteration. ``progress.iter`` is the number of finished iterations.
 
-        ``outputs`` is what ``train_step`` returned: for a BaseModel a dict of detached scalar
-        tensors on the device. Reading a value (``.item()``) synchronises the device.
+        ``outputs`` is what ``train_step`` returned. For a BaseModel it is a dict of detached scalar
+        tensors on the device. Reading a value (``.item()``) synchronizes the device.
         """
 
     @event
     def safe_point(self, runner: Runner) -> None:
-        """Save, or be preempted: no iteration, validation or accumulation window is open.
+        """Save or handle preemption. No iteration, validation or accumulation window is open.
 
-        Comes after all ``after_*`` hooks of an iteration, an epoch, a validation.
-        ``runner.agreed`` holds the requests that all ranks have agreed on.
+        This event follows all ``after_*`` events of an iteration, an epoch or a validation.
+        ``runner.agreed`` holds the requests that all ranks agreed on.
         """
 
 
 class Val(Protocol):
-    """Validation, under a random state that is restored afterwards."""
+    """Validation. The kernel saves the random state before it and restores it afterwards."""
 
     @event
     def before_val(self, runner: Runner) -> None:
-        """Begin a validation."""
+        """Prepare for a validation."""
 
     @event
     def after_val(self, runner: Runner) -> None:
-        """End a validation."""
+        """Finish a validation."""
 
     @event
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin the passes over the validation dataloader, one per evaluated model."""
+        """Prepare for the passes over the validation dataloader, one per evaluated model."""
 
     @event
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
@@ -293,27 +314,27 @@ class Val(Protocol):
 
     @transform("data_batch")
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
-        """Replace the batch, before the data preprocessor."""
+        """Replace the batch before the data preprocessor gets it."""
 
     @event
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any) -> None:
-        """Receive what ``val_step`` returned; the evaluator has processed it."""
+        """Receive what ``val_step`` returned. The evaluator has already processed it."""
 
 
 class Test(Protocol):
-    """Testing, as validation."""
+    """Testing, which works the same way as validation."""
 
     @event
     def before_test(self, runner: Runner) -> None:
-        """Begin a test."""
+        """Prepare for a test."""
 
     @event
     def after_test(self, runner: Runner) -> None:
-        """End a test."""
+        """Finish a test."""
 
     @event
     def before_test_epoch(self, runner: Runner) -> None:
-        """Begin the passes over the test dataloader, one per evaluated model."""
+        """Prepare for the passes over the test dataloader, one per evaluated model."""
 
     @event
     def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
@@ -321,42 +342,43 @@ class Test(Protocol):
 
     @transform("data_batch")
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
-        """Replace the batch, before the data preprocessor."""
+        """Replace the batch before the data preprocessor gets it."""
 
     @event
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any
     ) -> None:
-        """Receive what ``test_step`` returned; the evaluator has processed it."""
+        """Receive what ``test_step`` returned. The evaluator has already processed it."""
 
 
 class Evaluation(Protocol):
-    """What validation and testing share."""
+    """Events that validation and testing share."""
 
     @decision
     def evaluated_models(self, runner: Runner, phase: Phase) -> dict[str, nn.Module] | None:
-        """Name the models to evaluate, ``{prefix: module}``, one pass each (raw and averaged).
+        """Choose the models to evaluate (raw, averaged): return ``{prefix: module}``.
 
-        The kernel's default is ``{"": runner.model}``. A metric is called ``prefix/name``.
+        Each model gets one pass. Its metrics are named ``prefix/name``. The kernel's default is
+        ``{"": runner.model}``.
         """
 
     @event
     def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase) -> None:
-        """Learn that one of the models has seen all batches of this rank.
+        """Do what must happen between the last batch of a model and its metrics.
 
-        Next the ranks gather what the metrics hold. The model is in evaluation mode, and nothing
-        records gradients.
+        The model has seen all batches of this rank. After this event, the ranks gather the results
+        that the metrics hold. The model is in evaluation mode, and gradients are disabled.
         """
 
 
 class Step(Protocol):
-    """What happens between a batch and the optimizer's step."""
+    """Everything between a batch and the optimizer step."""
 
     @contexts
     def forward_context(
         self, runner: Runner, model: nn.Module, optim_wrapper: OptimWrapper | None, phase: Phase
     ) -> tuple[AbstractContextManager[Any], ...]:
-        """Run the forward pass within a context (autocast); in every phase.
+        """Return a context manager for the forward pass (autocast), in every phase.
 
         ``optim_wrapper`` is None in validation and testing.
         """
@@ -365,11 +387,14 @@ class Step(Protocol):
     def after_forward(
         self, runner: Runner, losses: dict[str, torch.Tensor | list[torch.Tensor]]
     ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Replace the dict of losses that the model returned, by ``BaseModel.parse_losses``."""
+        """Replace the dict of losses that the model returned.
+
+        ``BaseModel.parse_losses`` emits this event.
+        """
 
     @veto
     def should_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool:
-        """Say, before the forward pass, whether this iteration ends with an optimizer step."""
+        """Decide, before the forward pass, whether this iteration ends with an optimizer step."""
 
     @transform("loss")
     def scale_loss(
@@ -381,20 +406,23 @@ class Step(Protocol):
     def backward(
         self, runner: Runner, optim_wrapper: OptimWrapper, loss: torch.Tensor
     ) -> bool | None:
-        """Run the backward pass and return True; the kernel's default is ``loss.backward()``."""
+        """Run the backward pass and return True.
+
+        The kernel's default is ``loss.backward()``.
+        """
 
     @event
     def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Make the gradients those of the loss itself, for everybody who comes after.
+        """Turn the raw gradients into those of the loss, for all later events.
 
-        Exchange them with other ranks, divide a loss scale out, average what was accumulated. A
-        plugin that exchanges them comes first of all (``tryfirst``, before ``amp``): an infinite
-        gradient of one rank is a matter of all.
+        Exchange gradients with other ranks, divide by the loss scale, or average over accumulated
+        micro-batches. A plugin that exchanges gradients must run first (``tryfirst``, before
+        ``amp``), because an infinite gradient on one rank concerns all ranks.
         """
 
     @event
     def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Read or edit the gradients, just before the step."""
+        """Read or edit the gradients just before the step."""
 
     @decision
     def optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool | None:
@@ -405,58 +433,60 @@ class Step(Protocol):
 
     @event
     def after_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Learn that a step was really taken; ``optim_wrapper.steps`` counts it."""
+        """React to a step that was taken, not skipped. ``optim_wrapper.steps`` counts it."""
 
 
 class State(Protocol):
-    """What is saved, and on what all ranks agree."""
+    """Checkpoints, and what all ranks agree on."""
 
     @event
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Add to the state that ``runner.state_dict()`` is about to return."""
+        """Add entries to the state that ``runner.state_dict()`` is about to return."""
 
     @event
     def after_save_checkpoint(self, runner: Runner, path: Path, best: bool) -> None:
-        """A checkpoint is on the disk, whole; on the rank that saved it.
+        """Use a checkpoint that is complete on disk. Only the rank that saved it is called.
 
-        Told again, with ``best``, where a validation has shown that it is the best one so far.
-
-        Args:
-            path: Its folder, which may be renamed or removed when later ones are saved.
-            best: Whether it is the best one so far.
+        ``path`` is the folder of the checkpoint, which may be renamed or removed when later ones
+        are saved. ``best`` tells whether the checkpoint is the best one so far. If a validation
+        shows that later, the event is emitted again for the same checkpoint, with ``best=True``.
         """
 
     @event
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Read from the state that ``runner.load_state_dict()`` has just loaded."""
+        """Read entries of the state that ``runner.load_state_dict()`` has just loaded."""
 
     @decision
     def agree(self, runner: Runner, requests: Mapping[str, str]) -> Mapping[str, str] | None:
-        """Make one of the requests of all ranks: ``{"stop": reason, "save": reason}``.
+        """Combine the requests of all ranks into one: ``{"stop": reason, "save": reason}``.
 
-        Asked at every safe point. An answer may come some safe points later (``{}`` meanwhile);
-        a request stays until it was agreed. The kernel's default is the rank's own requests.
+        The kernel asks at every safe point. You may answer some safe points later and return ``{}``
+        until then: a request stays until the ranks agree on it. The kernel's default is the
+        requests of this rank.
         """
 
 
 class Records(Protocol):
-    """What is written down."""
+    """Logged values and the records made from them."""
 
     @event
     def log(self, runner: Runner, phase: Phase, values: Mapping[str, Any]) -> None:
-        """Receive raw values, still tensors on the device, as ``runner.log`` hands them in."""
+        """Receive the values passed to ``runner.log``. Tensors are still on the device."""
 
     @event
     def write(self, runner: Runner, record: Record) -> None:
-        """Receive one reduced record: phase, progress, Python floats, media."""
+        """Receive one record of reduced values: phase, progress, Python floats, media."""
 
     @decision
     def history(self, runner: Runner) -> Iterable[Record] | None:
-        """Answer with the records that the run has so far, oldest first, to be read once.
+        """Return the records of the run so far, oldest first. They are read once.
 
-        Asked on behalf of a sink, which is given what it does not hold of them: when a checkpoint
-        was loaded (these are then the records up to where the run goes on from), when the sink is
-        added in mid-run, and, on the sink's thread, when it comes back after it could not keep up.
+        The records go to a sink, which receives those that it does not hold yet. A sink asks:
+
+        - after a checkpoint is loaded; the records are then those up to the point where the run
+          resumes,
+        - when you add the sink in the middle of a run,
+        - on its own thread, when it has caught up after it could not keep up.
         """
 
 
@@ -464,7 +494,7 @@ SUBJECTS: tuple[type, ...] = (Life, Build, Train, Val, Test, Evaluation, Step, S
 
 
 class HookSpecs(Life, Build, Train, Val, Test, Evaluation, Step, State, Records, Protocol):
-    """All events; ``runner.hooks`` has this type, and calls them with positional arguments."""
+    """All events. ``runner.hooks`` has this type. The kernel passes arguments by position."""
 
     runner: Runner
 
@@ -481,7 +511,7 @@ class Event:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The names of the arguments, in the order in which the kernel passes them."""
+        """Names of the arguments, in the order in which the kernel passes them."""
         return tuple(self.signature.parameters)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the Runner accepts, and the objects that it becomes."""
+"""Build objects from the arguments of the Runner, and check them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ _SOURCES = (Mapping, Optimizer, OptimWrapper)
 
 
 def build_model(model: Any) -> nn.Module:
-    """A module from a module, ``dict(type=NAME, ...)``, or a function that returns one of them."""
+    """Build a module from a module, ``dict(type=NAME, ...)``, or a function that returns either.
+
+    Raises:
+        TypeError: The result is not a module.
+    """
     if callable(model) and not isinstance(model, nn.Module):
         model = model()
     if isinstance(model, Mapping):
@@ -35,47 +39,59 @@ def build_model(model: Any) -> nn.Module:
 
 
 def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Sequence[str]) -> None:
-    """Refuse a model that cannot do what is asked of it.
+    """Check that the model can do what the Runner needs.
+
+    Args:
+        model: The model.
+        loss: The loss that the user passed, or None.
+        phases: The phases of the Runner: ``"train"``, ``"val"``, ``"test"``.
 
     Raises:
-        TypeError: a plain module without a loss, or a BaseModel with one.
+        TypeError: A plain module comes without a loss, or a BaseModel with one, or the loss has
+            parameters.
     """
     if loss is not None:
         if isinstance(model, BaseModel):
             raise TypeError(
-                f"{type(model).__name__} is a BaseModel, which returns its own losses: drop loss="
+                f"{type(model).__name__} is a BaseModel, which returns its own losses. Remove loss="
             )
         if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
             raise TypeError(
-                f"the loss {type(loss).__name__} has parameters of its own, which would be neither "
-                "trained nor saved: make it a part of a hookengine.BaseModel"
+                f"the loss {type(loss).__name__} has parameters, which would be neither trained "
+                "nor saved. Make the loss part of a hookengine.BaseModel"
             )
         return
     missing = [f"{phase}_step" for phase in phases if not hasattr(model, f"{phase}_step")]
     if missing:
         raise TypeError(
-            f"{type(model).__name__} has no {', '.join(missing)}: derive it from "
-            "hookengine.BaseModel, or pass a plain module together with its loss, as in "
+            f"{type(model).__name__} has no {', '.join(missing)}. Derive it from "
+            "hookengine.BaseModel, or pass a plain module together with a loss, as in "
             "Runner(model, loss=F.cross_entropy, ...)"
         )
 
 
 def build_optimizer(cfg: Any, model: nn.Module, where: str, paramwise: Any = None) -> Optimizer:
-    """An optimizer over the parameters of ``model``.
+    """Build an optimizer over the parameters of ``model``.
 
     Args:
-        cfg: An optimizer, which is returned, or ``dict(type=NAME or class, lr=..., ...)`` with a
-            name of ``torch.optim``.
+        cfg: An optimizer, which is returned unchanged, or ``dict(type=NAME or class, lr=...,
+            ...)``, where NAME is an optimizer of ``torch.optim``.
         model: The model whose parameters an optimizer from a dict gets.
-        where: What the user wrote, for messages.
-        paramwise: How the parameters are put into groups: the options of the function
-            ``param_groups``, which a plugin offers.
+        where: The argument of the Runner, for messages.
+        paramwise: How to group the parameters: the options of the function ``param_groups``, which
+            a plugin provides.
+
+    Raises:
+        TypeError: ``cfg`` is neither an optimizer nor a dict with ``type``, or an option is bad.
+        KeyError: ``torch.optim`` has no optimizer of that name.
+        ValueError: ``paramwise`` comes with an optimizer that is already built, or an option is
+            bad.
     """
     if isinstance(cfg, Optimizer):
         if paramwise is not None:
             raise ValueError(
-                f"paramwise= beside {where}, which is built already: give dict(type="
-                f"{type(cfg).__name__!r}, ...) instead, or build it from "
+                f"paramwise= has no effect on {where}, which is already built. Pass dict(type="
+                f"{type(cfg).__name__!r}, ...) instead, or build the optimizer from "
                 "hookengine.model.param_groups(model, ...)"
             )
         return cfg
@@ -127,7 +143,7 @@ def _param_groups(
 
 
 def optimizer_names(cfg: Any) -> tuple[str, ...]:
-    """What the optimizers of ``Runner(optim_wrapper=...)`` will be called."""
+    """Return the names of the optimizers that ``Runner(optim_wrapper=...)`` will build."""
     if cfg is None:
         return ()
     if isinstance(cfg, OptimWrapper):
@@ -137,11 +153,13 @@ def optimizer_names(cfg: Any) -> tuple[str, ...]:
 
 
 def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
-    """What ``Runner(optim_wrapper=...)`` accepts.
+    """Build the optimizer wrapper from what ``Runner(optim_wrapper=...)`` accepts.
 
-    A wrapper; an optimizer; ``dict(optimizer=optimizer or dict(type=..., ...))``; or a dict of
-    these by name, for several optimizers: one from a dict gets the parameters of the model's part
-    of that name.
+    Args:
+        cfg: A wrapper; an optimizer; ``dict(optimizer=optimizer or dict(type=..., ...))``; or, for
+            several optimizers, a dict of these by name. An optimizer from a dict gets the
+            parameters of the model's part of that name.
+        model: The bare model.
     """
     if isinstance(cfg, (OptimWrapper, OptimWrapperDict)):
         return cfg
@@ -149,7 +167,7 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
         return OptimWrapper(cfg)
     if not isinstance(cfg, Mapping):
         raise TypeError(
-            "optim_wrapper takes an optimizer, dict(optimizer=dict(type='SGD', lr=...)) or a dict "
+            "optim_wrapper takes an optimizer, dict(optimizer=dict(type='SGD', lr=...)), or a dict "
             f"of these by name, got {type(cfg).__name__}"
         )
     if "optimizer" in cfg:
@@ -159,7 +177,7 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
     if not cfg or "type" in cfg or not all(isinstance(v, _SOURCES) for v in cfg.values()):
         raise ValueError(
             "optim_wrapper=dict(...) needs an 'optimizer', as in "
-            f"dict(optimizer=dict(type='SGD', lr=0.1)); got {dict(cfg)!r}"
+            f"dict(optimizer=dict(type='SGD', lr=0.1)), got {dict(cfg)!r}"
         )
     wrappers = {}
     for name, value in cfg.items():
@@ -189,44 +207,45 @@ def _one(
 
 
 def _part(model: nn.Module, name: str, where: str) -> nn.Module:
-    """The part of the model whose parameters the optimizer of that name gets."""
+    """Return the part of the model whose parameters the optimizer of that name gets."""
     try:
         return model.get_submodule(name)
     except AttributeError:
         parts = dict(model.named_children())
         raise KeyError(
             f"{where}: {unknown('part of the model', name, parts)}. An optimizer from a dict gets "
-            "the parameters of the part of its name; pass an optimizer that you built for others"
+            "the parameters of the part of its name. For other parameters, pass an optimizer that "
+            "you built"
         ) from None
 
 
 def check_optimizers(wrapper: OptimWrapper | OptimWrapperDict, model: nn.Module) -> None:
-    """Refuse several optimizers where the ``train_step`` of the bare model uses one.
+    """Check that the model's ``train_step`` can use several optimizers, if there are several.
 
     Raises:
-        TypeError: that is so.
+        TypeError: The bare model has the ``train_step`` of BaseModel, which uses one optimizer.
     """
     if not isinstance(wrapper, OptimWrapperDict):
         return
-    # A plain module has the train_step of what the Runner puts around it together with the loss.
+    # The Runner wraps a plain module and its loss, and that wrapper has BaseModel's train_step.
     if getattr(type(model), "train_step", BaseModel.train_step) is BaseModel.train_step:
         raise TypeError(
-            f"there are several optimizers ({', '.join(wrapper)}) and {type(model).__name__} has "
-            "the train_step of BaseModel, which uses one: write a train_step(self, data, "
+            f"{type(model).__name__} has the train_step of BaseModel, which cannot choose between "
+            f"optimizers by name ({', '.join(wrapper)}). Write a train_step(self, data, "
             "optim_wrapper) that uses optim_wrapper[NAME]"
         )
 
 
 def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, str]) -> None:
-    """Replace the parameters of an optimizer that was built beforehand by the wrapped model's.
+    """Make an optimizer that was built earlier point at the model's current parameters.
 
     Args:
-        wrapper: The optimizer's.
-        model: The bare model; converting or wrapping it may have replaced its parameters.
-        names: The names of the parameters that it had at first, by ``id``.
+        wrapper: The wrapper of the optimizer.
+        model: The bare model. Converting or wrapping it may have replaced its parameters.
+        names: The names of the model's original parameters, by ``id``.
 
     Raises:
-        ValueError: a parameter that is not the model's.
+        ValueError: The optimizer holds a parameter that does not belong to the model.
     """
     current = dict(model.named_parameters())
     known = {**names, **{id(parameter): name for name, parameter in current.items()}}
@@ -236,8 +255,8 @@ def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, 
             if (new := current.get(known.get(id(old), ""))) is None:
                 raise ValueError(
                     f"the optimizer {wrapper.name!r} holds a parameter of shape "
-                    f"{tuple(old.shape)} that is not the model's: build it from "
-                    "model.parameters() of the model that you pass to the Runner"
+                    f"{tuple(old.shape)} that does not belong to the model. Build the optimizer "
+                    "from model.parameters() of the model that you pass to the Runner"
                 )
             if new is not old:
                 group["params"][index] = new
@@ -246,25 +265,35 @@ def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, 
 
 
 def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
-    """A dataloader from what the user gave: anything iterable, or ``dict(dataset=..., ...)``.
+    """Build a dataloader from an iterable, which is returned, or ``dict(dataset=..., ...)``.
+
+    Args:
+        dataloader: The iterable or dict.
+        name: The argument of the Runner, for messages.
 
     Raises:
-        TypeError: it cannot be iterated. ValueError: it is empty.
+        TypeError: The dataloader is not iterable, or it is a dataset, or the dict has an argument
+            that torch's DataLoader does not accept.
+        ValueError: The dataloader is empty, or the dict has no dataset.
     """
     if isinstance(dataloader, Mapping):
         if "dataset" not in dataloader:
-            raise ValueError(f"{name}=dict(...) needs a 'dataset', as torch's DataLoader does")
+            raise ValueError(
+                f"{name}=dict(...) needs a 'dataset', like torch's DataLoader. Pass "
+                "dict(dataset=..., batch_size=...)"
+            )
         options = migration.translate_dataloader(dataloader, name)
         try:
             dataloader = DataLoader(**options)
         except TypeError as error:
             raise TypeError(
-                f"{name}: {error}; the dict takes the arguments of torch.utils.data.DataLoader"
+                f"{name}: {error}. The dict takes the arguments of torch.utils.data.DataLoader"
             ) from error
     if isinstance(dataloader, Dataset):
         raise TypeError(
-            f"{name} is a dataset, which would be gone through sample by sample: wrap it, as in "
-            "DataLoader(dataset, batch_size=32, shuffle=True) or dict(dataset=..., batch_size=32)"
+            f"{name} is a dataset, which would yield single samples instead of batches. Wrap it, "
+            "as in DataLoader(dataset, batch_size=32, shuffle=True) or dict(dataset=..., "
+            "batch_size=32)"
         )
     if not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
         raise TypeError(
@@ -273,19 +302,19 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
         )
     if length_of(dataloader) == 0:
         raise ValueError(
-            f"{name} is empty: its dataset has no samples, or drop_last=True with fewer samples "
-            "than one batch"
+            f"{name} is empty: it has no samples, or fewer than one batch with drop_last=True. "
+            "Check the dataset or lower the batch size"
         )
     return cast("Iterable[Any]", dataloader)
 
 
 def build_evaluator(metrics: Any) -> Evaluator:
-    """An evaluator from what ``Evaluator`` takes, or from one."""
+    """Return ``metrics`` if it is an Evaluator, and build an Evaluator from it otherwise."""
     return metrics if isinstance(metrics, Evaluator) else Evaluator(metrics)
 
 
 def default_device() -> torch.device:
-    """The accelerator that torch finds, else the CPU."""
+    """Return the accelerator that torch finds, or the CPU without one."""
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         if device is not None:
@@ -294,28 +323,41 @@ def default_device() -> torch.device:
 
 
 def all_or_none(arguments: Mapping[str, Any], what: str) -> None:
-    """Refuse some of the arguments without the others."""
+    """Check that the user passed either all of the arguments or none of them.
+
+    Args:
+        arguments: The arguments by name; None means that the user did not pass one.
+        what: What needs the arguments, for the message.
+
+    Raises:
+        ValueError: Some of the arguments are missing.
+    """
     missing = [name for name, value in arguments.items() if value is None]
     if missing and len(missing) < len(arguments):
         given = [name for name in arguments if name not in missing]
-        raise ValueError(f"{what} needs {' and '.join(missing)} beside {' and '.join(given)}")
+        raise ValueError(
+            f"{what} needs {' and '.join(missing)} in addition to {' and '.join(given)}. Pass all "
+            "of these arguments or none"
+        )
 
 
 def eval_cfg(phase: str, cfg: Any, dataloader: Any, evaluator: Any) -> EvalCfg | None:
-    """The options of validation or testing, None where nothing of it is given.
+    """Return the options of validation or testing, or None if the user passed nothing for it.
 
     Raises:
-        ValueError: a dataloader without an evaluator (or ``loss=True``), or the reverse.
+        ValueError: A dataloader comes without an evaluator (or ``loss=True``), or an evaluator or
+            options come without a dataloader.
     """
     if cfg is None and dataloader is None and evaluator is None:
         return None
     parsed: EvalCfg = parse(EvalCfg, cfg if cfg is not None else {}, f"{phase}_cfg")
     parts = {f"{phase}_dataloader": dataloader, f"{phase}_evaluator": evaluator}
     if dataloader is None and evaluator is None:
-        raise ValueError(f"{phase}_cfg needs {' and '.join(parts)} beside it")
+        raise ValueError(f"{phase}_cfg has no effect alone. Pass {' and '.join(parts)} as well")
     if dataloader is not None and evaluator is None and not parsed.loss:
         raise ValueError(
-            f"{phase}_dataloader needs {phase}_evaluator, or {phase}_cfg=dict(loss=True), beside it"
+            f"{phase}_dataloader has no effect alone. Pass {phase}_evaluator or "
+            f"{phase}_cfg=dict(loss=True) as well"
         )
     if dataloader is None:
         all_or_none(parts, "validation" if phase == "val" else "testing")

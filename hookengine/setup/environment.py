@@ -1,4 +1,4 @@
-"""What a run runs on."""
+"""Describe the environment of a run: versions, devices, threads and the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 
 
 def without_secrets(command: list[str]) -> list[str]:
-    """A command line, without the values of options that are named after a secret."""
+    """Return a command line with the values of options hidden whose names suggest a secret.
+
+    Such names end with ``key``, ``token``, ``secret`` or ``password``; their values become ``***``.
+    """
     shown: list[str] = []
     for argument in command:
         name, equals, _ = argument.partition("=")
@@ -29,7 +32,10 @@ _SECRET = re.compile(r"-*[\w.-]*(key|token|secret|password)", re.IGNORECASE)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, devices and threads, as plain values; fast, and starts no device."""
+    """Return versions, devices, threads and the command line as plain values.
+
+    This is fast and initializes no device.
+    """
     packages = {}
     for name in ("hookengine", "torch", "torchvision", "numpy", "pluggy", "pydantic"):
         try:

@@ -50,7 +50,7 @@ def test_every_event_is_found_once() -> None:
 
 
 def test_an_implementation_is_first_or_last_not_both() -> None:
-    with pytest.raises(ValueError, match="first or last"):
+    with pytest.raises(ValueError, match="both tryfirst=True and trylast=True"):
         hookimpl(tryfirst=True, trylast=True)
 
 

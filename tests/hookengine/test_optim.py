@@ -85,7 +85,7 @@ def test_state_and_learning_rates(layer: Any, wrapper: Any) -> None:
 
 def test_what_mmengine_gave_the_wrapper_is_answered(layer: Any) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"'clip_grad' is MMEngine's.*type='clip'"):
+    with pytest.raises(TypeError, match=r"'clip_grad' comes from MMEngine.*type='clip'"):
         OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
     with pytest.raises(TypeError, match=r"type='accumulate', steps"):
         OptimWrapper(optimizer, accumulative_counts=2)
@@ -274,7 +274,7 @@ def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: 
     with pytest.raises(ValueError, match="at least one"):
         OptimWrapperDict()
     model = toy()
-    with pytest.raises(TypeError, match="write a train_step"):
+    with pytest.raises(TypeError, match="Write a train_step"):
         make(model=model, optim_wrapper=dict(a=torch.optim.SGD(model.parameters(), lr=0.1)))
 
 

@@ -112,20 +112,20 @@ LOADER = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))]
 
 MISTAKES = [
     (dict(train_cfg=dict(max_epoch=3)), ValueError, "unknown option 'max_epoch'. Did you mean"),
-    (dict(train_cfg=None), ValueError, "training needs train_cfg beside train_dataloader"),
-    (dict(optim_wrapper=None), ValueError, "training needs optim_wrapper beside"),
-    (dict(val_dataloader=LOADER), ValueError, "val_dataloader needs val_evaluator, or val_cfg"),
-    (dict(test_evaluator=object()), ValueError, "testing needs test_dataloader beside"),
-    (dict(val_cfg=dict()), ValueError, "val_cfg needs val_dataloader and val_evaluator beside"),
+    (dict(train_cfg=None), ValueError, "training needs train_cfg in addition to train_dataloader"),
+    (dict(optim_wrapper=None), ValueError, "training needs optim_wrapper in addition to"),
+    (dict(val_dataloader=LOADER), ValueError, "val_dataloader .*Pass val_evaluator or val_cfg"),
+    (dict(test_evaluator=object()), ValueError, "testing needs test_dataloader in addition to"),
+    (dict(val_cfg=dict()), ValueError, "val_cfg .*Pass val_dataloader and val_evaluator"),
     (
         dict(val_cfg=dict(los=True)),
         ValueError,
         "val_cfg: unknown option 'los'. Did you mean 'loss'",
     ),
     (dict(train_dataloader=[]), ValueError, "train_dataloader is empty"),
-    (dict(model=Plain()), TypeError, r"Plain has no train_step: derive .* loss=F.cross_entropy"),
+    (dict(model=Plain()), TypeError, r"Plain has no train_step. Derive .* loss=F.cross_entropy"),
     (dict(model=3), TypeError, "model must be an nn.Module, got int"),
-    (dict(loss=F.cross_entropy), TypeError, "Toy is a BaseModel, .*: drop loss="),
+    (dict(loss=F.cross_entropy), TypeError, "Toy is a BaseModel, .* Remove loss="),
     (dict(optim_wrapper=dict(lr=0.1)), ValueError, "needs an 'optimizer'"),
     (dict(optim_wrapper=3), TypeError, "optim_wrapper takes an optimizer"),
     (dict(optim_wrapper=dict(optimizer=3)), TypeError, r"optim_wrapper\['optimizer'\] takes"),
@@ -137,7 +137,7 @@ MISTAKES = [
     (
         dict(optim_wrapper=torch.optim.SGD(Plain().parameters(), lr=0.1)),
         ValueError,
-        r"parameter of shape \(3, 4\) that is not the model's",
+        r"parameter of shape \(3, 4\) that does not belong to the model",
     ),
     (dict(plugins=["ema2000"]), KeyError, "unknown plugin 'ema2000'"),
     (dict(validator=3), TypeError, "Runner: unknown argument 'validator'"),
@@ -181,9 +181,9 @@ def test_what_it_has_no_parts_for_is_answered(make: Any) -> None:
     idle = make(train_dataloader=None, train_cfg=None, optim_wrapper=None)
     with pytest.raises(ValueError, match="needs train_dataloader, train_cfg and optim_wrapper"):
         idle.train()
-    with pytest.raises(ValueError, match="pass val_dataloader and val_evaluator"):
+    with pytest.raises(ValueError, match="Pass val_dataloader and val_evaluator"):
         idle.val()
-    with pytest.raises(ValueError, match="pass test_dataloader and test_evaluator"):
+    with pytest.raises(ValueError, match="Pass test_dataloader and test_evaluator"):
         idle.test()
 
 
@@ -203,7 +203,7 @@ def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) ->
     runner.train()
     weight = runner.bare_model.net.weight.clone()
     runner.train()
-    assert "has reached its limit of 1 epochs already" in caplog.text
+    assert "has already reached its limit of 1 epochs" in caplog.text
     assert "train(max_epochs=2)" in caplog.text
     assert torch.equal(runner.bare_model.net.weight, weight)
     runner.train(max_epochs=2)
@@ -410,26 +410,31 @@ def test_state_is_plain_and_goes_on(make: Any, tmp_path: Path) -> None:
 
 def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
     for name in ("param_scheduler", "default_hooks", "custom_hooks", "launcher", "cfg"):
-        with pytest.raises(TypeError, match=rf"'{name}' is MMEngine's. Here: "):
+        with pytest.raises(TypeError, match=rf"'{name}' comes from MMEngine. In hookengine, "):
             make(**{name: {"type": "x"}})
     for name in ("epoch", "max_iters", "message_hub", "register_hook", "save_checkpoint"):
-        with pytest.raises(AttributeError, match=rf"the Runner has no '{name}': .* Here: "):
+        with pytest.raises(
+            AttributeError, match=rf"the Runner has no '{name}': .* In hookengine, "
+        ):
             getattr(make(), name)
     for options, answer in [
-        (dict(type="AmpOptimWrapper"), "'AmpOptimWrapper' is MMEngine's. Here: plugins=['amp']"),
+        (
+            dict(type="AmpOptimWrapper"),
+            "'AmpOptimWrapper' comes from MMEngine. In hookengine, use plugins=['amp']",
+        ),
         (dict(accumulative_counts=4), "dict(type='accumulate', steps=...)"),
         (dict(clip_grad=dict(max_norm=1)), "dict(type='clip', max_norm=1.0)"),
     ]:
         with pytest.raises((TypeError, ValueError), match=re.escape(answer)):
             make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), **options))
-    with pytest.raises(ValueError, match=r"'fp16' is MMEngine's"):
+    with pytest.raises(ValueError, match=r"'fp16' comes from MMEngine"):
         make(validate=True, val_cfg=dict(fp16=True))
 
 
 def test_other_frequent_slips_are_answered(make: Any) -> None:
-    with pytest.raises(TypeError, match=r"Runner: 'optimizer' is .*optim_wrapper=dict\(optimizer="):
+    with pytest.raises(TypeError, match=r"Runner: 'optimizer' .*optim_wrapper=dict\(optimizer="):
         make(optimizer=dict(type="SGD", lr=0.1))
-    with pytest.raises(ValueError, match=r"optim_wrapper: 'OptimWrapperDict' is MMEngine's"):
+    with pytest.raises(ValueError, match=r"optim_wrapper: 'OptimWrapperDict' comes from MMEngine"):
         make(optim_wrapper=dict(type="OptimWrapperDict", a=dict(optimizer=dict(type="SGD"))))
     with pytest.raises(KeyError, match=r"no plugin 'LoggerHook'.*dict\(type='logging'"):
         make(plugins=[dict(type="LoggerHook")])
@@ -439,7 +444,7 @@ def test_other_frequent_slips_are_answered(make: Any) -> None:
 
         def before_run(self) -> None: ...
 
-    with pytest.warns(UserWarning, match="'priority' is MMEngine's"):
+    with pytest.warns(UserWarning, match="'priority' comes from MMEngine"):
         make(plugins=[Hook()])
 
 
@@ -484,7 +489,8 @@ def test_what_mmengines_configurations_carry_along_does_no_harm(make: Any, data:
     assert set(runner.train()) == {"accuracy"}
     assert isinstance(runner.train_loop.dataloader.sampler, torch.utils.data.RandomSampler)
     with pytest.raises(
-        ValueError, match=r"sampler=.*'InfiniteSampler' is MMEngine's. Here: shuffle"
+        ValueError,
+        match=r"sampler=.*'InfiniteSampler' comes from MMEngine. In hookengine, use shuffle",
     ):
         make(train_dataloader=dict(dataset=data(), sampler=dict(type="InfiniteSampler")))
 
@@ -672,9 +678,9 @@ def test_more_mistakes_are_answered(make: Any, data: Any) -> None:
             self.centre = nn.Parameter(torch.zeros(3))
 
     for options, error, message in [
-        (dict(train_dataloader=data()), TypeError, "sample by sample: wrap it"),
+        (dict(train_dataloader=data()), TypeError, "single samples instead of batches. Wrap it"),
         (dict(model=Plain(), loss="cross_entropy"), TypeError, "loss must be callable"),
-        (dict(model=Plain(), loss=Centres()), TypeError, "Centres has parameters of its own"),
+        (dict(model=Plain(), loss=Centres()), TypeError, "Centres has parameters, which"),
         (dict(plugins=[3]), TypeError, r"plugin 'int' \(3\) implements no event"),
         (dict(plugins=Life()), TypeError, r"write plugins=\[...\]"),
     ]:

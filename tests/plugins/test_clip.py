@@ -158,7 +158,7 @@ def test_a_step_that_amp_skips_is_no_error_and_no_record(make: Any) -> None:
         (dict(clip_value=-1), "clip_value=-1: Input should be greater than 0"),
         (dict(), "max_norm.*or clip_value.*one of the two"),
         (dict(max_norm=1, clip_value=1), "one of the two"),
-        (dict(max_norm=1, clip_grad=1), "'clip_grad' is MMEngine's"),
+        (dict(max_norm=1, clip_grad=1), "'clip_grad' comes from MMEngine"),
     ],
 )
 def test_bad_options_are_refused(options: Any, message: str) -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
         EarlyStop()
     with pytest.raises(TypeError, match="patience=0"):
         EarlyStop(metric="loss", patience=0)
-    with pytest.raises(TypeError, match="'monitor' is MMEngine's"):
+    with pytest.raises(TypeError, match="'monitor' comes from MMEngine"):
         EarlyStop(monitor="loss")
     with pytest.raises(ValueError, match="this Runner does not validate"):
         make(plugins=[EarlyStop(metric="accuracy")])

@@ -258,7 +258,9 @@ def test_a_run_that_goes_on_writes_what_the_straight_run_writes(make: Any) -> No
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(make: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     runner = logging(make, work_dir=tmp_path / "file")
-    with pytest.raises(OSError, match=r"cannot make the run's folder .*Pass another work_dir"):
+    with pytest.raises(
+        OSError, match=r"cannot create the folder of the run, .*Pass another work_dir"
+    ):
         runner.train()
     assert runner.progress.iter == 0
 

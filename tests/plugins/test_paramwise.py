@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(options: Any, error: Any, message: str) -> No
 def test_what_the_runner_refuses(make: Any, toy: Any) -> None:
     model = toy()
     rules = dict(bias_lr_mult=2)
-    with pytest.raises(ValueError, match=r"which is built already: give dict\(type='SGD'"):
+    with pytest.raises(ValueError, match=r"which is already built. Pass dict\(type='SGD'"):
         make(
             model=model,
             optim_wrapper=dict(optimizer=torch.optim.SGD(model.parameters(), 0.1), paramwise=rules),
@@ -184,7 +184,7 @@ def test_what_the_runner_refuses(make: Any, toy: Any) -> None:
             make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise={name: 1}))
     with pytest.raises(TypeError, match="paramwise takes a dict"):
         make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise=3))
-    with pytest.raises(TypeError, match="'paramwise_cfg' is MMEngine's"):
+    with pytest.raises(TypeError, match="'paramwise_cfg' comes from MMEngine"):
         make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise_cfg=rules))
     with pytest.raises(ValueError, match="a multiplier of weight_decay needs the optimizer's"):
         param_groups(nn.Linear(1, 1), lr=0.1, bias_decay_mult=0)
