@@ -312,7 +312,7 @@ def test_a_state_within_a_window_is_warned_of_and_so_is_a_run_that_was_left_in_o
     assert "state_dict() was called between two optimizer steps" in caplog.text
     caplog.clear()
     runner.train()
-    assert "the gradients since the last one are dropped" in caplog.text
+    assert "the gradients since the last step are dropped" in caplog.text
     caplog.clear()
     plain = make()
     plain.train()
