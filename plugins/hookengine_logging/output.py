@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -15,23 +15,24 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor
 
-from hookengine import Record
+from hookengine import PLUGINS, Record, did_you_mean
 
 _CONTEXT = ("run", "epoch", "iteration", "plugin")
 
 
 class Output:
-    """The console, and a file beside it.
+    """Write lines to the console and to a file.
 
-    Each line is printed to what ``sys.stdout`` is at that moment, so that a progress bar that has
-    put itself there can place the line above itself. Until the file is opened its lines are kept.
-    An event may come with ``run_log="..."``, the text that the file gets in its stead, where the
-    whole is too long for the console; with ``console=False``, for the file alone; and with
-    ``record=...``, whose values its text tells, for JSON alone.
+    Each line is printed to the current ``sys.stdout``, so that a progress bar that has replaced it
+    can print the line above itself. Lines that come before the file is opened are kept for it.
+
+    Three keys of an event change where it goes: ``run_log="..."`` is a longer text for the file;
+    ``console=False`` keeps the event off the console; ``record=...`` is the record that the text
+    shows, whose values become fields in JSON.
 
     Args:
-        console: Whether this process prints all lines; without, it prints errors only.
-        json: Whether a line is a JSON object, with run, epoch, iteration and plugin.
+        console: Whether this process prints all lines; if False, it prints errors only.
+        json: Whether to write JSON objects with run, epoch, iteration and plugin.
     """
 
     def __init__(self, console: bool, json: bool = False) -> None:
@@ -41,7 +42,7 @@ class Output:
         self._early: list[str] | None = [] if console else None
 
     def open(self, path: Path) -> None:
-        """Open the file, and write what was kept for it."""
+        """Open the file, and write the lines kept for it."""
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         early, self._early = self._early or [], None
         for text in early:
@@ -69,17 +70,19 @@ class Output:
     def _print(self, text: str) -> None:
         try:
             try:
-                print(f"{text}\n", end="", flush=True)  # in one write, beside other ranks
-            except UnicodeEncodeError as error:  # what this console has no characters for
+                print(
+                    f"{text}\n", end="", flush=True
+                )  # in one write, so that lines of ranks do not mix
+            except UnicodeEncodeError as error:  # this console lacks a character
                 plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
                 print(f"{plain}\n", end="", flush=True)
-        except (OSError, ValueError) as error:  # a full disk behind it, or it was closed
+        except (OSError, ValueError) as error:  # its disk is full, or it is closed
             self._console = False
             with suppress(OSError, ValueError):
-                print(f"cannot print any more, see run.log: {error}", file=sys.stderr)
+                print(f"can no longer print to the console, see run.log: {error}", file=sys.stderr)
 
     def _write(self, text: str) -> None:
-        """Write to the file; a disk that fails costs the line, not the run."""
+        """Write to the file; if the disk fails, lines are lost, but the run continues."""
         if self._early is not None:
             self._early.append(text)
         if self._file is None:
@@ -89,10 +92,10 @@ class Output:
             self._file.flush()
         except OSError as error:
             self._file = None
-            self._print(f"cannot write run.log any more: {error.strerror}")
+            self._print(f"can no longer write run.log: {error.strerror}")
 
     def close(self) -> None:
-        """Close the file; later lines go to the console alone."""
+        """Close the file; later lines go to the console only."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -105,24 +108,24 @@ def _values(record: Record) -> dict[str, Any]:
 
 
 def _json_line(event: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """One object; a value that has the name of one of the event's is ``value/NAME``."""
+    """Return one JSON object; a value whose name the event uses itself is ``value/NAME``."""
     fields = {**{f"value/{k}" if k in event else k: v for k, v in values.items()}, **event}
     texts = (f"{json.dumps(name)}: {_json(value)}" for name, value in fields.items())
     return "{" + ", ".join(texts) + "}"
 
 
 def _json(value: Any) -> str:
-    """A value as JSON has it, or as a text."""
+    """Return a value as JSON; one that JSON cannot hold, as its ``repr``."""
     if isinstance(value, float) and not isfinite(value):
         return json.dumps(str(value))
     try:
         return json.dumps(value, allow_nan=False, default=repr)
-    except (TypeError, ValueError):  # NaN within it, keys that are no texts, or itself
+    except (TypeError, ValueError):  # NaN or itself within it, or keys that are not texts
         return json.dumps(repr(value))
 
 
 def _plain_lines(event: EventDict, text: str, whole: str) -> list[str]:
-    """For the console, and for the file."""
+    """Return the line for the console and the line for the file."""
     timestamp, level = event.pop("timestamp"), event.pop("level").upper()
     exception = event.pop("exception", None)
     mark = "" if level == "INFO" else f"{level} "
@@ -132,7 +135,7 @@ def _plain_lines(event: EventDict, text: str, whole: str) -> list[str]:
 
 
 class _Logger:
-    """What structlog calls last: one method per level, each of which writes the event."""
+    """Write events: structlog calls the method named after the level."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -148,14 +151,30 @@ def _add_timestamp(logger: Any, method: str, event: EventDict) -> EventDict:
     return event
 
 
+def check_levels(levels: Iterable[str], plugins: Iterable[str]) -> None:
+    """Check that levels are set for plugins that exist.
+
+    Args:
+        levels: The names of the plugins that have levels.
+        plugins: The names of the plugins of this run; any installed plugin will do, too.
+
+    Raises:
+        ValueError: There is no plugin of that name.
+    """
+    for name in levels:
+        if name not in (known := [*plugins, *PLUGINS.names()]):
+            hint = did_you_mean(name, known)
+            raise ValueError(f"logging: levels names {name!r}, which is not a plugin.{hint}")
+
+
 def make_logger(output: Output, context: Processor, level: str, levels: Mapping[str, str]) -> Any:
-    """A structlog logger that writes to ``output``.
+    """Create a structlog logger that writes to ``output``.
 
     Args:
         output: Where the lines go.
-        context: Binds each line with run, epoch, iteration and plugin.
-        level: From which on lines are written.
-        levels: Another one for the lines of a plugin, by its name.
+        context: Adds run, epoch, iteration and plugin to each line.
+        level: The lowest level written.
+        levels: The lowest level for lines of a plugin, by plugin name.
     """
     number = logging.getLevelName(level)
     numbers = {name: logging.getLevelName(own) for name, own in levels.items()}
@@ -176,4 +195,4 @@ def make_logger(output: Output, context: Processor, level: str, levels: Mapping[
             structlog.processors.format_exc_info,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(min([number, *numbers.values()])),
-    ).bind()  # once, instead of for each line
+    ).bind()  # once here, otherwise for each line

@@ -327,7 +327,7 @@ def test_a_full_disk_behind_the_console_does_not_end_training(tmp_path: Path) ->
         )
     (path,) = tmp_path.glob("*/metrics.jsonl")
     assert len(path.read_text().splitlines()) == 6
-    assert "cannot print any more, see run.log" in done.stderr
+    assert "can no longer print to the console, see run.log" in done.stderr
 
 
 def test_values_of_every_kind_are_taken(make: Any, capsys: Any) -> None:
@@ -758,7 +758,9 @@ def test_a_plugin_may_have_a_level_of_its_own(
 
 def test_a_level_for_no_plugin_is_an_error_with_a_hint(make: Any, capsys: Any) -> None:
     before = warnings.showwarning
-    with pytest.raises(ValueError, match=r"'chekpoint', which is no plugin\. Did you mean.*check"):
+    with pytest.raises(
+        ValueError, match=r"'chekpoint', which is not a plugin\. Did you mean.*check"
+    ):
         make(plugins=[dict(type="logging", levels={"chekpoint": "DEBUG"})])
     with pytest.raises(TypeError, match=r"levels\.clip='loud'"):
         make(plugins=[dict(type="logging", levels={"clip": "loud"})])
@@ -1115,7 +1117,7 @@ def test_what_joins_no_record_is_named_at_the_end(make: Any, capsys: Any) -> Non
     runner.train()
     runner.close()
     out = capsys.readouterr().out
-    assert "logged after the last record of train, and in none: late, note" in out
+    assert "logged after the last train record, and so not recorded: late, note" in out
 
 
 def test_the_traceback_is_in_the_runs_log(make: Any, capsys: Any) -> None:

@@ -1,0 +1,102 @@
+"""The records of a run in its folder: which belong to it, and where a resumed run continues."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hookengine import Record, read_records
+from hookengine_logging.metrics_file import MetricsFile
+from hookengine_logging.run_file import history_id
+
+
+class History:
+    """Keep ``metrics.jsonl`` in step with the run, however often it is resumed.
+
+    Every history has a random ID, which run.json and each checkpoint hold. A run that loads a
+    checkpoint of the history in its folder continues it: training cuts back the records written
+    after the checkpoint. A run that loads any other checkpoint begins a new history.
+
+    Attributes:
+        id: The ID of the history to which the run's records belong.
+    """
+
+    def __init__(self) -> None:
+        self.id = uuid.uuid4().hex
+        self._file: MetricsFile | None = None  # only on rank 0, once a run has begun
+        self._loaded: tuple[int, str | None] = 0, None
+        self._other = False  # whether the folder holds another history than the loaded state
+        self._resumed_at: int | None = None  # records; until training cuts the later ones
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process writes records."""
+        return self._file is not None
+
+    def open(self, folder: Path, *, fresh: bool) -> Path | None:
+        """Start writing to a run's folder.
+
+        Args:
+            folder: The run's folder.
+            fresh: Whether the run has not trained yet, so that records in the folder are those of
+                another run.
+
+        Returns:
+            Where the records of another run are now, or None if there were none.
+        """
+        self._file = MetricsFile(folder / "metrics.jsonl")
+        if not fresh and not self._other:
+            return None
+        moved = self._file.begin()
+        self._other = False
+        return moved
+
+    def start_training(self) -> None:
+        """Cut the records back to where the run resumes; it repeats the later ones."""
+        count, self._resumed_at = self._resumed_at, None
+        if self._file is not None and self._other:
+            self._file.begin()
+        elif self._file is not None and count is not None:
+            self._file.cut_back(count)
+        self._other = False
+
+    def append(self, record: Record, logger: Any) -> None:
+        """Write a record; one of a repeated evaluation replaces the earlier one."""
+        assert self._file is not None
+        if self._resumed_at is not None:
+            self._file.remove_repeated(self._resumed_at, record.phase, record.iter)
+        self._file.append(record, logger)
+
+    def read(self, folder: Path) -> Iterable[Record] | None:
+        """Read the records up to where the run resumes; None if the folder has none of them."""
+        if self._other or not (folder / "metrics.jsonl").exists():
+            return None
+        return islice(read_records(folder), self._resumed_at)
+
+    def close(self, logger: Any) -> None:
+        """Write what is still unwritten."""
+        if self._file is not None:
+            self._file.close(logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of records, and the ID of their history."""
+        return {"records": 0 if self._file is None else self._file.count, "history": self.id}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over where to resume; ``resume`` compares it with the folder."""
+        self._loaded = state["records"], state.get("history")
+
+    def resume(self, folder: Path) -> None:
+        """Continue the history in the folder, if it is the one that led to the loaded state."""
+        self._resumed_at, loaded = self._loaded
+        path = folder / "metrics.jsonl"
+        present = self.id if self._file is not None else history_id(folder)
+        self._other = path.exists() and None not in (loaded, present) and loaded != present
+        if self._other or not path.exists():
+            self._resumed_at = None
+        else:
+            self.id = loaded or self.id
+            (self._file or MetricsFile(path)).remove_incomplete_lines()
