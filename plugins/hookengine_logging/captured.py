@@ -1,4 +1,4 @@
-"""Warnings of Python and of torch, on their way into the run's log."""
+"""Warnings of Python and of torch, captured for the run's log."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, TextIO
 
 
 class CapturedWarnings:
-    """While it is on, what ``warnings.warn`` and torch's loggers say is part of the run's log.
+    """Log what ``warnings.warn`` and torch's loggers emit, from ``start`` to ``stop``.
 
-    Python's warnings are lines of the log, in place of what would go to stderr; whoever records
-    them (``warnings.catch_warnings(record=True)``, ``pytest.warns``) gets them all the same. Of
-    several Runners the one that ran last has them. torch's loggers go on printing by
-    themselves, on rank 0, so their lines are for the file alone.
+    Python's warnings become lines of the log instead of going to stderr; code that records them
+    (``warnings.catch_warnings(record=True)``, ``pytest.warns``) still gets them. If there are
+    several Runners, the one that ran last gets them. torch's loggers still print on rank 0, so
+    their lines go to run.log only.
 
     Args:
-        runner: Whose logger it is; it is not kept alive.
+        runner: Whose logger gets the lines; this object does not keep it alive.
         prints: Whether this process may print more than errors.
     """
 
@@ -33,12 +33,12 @@ class CapturedWarnings:
 
     @property
     def logger(self) -> Any:
-        """The run's logger, or None where the Runner is no more."""
+        """The run's logger, or None once the Runner is gone."""
         runner = self._runner()
         return None if runner is None else runner.logger
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Start capturing."""
         _HOOK.add(self)
         self._loggers = _torch_loggers()
         for logger in self._loggers:
@@ -49,11 +49,11 @@ class CapturedWarnings:
             logger.addHandler(self._handler)
 
     def take_over(self) -> None:
-        """Of several that listen, be the one that gets Python's warnings."""
+        """Get Python's warnings from now on, instead of any other Runner."""
         _HOOK.take_over(self)
 
     def stop(self) -> None:
-        """Leave everything as it was."""
+        """Stop capturing, and restore everything as it was."""
         _HOOK.remove(self)
         for logger in self._loggers:
             logger.removeHandler(self._handler)
@@ -63,7 +63,7 @@ class CapturedWarnings:
 
 
 class _Hook:
-    """What stands in the place of ``warnings.showwarning`` while somebody listens."""
+    """Replace ``warnings.showwarning`` while at least one Runner captures."""
 
     def __init__(self) -> None:
         self._listeners: list[CapturedWarnings] = []
@@ -95,7 +95,7 @@ class _Hook:
         line: str | None = None,
     ) -> None:
         logger = self._listeners[-1].logger if self._listeners else None
-        again = getattr(self._speaking, "now", False)  # what is warned of while a line is written
+        again = getattr(self._speaking, "now", False)  # a warning from writing a line
         if logger is not None and not again:
             self._speaking.now = True
             try:
@@ -103,9 +103,9 @@ class _Hook:
                 logger.warning(f"{category.__name__}: {message}", where=where)
             finally:
                 self._speaking.now = False
-        if again:  # or what was there before leads back to here
+        if again:  # or the previous function calls this one
             _ORIGINAL(message, category, filename, lineno, file, line)
-        elif logger is None or file is not None or _somebody_records():
+        elif logger is None or file is not None or _are_recorded():
             self._speaking.now = True
             try:
                 self._previous(message, category, filename, lineno, file, line)
@@ -117,14 +117,14 @@ _ORIGINAL: Any = getattr(warnings, "_showwarning_orig", warnings.showwarning)
 _HOOK = _Hook()
 
 
-def _somebody_records() -> bool:
-    """Whether a ``catch_warnings(record=True)`` is open, which appends to a list."""
+def _are_recorded() -> bool:
+    """Tell whether a ``catch_warnings(record=True)`` is open, which appends to a list."""
     show = getattr(warnings, "_showwarnmsg_impl", None)
     return isinstance(getattr(show, "__self__", None), list)
 
 
 class _Handler(logging.Handler):
-    """Hands a line of a standard logger to the run's, for the file alone."""
+    """Pass the lines of a standard logger to the run's logger, for run.log only."""
 
     def __init__(self, captured: CapturedWarnings) -> None:
         super().__init__(logging.WARNING)
@@ -141,14 +141,14 @@ class _Handler(logging.Handler):
 
 
 def _torch_loggers() -> list[logging.Logger]:
-    """torch's logger, and those below it that keep their lines to themselves."""
+    """Return torch's logger, and those below it that do not propagate their lines to it."""
     known = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
     below = [logger for logger in map(logging.getLogger, known) if not logger.propagate]
     return [logging.getLogger("torch"), *below]
 
 
 class _ErrorsOnly(logging.Filter):
-    """One for each Runner, so that each takes away its own."""
+    """Let only errors pass. Each Runner has its own filter, so that it removes no other's."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR

@@ -1,4 +1,4 @@
-"""One record as a line of the console."""
+"""The console line of a record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from hookengine import Record
 
 
 def line(record: Record, progress: Any) -> str:
-    """One record for people to read."""
+    """Format a record for people to read.
+
+    Args:
+        record: The record.
+        progress: The Runner's progress, which has the limits of the run.
+    """
     where = [f"{record.phase:<5}"]
     if progress.max_epochs is not None:
         where.append(f"epoch {record.epoch}/{progress.max_epochs}")

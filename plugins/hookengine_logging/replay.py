@@ -1,4 +1,4 @@
-"""``python -m hookengine_logging.replay RUN --to wandb``: give a sink what a run has written."""
+"""``python -m hookengine_logging.replay RUN --to wandb``: write a finished run to a sink."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from hookengine import PLUGINS, Sink, read_records
 
 
 class FinishedRun:
-    """What stands for the Runner where there is none any more: its folder.
+    """Stand in for the Runner of a finished run: what a sink asks of it, read from its folder.
 
     Args:
-        folder: That of the run.
+        folder: The folder of the run.
 
     Raises:
-        FileNotFoundError: it is no such folder.
+        FileNotFoundError: The folder is not that of a run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.run_dir = folder
         for name in ("metrics.jsonl", "run.json"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no run's folder: there is no {name}")
+                raise FileNotFoundError(f"{folder} is not a run's folder: it has no {name}")
         self._description = json.loads((folder / "run.json").read_text())
         self.name = self._description["name"]
         self.logger = structlog.get_logger("hookengine")
 
     def describe(self) -> dict[str, Any]:
-        """What the run consisted of."""
+        """Return what ``run.json`` says about the run."""
         return dict(self._description)
 
 
 def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
-    """Give a sink the records of a run that it does not hold; waits until it is done.
+    """Write to a sink the records of a run that it lacks, and wait until it has them.
 
     Args:
-        folder: That of the run.
-        sink: A sink that no Runner has.
-        anew: Begin another run there, instead of going on with the one that there is.
+        folder: The folder of the run.
+        sink: A sink that no Runner uses.
+        anew: Begin another run there, instead of continuing the one that is there.
 
     Returns:
         How often the sink failed.
@@ -59,14 +59,16 @@ def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
 
 def main(
     run: Annotated[Path, typer.Argument(help="the folder of a run")],
-    to: Annotated[
-        list[str], typer.Option(help="a sink, by name or MODULE:CLASS; several times for several")
-    ],
+    to: Annotated[list[str], typer.Option(help="a sink, by name or MODULE:CLASS; may be repeated")],
     option: Annotated[
         list[str],
-        typer.Option(help="NAME=VALUE (JSON or a text), an option of the sink in place of its own"),
+        typer.Option(
+            help="NAME=VALUE (JSON or text), to override an option the sink had in the run"
+        ),
     ] = [],  # noqa: B006  (typer only reads it)
-    anew: Annotated[bool, typer.Option(help="begin another run there")] = False,
+    anew: Annotated[
+        bool, typer.Option(help="begin another run there instead of continuing")
+    ] = False,
 ) -> None:
     """Write the records of a run, with their images, to sinks that missed them."""
     try:
@@ -76,7 +78,7 @@ def main(
         ]
         for name, sink in zip(to, sinks, strict=True):
             if not isinstance(sink, Sink):
-                raise TypeError(f"{name!r} is no sink: records cannot be replayed to it")
+                raise TypeError(f"{name!r} is not a sink: records cannot be replayed to it")
         failures = 0
         for name, sink in zip(to, sinks, strict=True):
             failures += replay(run, sink, anew=anew)
@@ -88,12 +90,12 @@ def main(
 
 
 def _kind(name: str) -> Any:
-    """A name, or the class that ``MODULE:CLASS`` says."""
+    """Return the class for ``MODULE:CLASS``, or else the name itself."""
     return pkgutil.resolve_name(name) if ":" in name else name
 
 
 def _options(folder: Path, name: str) -> dict[str, Any]:
-    """Those that the sink had in the run."""
+    """Return the options that the sink had in the run."""
     plugins = FinishedRun(folder).describe()["plugins"]
     options: dict[str, Any] = next(
         (plugin["options"] for plugin in plugins if plugin["name"] == name), {}
@@ -104,7 +106,7 @@ def _options(folder: Path, name: str) -> dict[str, Any]:
 def _parsed(option: str) -> tuple[str, Any]:
     name, equals, value = option.partition("=")
     if not equals:
-        raise ValueError(f"an option is NAME=VALUE, got {option!r}")
+        raise ValueError(f"--option must be NAME=VALUE, got {option!r}")
     try:
         return name, json.loads(value)
     except ValueError:

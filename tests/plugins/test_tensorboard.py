@@ -451,10 +451,10 @@ def test_a_run_that_failed_is_replayed_as_one_that_failed(make: Any, capsys: Any
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing", "--to", "tensorboard"], "is no run's folder: there is no metrics.jsonl"),
+        (["missing", "--to", "tensorboard"], "is not a run's folder: it has no metrics.jsonl"),
         (["RUN", "--to", "tensorbord"], "'tensorbord'"),
-        (["RUN", "--to", "clip", "--option", "max_norm=1"], "'clip' is no sink"),
-        (["RUN", "--to", "tensorboard", "--option", "colour"], "an option is NAME=VALUE"),
+        (["RUN", "--to", "clip", "--option", "max_norm=1"], "'clip' is not a sink"),
+        (["RUN", "--to", "tensorboard", "--option", "colour"], "--option must be NAME=VALUE"),
         (["RUN", "--to", "tensorboard", "--option", "colour=1"], "colour"),
     ],
 )
