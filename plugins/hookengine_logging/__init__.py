@@ -66,7 +66,6 @@ class Logging(Plugin, name="logging"):
 
     def configure(self, runner: Any) -> None:
         """Replace ``runner.logger``; the files are opened when a run begins."""
-        check_levels(self.levels, runner.plugins)
         self._main = dist.is_main_process()
         self._by_epoch = True
         self._error: BaseException | None = None
@@ -83,6 +82,7 @@ class Logging(Plugin, name="logging"):
         runner.logger = make_logger(self._output, context, self.level, self.levels)
         self._captured = CapturedWarnings(runner, self._main)
         self._captured.start()
+        check_levels(self.levels, runner.plugins)  # last: after an error all of it is undone
 
     @hookimpl(tryfirst=True)
     def before_run(self, runner: Any) -> None:

@@ -758,10 +758,11 @@ def test_a_plugin_may_have_a_level_of_its_own(
 
 def test_a_level_for_no_plugin_is_an_error_with_a_hint(make: Any, capsys: Any) -> None:
     before = warnings.showwarning
-    with pytest.raises(
-        ValueError, match=r"'chekpoint', which is not a plugin\. Did you mean.*check"
-    ):
+    match = r"'chekpoint', which is not a plugin\. Did you mean.*check"
+    with pytest.raises(ValueError, match=match) as error:
         make(plugins=[dict(type="logging", levels={"chekpoint": "DEBUG"})])
+    assert len(error.value.__notes__) == 1, "closing the Runner adds no error of its own"
+    assert warnings.showwarning == before
     with pytest.raises(TypeError, match=r"levels\.clip='loud'"):
         make(plugins=[dict(type="logging", levels={"clip": "loud"})])
     make(plugins=[dict(type="logging", levels={"checkpoint": "DEBUG"})])  # one that is not on
