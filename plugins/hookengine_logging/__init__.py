@@ -29,9 +29,10 @@ from hookengine_logging.evaluation import Evaluation
 from hookengine_logging.history import History
 from hookengine_logging.images import keep_encodable
 from hookengine_logging.line import line
+from hookengine_logging.logger import check_levels, make_logger
 from hookengine_logging.losses import RecentLosses
 from hookengine_logging.meter import Medium, Meter, Rejections
-from hookengine_logging.output import Output, check_levels, make_logger
+from hookengine_logging.output import Output
 from hookengine_logging.run_file import RunFile
 from hookengine_logging.training import TrainingInterval
 

@@ -1,0 +1,84 @@
+"""A run has one complete history without repetitions, even after a resume."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from tests.plugins.hookengine_logging.runs import logging_runner, written
+
+
+def test_runs_without_a_name_never_share_a_folder(make: Any) -> None:
+    runners = [logging_runner(make) for _ in range(3)]
+    for runner in runners:
+        runner.train()
+    assert len({runner.run_dir for runner in runners}) == 3
+    for runner in runners:
+        assert len(written(runner)) == 6
+    again = logging_runner(make, name=runners[0].name)
+    again.train()  # the same name shares the folder; each run has its complete history
+    assert len(written(again)) == 6
+    assert len((again.run_dir / "metrics_1.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_run_writes(make: Any) -> None:
+    def without_times(runner: Any) -> list[dict[str, Any]]:
+        timing = {
+            "time",
+            "data_time",
+            "samples_per_second",
+            "memory",
+            "eta",
+            "timestamp",
+            "seconds",
+        }
+        return [{k: v for k, v in r.items() if k not in timing} for r in written(runner)]
+
+    uninterrupted = logging_runner(make, validate=True, interval=3, name="uninterrupted")
+    uninterrupted.train()
+    states: dict[int, Any] = {}
+    first = logging_runner(make, validate=True, interval=3, name="resumed")
+
+    @first.on("safe_point")
+    def save(runner: Any) -> None:
+        progress = runner.progress
+        due = progress.val_due or (progress.batch == 0 and progress.iter)
+        states[len(states)] = (progress.iter, due, runner.state_dict())
+
+    @first.on("before_save_checkpoint", trylast=True)
+    def freeze(checkpoint: Any) -> None:
+        checkpoint.update(copy.deepcopy(checkpoint))
+
+    first.train()
+    first.close()
+    complete = (first.run_dir / "metrics.jsonl").read_text()
+    assert without_times(first) == without_times(uninterrupted)
+    for _, _, state in states.values():
+        (first.run_dir / "metrics.jsonl").write_text(complete + '{"phase": "tra')  # a kill
+        second = logging_runner(make, validate=True, interval=3, name="resumed")
+        second.load_state_dict(state)
+        second.train()
+        second.close()
+        assert without_times(second) == without_times(uninterrupted)
+
+
+def test_a_record_written_at_a_stop_is_removed_by_a_resume(make: Any) -> None:
+    first = logging_runner(make, interval=5, name="run")
+    states = []
+
+    @first.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == 3:
+            runner.stop()
+
+    @first.on("safe_point")
+    def save(runner: Any) -> None:
+        states.append(runner.state_dict())
+
+    first.train()
+    first.close()
+    assert [r["iter"] for r in written(first)] == [3]
+    second = logging_runner(make, interval=5, name="run")
+    second.load_state_dict(states[2])
+    second.train()
+    assert [r["iter"] for r in written(second)] == [5, 10]
