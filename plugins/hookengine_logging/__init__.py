@@ -52,17 +52,20 @@ class Logging(Plugin, name="logging"):
     the run with an error that names the iteration and the terms of the loss.
     """
 
-    interval: int = Field(50, gt=0, description="iterations between two training records")
-    level: Level = Field("INFO", description="lowest level shown on the console and in run.log")
+    interval: int = Field(default=50, gt=0, description="iterations between two training records")
+    level: Level = Field(
+        default="INFO", description="lowest level shown on the console and in run.log"
+    )
     levels: dict[str, Level] = Field(
         default_factory=dict, description="level of individual plugins, by plugin name"
     )
     renderer: Literal["console", "json"] = Field(
-        "console", description="lines to read, or JSON objects with run, epoch, iteration, plugin"
+        default="console",
+        description="lines to read, or JSON objects with run, epoch, iteration, plugin",
     )
 
     nonfinite: Literal["stop", "warn"] = Field(
-        "stop", description="what a NaN or infinite loss leads to: an error, or one warning"
+        default="stop", description="what a NaN or infinite loss leads to: an error, or one warning"
     )
 
     def configure(self, runner: Any) -> None:
