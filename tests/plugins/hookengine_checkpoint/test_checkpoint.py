@@ -548,7 +548,7 @@ def test_parameters_in_another_order_are_refused(make: Any) -> None:
 
 @pytest.mark.parametrize("how", [dict(resume="auto"), dict(load_from="x.pth")])
 def test_without_the_plugin_resume_is_refused(make: Any, how: Any) -> None:
-    with pytest.raises(ValueError, match="plugin that answers the event 'resume'"):
+    with pytest.raises(ValueError, match="plugin that implements the event 'resume'"):
         make(**how)
 
 
