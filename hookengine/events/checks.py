@@ -55,7 +55,8 @@ def check_methods(name: str, plugin: object) -> None:
 
 def _check_is_no_event(name: str, attribute: str) -> None:
     near = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.75)
-    hint = answer(attribute) or (f"Did you mean {near[0]!r}?" if near else "")
+    text = answer(attribute)
+    hint = f"{text}." if text else f"Did you mean {near[0]!r}?" if near else ""
     if re.match(r"(before|after|on)_", attribute):
         raise TypeError(
             f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists all "
