@@ -14,7 +14,7 @@ from hookengine.events.registry import (
     did_you_mean,
 )
 from hookengine.loop.config import EvalCfg, TrainCfg
-from hookengine.loop.data import batch_size, length_of
+from hookengine.loop.data import batch_size, copy_dataloader, length_of, samplers_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
@@ -59,6 +59,7 @@ __all__ = [
     "TrainCfg",
     "as_medium",
     "batch_size",
+    "copy_dataloader",
     "describe_environment",
     "did_you_mean",
     "dist",
@@ -71,5 +72,6 @@ __all__ = [
     "options_of",
     "preserved_random_state",
     "read_records",
+    "samplers_of",
     "set_random_state",
 ]

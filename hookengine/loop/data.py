@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 
 def batch_size(batch: Any) -> int:
@@ -66,6 +68,56 @@ def dataset_size(dataloader: Iterable[Any]) -> int | None:
     """Return the number of samples in the dataset of a dataloader, or None if it is unknown."""
     dataset = getattr(dataloader, "dataset", None)
     return None if dataset is None else length_of(dataset)
+
+
+def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:
+    """Find the samplers of a torch DataLoader, nested ones included.
+
+    A sampler may wrap another one as its ``sampler`` or ``batch_sampler``, as
+    ``torch.utils.data.BatchSampler`` does.
+
+    Args:
+        dataloader: A DataLoader, or any object with its attributes.
+
+    Returns:
+        The samplers, the outermost first: the one that the DataLoader draws from. An iterable
+        dataset has none.
+
+    Raises:
+        AttributeError: ``dataloader`` has no ``dataset``, ``sampler`` or ``batch_sampler``.
+    """
+    found: list[Any] = []
+    if isinstance(dataloader.dataset, IterableDataset):
+        return found
+    batches = dataloader.batch_sampler
+    sampler: Any = dataloader.sampler if batches is None else batches
+    while sampler is not None and not any(sampler is one for one in found):
+        found.append(sampler)
+        inner = getattr(sampler, "sampler", None)
+        sampler = getattr(sampler, "batch_sampler", None) if inner is None else inner
+    return found
+
+
+def copy_dataloader(dataloader: DataLoader[Any], **replaced: Any) -> DataLoader[Any]:
+    """Copy a torch DataLoader and replace some of its attributes.
+
+    The copy shares everything else with the original, but no running iterator or worker. It is of
+    the same class and keeps attributes that a subclass has added: it is not built by the
+    constructor, which in a subclass may take other arguments.
+
+    Args:
+        dataloader: The DataLoader; it is not changed.
+        **replaced: New values by attribute name, such as ``sampler``, ``batch_sampler``,
+            ``batch_size``, ``dataset`` or ``worker_init_fn``. torch raises ValueError when some of
+            these are set on a DataLoader that exists, because a running iterator would not see the
+            change. The copy has no iterator yet, so they are set regardless.
+
+    Returns:
+        The copy.
+    """
+    copied = copy.copy(dataloader)
+    vars(copied).update(replaced, _iterator=None)  # past DataLoader.__setattr__, which refuses
+    return copied
 
 
 def iterate_from(
