@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 import sys
@@ -15,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from hookengine import dist, length_of, preserved_random_state
+from hookengine import copy_dataloader, dist, length_of, preserved_random_state, samplers_of
 
 
 class Shared:
-    """What one rank gets of a sampler; the order is the sampler's own, and drawn by each rank.
+    """One rank's share of a sampler. Each rank draws the whole order from the sampler itself.
 
     Args:
-        sampler: Of samples or of batches.
+        sampler: Yields indices of samples, or batches of them.
+        rank: This rank.
+        world_size: The number of ranks.
 
     Attributes:
-        seed: The order of each pass is drawn with it; None where whoever iterates sees to it that
-            all ranks draw the same.
+        seed: The seed for the order of each pass; None if the caller makes all ranks draw the same
+            order.
     """
 
     def __init__(self, sampler: Iterable[Any], rank: int, world_size: int) -> None:
@@ -36,7 +37,7 @@ class Shared:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next pass be that of ``epoch``."""
+        """Make the next pass that of ``epoch``."""
         self._epoch = epoch
 
     def _draw(self) -> list[Any]:
@@ -51,10 +52,13 @@ class Shared:
 
 
 class Dealt(Shared):
-    """In turn: rank ``r`` of ``n`` gets the items ``r``, ``r + n``, ...; all of them as many.
+    """Every ``n``-th item: rank ``r`` of ``n`` gets ``r``, ``r + n``, ...; all get equally many.
 
     Args:
-        drop: Drop what is left over; else the first items are repeated until all have as many.
+        sampler: Yields indices of samples, or batches of them.
+        rank: This rank.
+        world_size: The number of ranks.
+        drop: Whether to drop the remainder; otherwise the first items are repeated to fill it.
     """
 
     def __init__(self, sampler: Iterable[Any], rank: int, world_size: int, drop: bool) -> None:
@@ -66,7 +70,7 @@ class Dealt(Shared):
         return whole // self.world_size if self.drop else -(-whole // self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
-        if length_of(self.sampler) is None:  # endless: nothing is left over
+        if length_of(self.sampler) is None:  # endless: there is no remainder
             return islice(iter(self.sampler), self.rank, None, self.world_size)
         order = self._draw()
         per_rank = len(order) // self.world_size if self.drop else len(self)
@@ -75,11 +79,11 @@ class Dealt(Shared):
 
 
 class Block(Shared):
-    """Consecutive items: rank 0 the first ones; some ranks one more, and nothing twice."""
+    """Consecutive items, rank 0's first. Some ranks get one more; no item is repeated."""
 
     @property
     def sizes(self) -> list[int]:
-        """The number of items of each rank."""
+        """Return the number of items of each rank."""
         whole = len(cast("Sized", self.sampler))
         least, more = divmod(whole, self.world_size)
         return [least + (rank < more) for rank in range(self.world_size)]
@@ -93,31 +97,37 @@ class Block(Shared):
 
 
 def is_shared(loader: DataLoader[Any]) -> bool:
-    """Whether a sampler of the user's shares the samples already (``DistributedSampler``)."""
-    part: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    for _ in range(8):  # samplers within samplers
-        if hasattr(part, "num_replicas"):
-            return True
-        part = getattr(part, "sampler", None) or getattr(part, "batch_sampler", None)
-    return False
+    """Return whether a sampler already gives each rank its share (``DistributedSampler``)."""
+    return any(hasattr(sampler, "num_replicas") for sampler in samplers_of(loader))
 
 
-OF_ITS_OWN = "lists that differ are left as they are: each rank has its own"
-_BY_ITSELF = "each rank gets all of it, unless it takes its share by itself (hookengine.dist)"
+OF_ITS_OWN = "the lists differ between ranks and are left unchanged: each rank uses its own"
+_BY_ITSELF = "each rank gets all of it, unless it selects its share itself (hookengine.dist)"
 
 
 def share(
     loader: Any, phase: str, drop: bool | None, split: bool
 ) -> tuple[Any, Shared | None, str]:
-    """A dataloader of this rank's share, its sampler, and what to say about it.
+    """Give this rank its share of a dataloader.
 
-    Nothing is shared (None, None) of what has no sampler, or one that shares already.
+    Args:
+        loader: The user's dataloader.
+        phase: ``train``, ``val`` or ``test``.
+        drop: See ``share_training``.
+        split: See ``share_training``.
+
+    Returns:
+        The dataloader of this rank's share, the sampler that selects it, and a text for the log.
+        The first two are None if the dataloader has no sampler, or one that already shares.
+
+    Raises:
+        ValueError: As ``share_training``.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         kind = type(getattr(loader, "dataset", loader)).__name__
-        return None, None, f"a {kind} is left as it is: {_BY_ITSELF}"
+        return None, None, f"a {kind} is left unchanged: {_BY_ITSELF}"
     if is_shared(loader):
-        return None, None, "its sampler shares it already"
+        return None, None, "its sampler already gives each rank its share"
     if phase == "train":
         return share_training(loader, drop, split)
     evaluation = share_evaluation(loader)
@@ -127,112 +137,122 @@ def share(
 def share_training(
     loader: DataLoader[Any], drop: bool | None, split: bool
 ) -> tuple[DataLoader[Any], Dealt, str]:
-    """A dataloader of this rank's share, its sampler, and what to say about it.
+    """Give this rank its share of a training dataloader: every ``world_size``-th item.
 
     Args:
-        loader: The user's, which stays as it is.
-        drop: See ``Dealt``; by default the dataloader's own ``drop_last``.
-        split: The batch size is that of all ranks together.
+        loader: The user's DataLoader; it is not changed.
+        drop: See ``Dealt``; by default the DataLoader's ``drop_last``.
+        split: Whether ``batch_size`` is that of all ranks together.
+
+    Returns:
+        The DataLoader of this rank's share, the sampler that selects it, and a text for the log.
 
     Raises:
-        ValueError: there are fewer samples than ranks; or a batch size that cannot be split.
+        ValueError: There are fewer samples than ranks, or the batch size cannot be split.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    size_text = ""
-    inner = copy.copy(loader)
-    own = vars(inner)
-    own["_iterator"] = None
     drop = bool(getattr(loader, "drop_last", False)) if drop is None else drop
+    what, unit, size_text = "samples", "", ""
     if type(loader.batch_sampler) is BatchSampler:
         size = cast("int", loader.batch_size)
         if split and size % ranks:
             raise ValueError(
                 f"split_batches=True: a batch of {size} samples cannot be split over {ranks} "
-                f"ranks: take a multiple of {ranks}"
+                f"ranks: use a multiple of {ranks}"
             )
         size //= ranks if split else 1
         sampler = Dealt(loader.sampler, rank, ranks, drop)
-        own["sampler"], own["batch_size"] = sampler, size
-        own["batch_sampler"] = BatchSampler(cast("Any", sampler), size, loader.drop_last)
-        what, size_text = "samples", f" with batches of {size}"
+        batches = BatchSampler(cast("Any", sampler), size, loader.drop_last)
+        shared = copy_dataloader(loader, sampler=sampler, batch_size=size, batch_sampler=batches)
+        size_text = f" with batches of {size}"
         unit = f", in batches of {size}: {size * ranks} per iteration"
     elif loader.batch_sampler is not None:
         sampler = Dealt(loader.batch_sampler, rank, ranks, drop)
-        own["batch_sampler"] = sampler
-        what, unit = "batches", ""
+        shared = copy_dataloader(loader, batch_sampler=sampler)
+        what = "batches"
     else:
         sampler = Dealt(loader.sampler, rank, ranks, drop)
-        own["sampler"] = sampler
-        what, unit = "samples", ""
+        shared = copy_dataloader(loader, sampler=sampler)
     if split and what != "samples":
         raise ValueError(
-            "split_batches=True splits batches of a batch_size; a batch_sampler of your own makes "
-            "its batches by itself"
+            "split_batches=True splits batches of a given batch_size, but this dataloader has its "
+            "own batch_sampler: leave split_batches out and let the batch_sampler make batches of "
+            "one rank's size"
         )
     whole = length_of(sampler.sampler)
     if whole is None:
-        return inner, sampler, f"its {what}, without an end, are dealt to {ranks} ranks in turn"
-    if whole < ranks or length_of(inner) == 0:
+        return shared, sampler, f"its {what}, which have no end, are dealt to {ranks} ranks in turn"
+    if whole < ranks or length_of(shared) == 0:
         dropping = " and drop_last=True" * bool(loader.drop_last)
         raise ValueError(
             f"{whole} {what} to train on are too few for {ranks} ranks{size_text}{dropping}: some "
-            "would have no batch. Start fewer processes, or take a smaller batch_size"
+            "ranks would have no batch. Start fewer processes or use a smaller batch_size"
         )
     left = len(sampler) * ranks - whole
-    rest = f" ({left} of them twice)" if left > 0 else f" ({-left} left out)" if left else ""
-    return (
-        inner,
-        sampler,
-        f"{len(sampler)} of its {whole} {what}{rest} to each of {ranks} ranks{unit}",
-    )
+    rest = f" ({left} repeated)" if left > 0 else f" ({-left} dropped)" if left else ""
+    text = f"each of {ranks} ranks gets {len(sampler)} of its {whole} {what}{rest}{unit}"
+    return shared, sampler, text
 
 
 def share_evaluation(loader: DataLoader[Any]) -> tuple[DataLoader[Any], Block, str] | None:
-    """A dataloader of this rank's share, its sampler, and what to say; None without a length.
+    """Give this rank its share of an evaluation dataloader: consecutive batches, none twice.
 
-    The batches are those of one process, the first of them rank 0's, and none is evaluated twice.
+    The batches are the same as those of a single process, the first ones being rank 0's.
+
+    Returns:
+        The DataLoader of this rank's share, the sampler that selects it, and a text for the log;
+        None if the sampler has no length.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     if length_of(getattr(loader, name)) is None:
         return None
     sampler = Block(getattr(loader, name), rank, ranks)
-    inner = copy.copy(loader)
-    vars(inner).update({"_iterator": None, name: sampler, "consecutive": True})
+    shared = copy_dataloader(loader, **{name: sampler, "consecutive": True})
     least, most = min(sampler.sizes), max(sampler.sizes)
     counts = f"{most}" if least == most else f"{least} or {most}"
     whole = length_of(sampler.sampler)
-    return inner, sampler, f"its {whole} batches are shared between {ranks} ranks, {counts} each"
+    return shared, sampler, f"each of {ranks} ranks gets {counts} of its {whole} batches"
 
 
 class BatchList(list[Any]):
-    """The share of a list of batches.
+    """One rank's share of a list of batches.
 
     Attributes:
-        consecutive: Whether each rank has batches that follow those of the rank before.
+        consecutive: Whether each rank's batches follow those of the rank before.
     """
 
     consecutive = False
 
 
 def share_list(batches: Sequence[Any], phase: str, drop: bool | None) -> tuple[BatchList, str]:
-    """This rank's share of a list of batches, dealt in training and consecutive in evaluation.
+    """Give this rank its share of a list: every n-th batch in training, consecutive in evaluation.
+
+    Args:
+        batches: The batches of all ranks, the same list on each.
+        phase: ``train``, ``val`` or ``test``.
+        drop: See ``Dealt``; False by default.
+
+    Returns:
+        The batches of this rank, and a text for the log.
 
     Raises:
-        ValueError: there are fewer to train on than ranks.
+        ValueError: There are fewer batches to train on than ranks.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     training = phase == "train"
     if training and len(batches) < ranks:
-        raise ValueError(f"there are {len(batches)} batches to train on for {ranks} ranks")
+        raise ValueError(
+            f"there are {len(batches)} batches to train on for {ranks} ranks: start fewer processes"
+        )
     block = Block(batches, rank, ranks)
     share = BatchList(Dealt(batches, rank, ranks, bool(drop)) if training else block)
     share.consecutive = not training
-    return share, f"{len(share)} of its {len(batches)} batches are this rank's"
+    return share, f"this rank gets {len(share)} of its {len(batches)} batches"
 
 
 def fingerprint(batches: Any) -> str:
-    """What tells two lists of batches apart: their length, and some of the first and last one."""
+    """Return a hash of a list of batches: of its length and values of its first and last batch."""
     tensors = [tensor.detach().flatten() for tensor in _tensors([batches[0], batches[-1]])]
     values = [tensor[:32].tolist() for tensor in tensors if tensor.layout is torch.strided]
     return hashlib.sha256(repr((len(batches), values)).encode()).hexdigest()

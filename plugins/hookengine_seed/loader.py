@@ -1,8 +1,7 @@
-"""Dataloaders whose passes are a pure function of (seed, epoch), from any batch on."""
+"""Dataloaders whose passes are a pure function of (seed, epoch), starting at any batch."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
-from hookengine import dist, preserved_random_state
+from hookengine import copy_dataloader, dist, preserved_random_state, samplers_of
 from hookengine_seed.sample import (
     SeededDataset,
     SeededIterable,
@@ -22,7 +21,7 @@ from hookengine_seed.sample import (
 
 
 class Wrapped:
-    """A dataloader in place of the user's, which is asked for everything else."""
+    """A dataloader that replaces the user's and forwards all other attributes to it."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -37,21 +36,21 @@ class Wrapped:
 
 
 class SeededLoader(Wrapped):
-    """A torch DataLoader, unchanged but for where its random numbers come from.
+    """A torch DataLoader whose random numbers come from the run's seed.
 
-    The sampler, batch sampler, generator, collate function and ``worker_init_fn`` are the user's.
-    What a sampler draws from the global random state when its pass begins, it draws from a seed of
-    the pass. A pass that begins at a later batch skips the indices of those before, without loading
-    them.
+    The sampler, batch sampler, generator, collate function and ``worker_init_fn`` stay the user's.
+    Random numbers that a sampler draws from the global random state when a pass begins come from a
+    seed of the pass instead. A pass that begins at a later batch skips the indices of the earlier
+    batches without loading them.
 
     Args:
-        loader: The user's.
-        seed: Tells the run's seed; asked when a pass begins.
+        loader: The user's DataLoader.
+        seed: Returns the run's seed; called when a pass begins.
         phase: ``train``, ``val`` or ``test``.
-        per_sample: Seed each sample; by default where workers read them.
+        per_sample: Whether to seed each sample; by default, if workers read the samples.
 
     Attributes:
-        generators: The user's own, of the dataloader and its samplers.
+        generators: The user's generators: of the DataLoader and its samplers.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class SeededLoader(Wrapped):
         wanted = loader.num_workers > 0 if per_sample is None else per_sample
         self._per_sample = wanted and not self._iterable
         self._isolated = self._per_sample and loader.num_workers == 0
-        # A worker that persists is given its seed once, whatever the epoch: so none of the user's.
+        # A persistent worker gets its seed once for all epochs, so never from the user's generator.
         self._own = loader.generator is None or loader.persistent_workers
         self.generators = _generators(loader)
         self._begun = self._states()
@@ -79,46 +78,43 @@ class SeededLoader(Wrapped):
         self._inner = self._rebuild(loader)
 
     def _rebuild(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        # A copy, since the constructor of a subclass may take anything. It goes to the instance's
-        # own dict, because torch refuses to set what a running iterator would not notice.
-        inner = copy.copy(loader)
-        own = vars(inner)
-        own["_iterator"] = None
+        """Copy the user's DataLoader, with its sampler, dataset and ``worker_init_fn`` wrapped."""
+        replaced: dict[str, Any] = {}
         if not self._iterable:
-            samples = "sampler" if loader.batch_sampler is None else "batch_sampler"
-            batched = samples == "batch_sampler"
+            batched = loader.batch_sampler is not None
             whole = batched and SeededDataset(loader.dataset).__getitems__ is not None
-            self._numbered = _Numbered(own[samples], batched, self._per_sample, whole)
-            own[samples] = self._numbered
+            sampler = loader.batch_sampler if batched else loader.sampler
+            self._numbered = _Numbered(sampler, batched, self._per_sample, whole)
+            replaced["batch_sampler" if batched else "sampler"] = self._numbered
         if self._per_sample:
-            own["dataset"] = SeededDataset(loader.dataset)
+            replaced["dataset"] = SeededDataset(loader.dataset)
         elif self._iterable and loader.persistent_workers and not self._piped:
             self._pass_seed.share_memory_()  # type: ignore[no-untyped-call]
-            own["dataset"] = SeededIterable(loader.dataset, self._pass_seed)
+            replaced["dataset"] = SeededIterable(loader.dataset, self._pass_seed)
         if loader.num_workers:
-            own["worker_init_fn"] = WorkerInit(loader.worker_init_fn)
-        return inner
+            replaced["worker_init_fn"] = WorkerInit(loader.worker_init_fn)
+        return copy_dataloader(loader, **replaced)
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Have the next pass be that of ``epoch``, from ``batch`` on."""
+        """Make the next pass that of ``epoch``, starting at ``batch``."""
         self._sought = epoch, batch
 
     def close(self) -> None:
-        """Let workers that persist go."""
+        """Release persistent workers."""
         vars(self._inner)["_iterator"] = None
 
     def __iter__(self) -> Iterator[Any]:
         sought, self._sought = self._sought, None
         epoch, start = sought or ("other", 0)
         seed = derive(self._seed(), self._phase, epoch)
-        for part in _samplers(self.loader):
+        for part in samplers_of(self.loader):
             if epoch != "other" and callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
         if self._own:
             self._inner.generator = torch.Generator().manual_seed(derive(seed, "workers"))
         self._pass_seed.fill_(derive(seed, "worker", dist.get_rank()))
         rewind: list[tuple[torch.Generator, torch.Tensor]] = []
-        if sought is not None:  # a pass of training, not one that a hook goes through beside it
+        if sought is not None:  # a training pass, not one that a hook makes in between
             rewind, self._rewind = self._rewind, []
         later = [(generator, generator.get_state()) for generator, _ in rewind]
         for generator, state in rewind:
@@ -136,7 +132,7 @@ class SeededLoader(Wrapped):
         return _isolated(iter(self._inner)) if self._isolated else iter(self._inner)
 
     def _iterate(self, seed: int, start: int) -> Iterator[Any]:
-        """Batches of an iterable dataset: those before ``start`` are fetched and dropped."""
+        """Yield the batches of an iterable dataset; fetch and drop those before ``start``."""
         with seeded(seed):
             batches = iter(self._inner)
             first = list(islice(batches, start, start + 1))
@@ -144,10 +140,10 @@ class SeededLoader(Wrapped):
         yield from batches
 
     def rank_state_dict(self, within: bool) -> dict[str, Any]:
-        """The states of the user's own generators: now, and where the present pass began.
+        """Return the states of the user's generators, now and at the start of the current pass.
 
         Args:
-            within: Whether a pass is open.
+            within: Whether a pass is in progress.
         """
         if not self.generators:
             return {}
@@ -155,12 +151,12 @@ class SeededLoader(Wrapped):
         return {**state, "begun": self._begun} if within else state
 
     def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
-        """Take them back.
+        """Restore the generators' states saved by ``rank_state_dict``.
 
         Args:
-            state: What ``rank_state_dict`` returned.
-            shared: The ids of generators that another dataloader draws from too. They begin the
-                pass as it began, and then are where they were.
+            state: The saved states.
+            shared: The ids of generators that other dataloaders use too. These are rewound only
+                while the next pass begins, and then set to their latest state again.
         """
         now = state.get("generators", ())
         self._rewind = []
@@ -175,28 +171,28 @@ class SeededLoader(Wrapped):
         return [generator.get_state() for generator in self.generators]
 
     def remarks(self) -> Iterator[str]:
-        """What cannot be made exact."""
+        """Yield what a resume cannot repeat exactly."""
         loader = self.loader
         if self._iterable:
             yield (
-                f"{type(loader.dataset).__name__} is an iterable dataset: after a resume within an "
-                "epoch, the batches before are fetched and dropped"
+                f"{type(loader.dataset).__name__} is an iterable dataset: a resume within an epoch "
+                "fetches and drops the batches before it"
             )
             if loader.num_workers == 0:
                 yield (
-                    "what it draws at random after the first sample of an epoch is not repeated; "
-                    "with num_workers=1 it is"
+                    "a resume does not repeat its random numbers after the first sample of an "
+                    "epoch; with num_workers=1 it does"
                 )
-        for part in _samplers(loader):
+        for part in samplers_of(loader):
             module = type(part).__module__
             known = module.startswith("torch.") or hasattr(part, "set_epoch")
             if not known and getattr(part, "generator", None) is None:
                 yield (
-                    f"the order of {type(part).__name__} is repeated after a resume if it draws "
-                    "its random numbers when an epoch begins, or has a generator or set_epoch(n)"
+                    f"a resume repeats the order of {type(part).__name__} only if it draws its "
+                    "random numbers when an epoch begins, or has a generator or set_epoch(n)"
                 )
         if loader.num_workers and not (self._per_sample or self._iterable):
-            yield "per_sample=False: what workers draw at random is not repeated after a resume"
+            yield "per_sample=False: a resume does not repeat the random numbers of workers"
 
 
 def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
@@ -204,28 +200,15 @@ def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) 
         generator.set_state(state)
 
 
-def _samplers(loader: DataLoader[Any]) -> list[Any]:
-    """The samplers, from the outermost on."""
-    found: list[Any] = []
-    part: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if isinstance(loader.dataset, IterableDataset):
-        return []
-    while part is not None and not any(part is one for one in found):
-        found.append(part)
-        inner = getattr(part, "sampler", None)
-        part = getattr(part, "batch_sampler", None) if inner is None else inner
-    return found
-
-
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The generators that the user gave, each once."""
-    owners = [loader, *_samplers(loader)]
+    """Find the generators that the user passed, each once."""
+    owners = [loader, *samplers_of(loader)]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches whose samples are seeded in this process, which draws for itself between them."""
+    """Yield batches, and keep seeding their samples from touching this process's random state."""
     while True:
         with preserved_random_state():
             try:
@@ -236,13 +219,13 @@ def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Numbered:
-    """A sampler's indices from a batch on; each with the seed of its number in the pass.
+    """A sampler that starts at a batch and pairs each index with a seed by its place in the pass.
 
     Args:
-        sampler: Of the user.
+        sampler: The user's sampler.
         batched: Whether it yields batches of indices.
-        per_sample: Whether they get seeds.
-        whole: Whether the dataset reads whole batches, which then get one.
+        per_sample: Whether to pair indices with seeds.
+        whole: Whether the dataset reads whole batches; each batch then gets one seed.
     """
 
     def __init__(self, sampler: Any, batched: bool, per_sample: bool, whole: bool) -> None:
@@ -251,6 +234,14 @@ class _Numbered:
         self.begin(0, 0, 0, lambda: None)
 
     def begin(self, seed: int, sample_seed: int, start: int, begun: Callable[[], object]) -> None:
+        """Prepare the next pass.
+
+        Args:
+            seed: What the sampler draws from.
+            sample_seed: What the seeds of samples derive from.
+            start: The first batch.
+            begun: Called when the sampler has drawn its order.
+        """
         self._seed, self._sample_seed, self._start, self._begun = seed, sample_seed, start, begun
 
     def __len__(self) -> int:
@@ -262,8 +253,8 @@ class _Numbered:
         return getattr(self._own, name)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator, so that it begins when torch has drawn the workers' seed, as its own would.
-        with seeded(self._seed):  # most samplers draw when they begin
+        # A generator, so that it starts after torch has drawn the workers' seed, as torch's does.
+        with seeded(self._seed):  # most samplers draw when a pass begins
             indices = iter(self._own)
             number = self._skip(indices)
             first = list(islice(indices, 1))
@@ -272,7 +263,7 @@ class _Numbered:
         yield from self._with_seeds(items, number) if self._per_sample else items
 
     def _skip(self, indices: Iterator[Any]) -> int:
-        """Pass over the batches before the start; returns how many seeds these had."""
+        """Skip the batches before the start; return how many seeds they had."""
         skipped = islice(indices, self._start)
         if self._batched and self._per_sample and not self._whole:
             return sum(len(list(item)) for item in skipped)
@@ -291,10 +282,10 @@ class _Numbered:
 
 
 class StatefulLoader(Wrapped):
-    """A dataloader that keeps its own state, as ``torchdata.StatefulDataLoader`` does.
+    """A dataloader that saves its own state, as ``torchdata.StatefulDataLoader`` does.
 
     Attributes:
-        generators: The user's own, of the dataloader and its samplers.
+        generators: The user's generators: of the dataloader and its samplers.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -304,10 +295,10 @@ class StatefulLoader(Wrapped):
         self._start = 0
 
     def close(self) -> None:
-        """Nothing is held: the dataloader is the user's."""
+        """Do nothing: the user owns the dataloader and its workers."""
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Have the next pass begin at ``batch``."""
+        """Start the next pass at ``batch``."""
         self._start = batch
         if callable(set_epoch := getattr(self.loader, "set_epoch", None)):
             set_epoch(epoch)
@@ -322,27 +313,27 @@ class StatefulLoader(Wrapped):
         return islice(batches, start, None) if start else batches
 
     def rank_state_dict(self, within: bool) -> dict[str, Any]:
-        """Its state, within a pass; the states of its generators between two."""
+        """Return the dataloader's state within a pass, its generators' states between passes."""
         if within:
             return {"loader": self.loader.state_dict()}
         states = [generator.get_state() for generator in self.generators]
         return {"generators": states} if states else {}
 
     def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
-        """Take them back."""
+        """Restore the states saved by ``rank_state_dict``."""
         self._saved = state.get("loader")
         _set(self.generators, state.get("generators", ()))
 
     def remarks(self) -> Iterator[str]:
-        """What cannot be made exact."""
+        """Yield what a resume cannot repeat exactly."""
         if getattr(self.loader, "generator", None) is not None:
             yield (
-                f"{type(self.loader).__name__} with a generator of its own goes on exactly in the "
-                "epoch that is resumed, and in another order in those after it; without one in the "
-                "same"
+                f"{type(self.loader).__name__} has its own generator: a resume repeats the order "
+                "of the current epoch, but later epochs get a different order. Without a generator "
+                "they get the same order"
             )
         if getattr(self.loader, "num_workers", 0):
             yield (
-                f"{type(self.loader).__name__} is resumed by its own state, which does not hold "
-                "the random states of its workers, unless its dataset keeps them"
+                f"{type(self.loader).__name__} resumes from its own state, which does not include "
+                "the random states of its workers unless its dataset saves them"
             )

@@ -406,12 +406,12 @@ def test_another_seed_than_that_of_the_state_is_refused(make: Any) -> None:
 @pytest.mark.parametrize(
     ("loader", "said"),
     [
-        (lambda: DataLoader(Stream(), 4), "with num_workers=1 it is"),
-        (LOADERS["a sampler of the user's"], "the order of Shuffled is repeated"),
-        (LOADERS["stateful, a worker"], "does not hold the random states of its workers"),
+        (lambda: DataLoader(Stream(), 4), "with num_workers=1 it does"),
+        (LOADERS["a sampler of the user's"], "a resume repeats the order of Shuffled only if"),
+        (LOADERS["stateful, a worker"], "does not include the random states of its workers"),
         (
             lambda: stateful(batch_size=4, generator=generator_of_my_own()),
-            "in another order in those after it",
+            "later epochs get a different order",
         ),
         (lambda: (batch for batch in LOADERS["a list"]()), "generator is left as it is"),
     ],
