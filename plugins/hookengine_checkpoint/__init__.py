@@ -24,8 +24,7 @@ from hookengine import (
 )
 from hookengine_checkpoint import files
 from hookengine_checkpoint.best import Best
-from hookengine_checkpoint.export import export_weights, weights_at
-from hookengine_checkpoint.facts import (
+from hookengine_checkpoint.checks import (
     ask_to_end,
     ends,
     is_checkpoint,
@@ -34,11 +33,12 @@ from hookengine_checkpoint.facts import (
     position,
     steps,
 )
+from hookengine_checkpoint.export import export_weights, weights_at
 from hookengine_checkpoint.find import FOLDER, find
 from hookengine_checkpoint.integrity import DamagedError
+from hookengine_checkpoint.interval import Rhythm, parse
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
-from hookengine_checkpoint.rhythm import Rhythm, parse
-from hookengine_checkpoint.shelf import Shelf
+from hookengine_checkpoint.retention import Shelf
 from hookengine_checkpoint.snapshot import Snapshot, check_plain
 
 __all__ = ["EXIT_CODE", "Checkpoint", "export_weights"]

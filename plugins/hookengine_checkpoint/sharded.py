@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hookengine import dist
-from hookengine_checkpoint.facts import nonfinite
+from hookengine_checkpoint.checks import nonfinite
 from hookengine_checkpoint.files import METADATA
 from hookengine_checkpoint.integrity import DamagedError
 
