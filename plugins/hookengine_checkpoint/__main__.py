@@ -1,4 +1,4 @@
-"""``python -m hookengine_checkpoint CHECKPOINT FILE``: its weights as one ``.safetensors``."""
+"""``python -m hookengine_checkpoint CHECKPOINT FILE``: write its weights as one file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from hookengine_checkpoint.export import export_weights
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or the folder of a run")],
-    path: Annotated[Path, typer.Argument(help="ends with .safetensors or .pth")],
-    weights: Annotated[str, typer.Option(help="or ema_state_dict, swa_state_dict")] = "state_dict",
+    path: Annotated[Path, typer.Argument(help="the file to write, .safetensors or .pth")],
+    weights: Annotated[
+        str, typer.Option(help="which weights: state_dict, ema_state_dict or swa_state_dict")
+    ] = "state_dict",
 ) -> None:
     """Write the weights of a checkpoint as one file."""
     try:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def optimizer_steps(runner: Any) -> list[int]:
+    """Return the steps of all optimizers, which tell whether weights have changed."""
+    return [wrapper.steps for wrapper in runner.optim_wrapper.by_name().values()]
 
 
 class Best:
     """The best checkpoint so far, and a better validation whose weights are not saved yet.
 
     Args:
-        metric: What is compared; None for no comparison.
-        greater: Whether more of it is better.
+        metric: The metric to compare; None compares nothing.
+        greater: Whether a greater value is better.
 
     Attributes:
         known: ``{"metric", "value", "number"}`` of the best checkpoint, or None.
@@ -22,64 +27,79 @@ class Best:
         self.metric = metric
         self.greater = greater
         self.known: dict[str, Any] | None = None
-        self._waiting: tuple[float, list[int]] | None = None  # the value, and the steps until then
-        self._before: tuple[dict[str, Any] | None, ...] = ()  # while the save is under way
+        self._pending: tuple[float, list[int]] | None = None  # the value, and the steps until then
+        self._previous: tuple[dict[str, Any] | None, ...] = ()  # while the save is in progress
 
     @property
     def number(self) -> int | None:
-        """The number of the best checkpoint."""
+        """The number of the best checkpoint, or None."""
         return None if self.known is None else int(self.known["number"])
 
     @property
-    def waits(self) -> bool:
-        """Whether weights are to be saved, or marked, as the best."""
-        return self._waiting is not None
+    def is_pending(self) -> bool:
+        """Whether the current weights are better than the best checkpoint, and not saved yet."""
+        return self._pending is not None
 
-    def see(self, value: float, steps: Sequence[int]) -> None:
-        """Compare a validation; NaN is never the best.
+    def compare(self, value: float, steps: Sequence[int]) -> None:
+        """Compare a validation with the best one so far. NaN is never the best.
 
         Args:
-            value: Of the metric.
-            steps: The steps of all optimizers, by which weights are told apart.
+            value: The value of the metric.
+            steps: The steps of all optimizers at the validation.
         """
         best = None if self.known is None else self.known["value"]
-        lies_beyond = best is not None and (value > best if self.greater else value < best)
-        if lies_beyond or (best is None and not math.isnan(value)):
-            self._waiting = value, list(steps)
+        is_better = best is not None and (value > best if self.greater else value < best)
+        if is_better or (best is None and not math.isnan(value)):
+            self._pending = value, list(steps)
 
     def expire(self, steps: Sequence[int]) -> bool:
-        """Forget what waits if its weights have been trained on since; returns whether so."""
-        if self._waiting is None or self._waiting[1] == list(steps):
-            return False
-        self._waiting = None
-        return True
-
-    def call(self, number: int) -> None:
-        """The weights that wait are in the checkpoint of that number."""
-        if self._waiting is not None:
-            self._before = (self.known,)
-            self.known = {"metric": self.metric, "value": self._waiting[0], "number": number}
-            self._waiting = None
-
-    def settle(self) -> None:
-        """That checkpoint is on the disk."""
-        self._before = ()
-
-    def take_back(self, steps: Sequence[int] | None = None) -> None:
-        """It could not be saved.
+        """Forget a pending validation if its weights have been trained on; return whether so.
 
         Args:
-            steps: Those of the optimizers, if the weights are the same still: they wait again.
+            steps: The steps of all optimizers now.
         """
-        if self._before:
-            if self.known is not None and steps is not None:
-                self._waiting = self.known["value"], list(steps)
-            self.known, self._before = self._before[0], ()
+        if self._pending is None or self._pending[1] == list(steps):
+            return False
+        self._pending = None
+        return True
 
-    def line(self, name: str) -> str:
-        """What is said of it, as the checkpoint of that name."""
+    def assign(self, number: int) -> None:
+        """Make the checkpoint of that number the best one if a validation is pending."""
+        if self._pending is not None:
+            self._previous = (self.known,)
+            self.known = {"metric": self.metric, "value": self._pending[0], "number": number}
+            self._pending = None
+
+    def commit(self) -> None:
+        """Keep the last assignment: its checkpoint is on the disk."""
+        self._previous = ()
+
+    def roll_back(self, steps: Sequence[int] | None = None) -> None:
+        """Undo an assignment that is not committed: its checkpoint could not be saved.
+
+        Args:
+            steps: The steps of all optimizers, if the weights are still the same. The validation
+                is then pending again.
+        """
+        if self._previous:
+            if self.known is not None and steps is not None:
+                self._pending = self.known["value"], list(steps)
+            self.known, self._previous = self._previous[0], ()
+
+    def describe(self, name: str) -> str:
+        """Return the log line that announces the best checkpoint under its folder's name."""
         known = self.known or {}
         return (
-            f"checkpoint: the best {known.get('metric')} so far, {known.get('value'):.6g}, is "
-            f"kept: {name}"
+            f"checkpoint: best {known.get('metric')} so far, {known.get('value'):.6g}: {name} is "
+            "kept"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best checkpoint so far."""
+        return {} if self.known is None else {"best": self.known}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the best checkpoint, unless another metric is compared now."""
+        best = state.get("best")
+        if best is not None and self.metric in (None, best["metric"]):
+            self.known = dict(best)

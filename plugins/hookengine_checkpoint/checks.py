@@ -1,58 +1,66 @@
-"""What the plugin looks at in a run."""
+"""Checks of a state before it is written: whether it can be read safely, whether it is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookengine_checkpoint import files
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+"""Types that ``torch.load(weights_only=True)`` reads, besides tensors and their containers."""
 
 
-def ask_to_end(runner: Any, name: str) -> None:
-    """Ask for a checkpoint and the end of training, on behalf of a signal."""
-    runner.requests["preempt"] = name
-    runner.stop(name)
+def check_plain(state: Any, where: str) -> None:
+    """Refuse values that ``torch.load(weights_only=True)`` would not read.
+
+    Args:
+        state: Nested containers.
+        where: What the message calls the state.
+
+    Raises:
+        TypeError: The state holds such a value; the message names its place and the fix.
+    """
+    for path, value in _not_plain(state, where):
+        numpy = type(value).__module__.startswith("numpy")
+        fix = "float(x), int(x) or torch.tensor(x)" if numpy else "numbers, strings and tensors"
+        raise TypeError(
+            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint "
+            f"cannot hold because reading it would run code: keep {fix} in the state instead"
+        )
 
 
-def steps(runner: Any) -> list[int]:
-    """The steps of all optimizers."""
-    return [wrapper.steps for wrapper in runner.optim_wrapper.by_name().values()]
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers."""
-    return {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float))}
-
-
-def position(progress: Any) -> tuple[Any, ...]:
-    """Where a run stands: two saves at one position would be the same."""
-    return progress.epoch, progress.iter, progress.batch, progress.val_due
-
-
-def ends(runner: Any) -> bool:
-    """Whether this is the last safe point of training."""
-    progress = runner.progress
-    may_end = progress.batch == 0 or progress.iter == progress.max_iters
-    return may_end and bool(runner.train_loop.done)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path of weights is one of our checkpoints, or a folder of them."""
-    return path.is_dir() or (path.parent / files.MANIFEST).is_file()
+def _not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    kind = type(value)
+    if isinstance(value, Tensor) or kind in PLAIN:
+        return
+    if kind in (dict, OrderedDict, Counter):
+        for key, item in value.items():
+            if type(key) not in PLAIN and type(key) is not tuple:
+                yield f"the key {key!r} of {path}", key
+            yield from _not_plain(item, f"{path}[{key!r}]")
+    elif kind in (list, tuple, set, torch.Size):
+        for index, item in enumerate(value):
+            yield from _not_plain(item, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:
-    """The parameters with NaN or infinite values."""
+    """Return the names of tensors with NaN or infinite values.
+
+    Args:
+        state: Tensors by name.
+        names: The names to check; names without a tensor are skipped.
+    """
     tensors = {name: state.get(name) for name in names}
     return [
         name
         for name, tensor in tensors.items()
         if isinstance(tensor, Tensor)
         and (tensor.is_floating_point() or tensor.is_complex())
-        and not torch.isfinite(tensor.sum())  # which a large sum can be too
+        and not torch.isfinite(tensor.sum())  # cheap, but a large sum of finite values overflows
         and not bool(torch.isfinite(tensor).all())
     ]

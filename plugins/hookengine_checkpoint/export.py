@@ -1,9 +1,8 @@
-"""The weights of a checkpoint alone, as one file, also of a model that was sharded."""
+"""The weights of a checkpoint as one file, whether the model was sharded or not."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from hookengine import did_you_mean
-from hookengine_checkpoint import files
+from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at
-from hookengine_checkpoint.integrity import DamagedError
 
 
 def export_weights(
@@ -23,27 +21,29 @@ def export_weights(
     path: str | os.PathLike[str],
     weights: str = "state_dict",
 ) -> Path:
-    """Write the weights of a checkpoint as one ``.safetensors`` (or ``.pth``), on one process.
+    """Write the weights of a checkpoint as one ``.safetensors`` or ``.pth`` file, in one process.
 
     Args:
-        checkpoint: As ``Runner(resume=...)`` takes it: a checkpoint, or the folder of a run.
+        checkpoint: A checkpoint or the folder of a run, as for ``Runner(resume=...)``.
         path: The file to write.
-        weights: ``state_dict``, or averaged ones, under the same names: ``ema_state_dict``,
-            ``swa_state_dict``.
+        weights: ``state_dict``; or averaged weights, which are written under the names of the raw
+            ones: ``ema_state_dict`` or ``swa_state_dict``.
 
     Returns:
-        The path.
+        The path of the file.
 
     Raises:
-        ValueError: another suffix; or the checkpoint is damaged. KeyError: it has no such weights.
-        FileNotFoundError: there is no checkpoint. OSError: the file cannot be written.
+        ValueError: The suffix is another one, or the checkpoint is damaged.
+        KeyError: The checkpoint has no such weights.
+        FileNotFoundError: There is no checkpoint.
+        OSError: The file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"weights are exported as .safetensors or .pth, not as {path.name!r}")
-    state = _read(at(Path(checkpoint), print), weights)
+    state = read_weights(at(Path(checkpoint), print), weights)
     tensors = {n: v.clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
-    if weights != "state_dict":  # an average holds a copy of the model, and a count
+    if weights != "state_dict":  # an averaged model has the weights as module.*, and a count
         inner = {n.removeprefix("module."): v for n, v in tensors.items() if n[:7] == "module."}
         tensors = inner or tensors
     try:
@@ -57,24 +57,25 @@ def export_weights(
     return path
 
 
-def weights_at(path: Path, tell: Callable[[str], None]) -> Any:
-    """What ``load_weights`` takes of a checkpoint: its file, or of a sharded one its weights."""
-    found = at(path, tell)
-    sharded = found.saved is not None and (found.path / files.METADATA).exists()
-    return _read(found, "state_dict") if sharded else found.state
+def read_weights(found: Found, weights: str = "state_dict") -> Any:
+    """Read the weights of a checkpoint, sharded ones without any other rank.
 
+    Args:
+        found: The checkpoint.
+        weights: See ``export_weights``.
 
-def _read(found: Found, weights: str) -> Any:
-    state = files.read_state(found.state)
-    if not isinstance(state, dict):
-        raise DamagedError(f"{found.path} is no state of a Runner")
+    Raises:
+        KeyError: The checkpoint has no such weights.
+        DamagedError: The checkpoint cannot be read.
+    """
+    state = read_state(found.state)
     if weights not in state:
         known = [name for name in state if name.endswith("state_dict")]
         near = did_you_mean(weights, known)
-        there = ", ".join(known) or "none: it is no checkpoint"
-        raise KeyError(f"{found.path} has no {weights!r}.{near} It has {there}")
-    if not (found.path / files.METADATA).exists():
+        there = ", ".join(known) or "none: it is not a checkpoint"
+        raise KeyError(f"{found.path} has no {weights!r}.{near} Its weights: {there}")
+    if not found.is_sharded:
         return state[weights]
-    from hookengine_checkpoint import sharded  # takes a while, and few need it
+    from hookengine_checkpoint import sharded  # slow to import, and rarely needed
 
     return sharded.assemble(found.path, state[weights])

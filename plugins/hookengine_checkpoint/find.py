@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes from."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from hookengine_checkpoint.files import (
+    FOLDER,
     MANIFEST,
+    METADATA,
     STATE,
     Saved,
-    is_ours,
+    is_checkpoint_folder,
     published,
     read_manifest,
     verify,
 )
 from hookengine_checkpoint.integrity import DamagedError, verify_archive
 
-FOLDER = "checkpoints"
-"""The folder of the checkpoints in that of a run."""
-
 
 @dataclass(frozen=True)
 class Found:
-    """What to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
-        path: A checkpoint's folder, or a file of ``torch.save(runner.state_dict())``.
-        saved: The checkpoint, where it is one.
-        is_newest: Whether nothing was published after it in its folder.
+        path: The folder of a checkpoint, or a file of ``torch.save(runner.state_dict())``.
+        saved: The checkpoint; None for a file.
+        is_newest: Whether it is the newest checkpoint in its folder.
     """
 
     path: Path
@@ -39,34 +38,45 @@ class Found:
 
     @property
     def run_dir(self) -> Path | None:
-        """The folder of the run that saved it, where it still lies there."""
+        """The folder of the run that saved it, if the checkpoint is still there."""
         inside = self.saved is not None and self.path.parent.name == FOLDER
         return self.path.parent.parent if inside else None
 
     @property
     def state(self) -> Path:
-        """The file of the state."""
+        """The file with the state."""
         return self.path if self.saved is None else self.path / STATE
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its tensors are sharded."""
+        return (self.path / METADATA).exists()
 
-def newest_under(work_dir: Path, tell: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint of all runs in a folder, or None.
+    def continues(self, runner: Any) -> bool:
+        """Return whether the run continues the one that saved it, in the same folder."""
+        if self.saved is None or not runner.named:
+            return False
+        return self.path.parent.resolve() == Path(runner.run_dir, FOLDER).resolve()
+
+
+def newest_under(work_dir: Path, log: Callable[[str], None]) -> Found | None:
+    """Find the newest checkpoint of all runs in a folder, or None.
 
     Args:
-        work_dir: With a folder for each run.
-        tell: Told of damaged ones.
+        work_dir: A folder with the folders of runs.
+        log: Called with a text for each damaged checkpoint.
     """
     runs = work_dir.iterdir() if work_dir.is_dir() else ()
-    times = {run / FOLDER: _saved_at(run / FOLDER) for run in runs}
+    times = {run / FOLDER: _last_saved_at(run / FOLDER) for run in runs}
     newest = max(times, key=times.__getitem__, default=None)
-    return None if newest is None or not times[newest] else newest_in(newest, tell)
+    return None if newest is None or not times[newest] else newest_in(newest, log)
 
 
-def _saved_at(folder: Path) -> str:
-    """When the newest checkpoint of a folder was saved, damaged ones included; "" for none."""
+def _last_saved_at(folder: Path) -> str:
+    """Return when the newest checkpoint, damaged or not, was saved; "" if there is none."""
     times = [""]
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_ours(path):
+        if is_checkpoint_folder(path):
             try:
                 times.append(str(read_manifest(path).manifest["saved_at"]))
             except DamagedError:
@@ -75,11 +85,15 @@ def _saved_at(folder: Path) -> str:
     return max(times)
 
 
-def newest_in(folder: Path, tell: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint in a folder that is whole, finite where there is one; None if empty.
+def newest_in(folder: Path, log: Callable[[str], None]) -> Found | None:
+    """Find the newest intact checkpoint in a folder, or None; finite weights take precedence.
+
+    Args:
+        folder: The folder of the checkpoints of a run.
+        log: Called with a text for each checkpoint that is skipped.
 
     Raises:
-        DamagedError: there are some, and none is whole.
+        DamagedError: All checkpoints are damaged.
     """
     damaged: list[str] = []
     there = published(folder, damaged.append)
@@ -97,35 +111,33 @@ def newest_in(folder: Path, tell: Callable[[str], None]) -> Found | None:
     if found is None:
         if damaged:
             raise DamagedError(
-                f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. To begin anew, leave "
-                "resume= out or move that folder away"
+                f"no checkpoint in {folder} is intact: {'; '.join(damaged)}. To start over, remove "
+                "resume= or move that folder away"
             )
         return None
     for text in damaged:
-        tell(f"{text}; it is passed over")
+        log(f"{text}; it is skipped")
     if found.saved is not None and found.saved.number < last and not damaged:
-        tell(
-            f"the weights in later checkpoints than {found.path.name} are not finite; they are "
-            "passed over"
-        )
+        log(f"skipping the checkpoints after {found.path.name}: their weights are not finite")
     return found
 
 
-def at(path: Path, tell: Callable[[str], None]) -> Found:
-    """The checkpoint that a path names.
+def at(path: Path, log: Callable[[str], None]) -> Found:
+    """Find the checkpoint at a path.
 
     Args:
-        path: A checkpoint, or its ``state.pth``; the folder of a run or of its checkpoints, or
+        path: A checkpoint or its ``state.pth``; the folder of a run, of its checkpoints, or
             ``latest`` in the latter, for the newest one; or a file of
             ``torch.save(runner.state_dict())``.
-        tell: Told of damaged ones that were passed over.
+        log: Called with a text for each checkpoint that is skipped.
 
     Raises:
-        FileNotFoundError: there is none. DamagedError: it is not whole.
+        FileNotFoundError: There is no checkpoint.
+        DamagedError: The checkpoint is damaged.
     """
     if path.name == "latest" and (path.is_symlink() or not path.exists()):
         path = path.parent
-    if path.is_symlink():  # best, say: it is a name of the checkpoint beside it
+    if path.is_symlink():  # such as best, a link to a checkpoint beside it
         target = path.resolve()
         path = path.parent / target.name if target.parent == path.parent.resolve() else target
     if path.is_file() and path.name == STATE and (path.parent / MANIFEST).exists():
@@ -139,18 +151,26 @@ def at(path: Path, tell: Callable[[str], None]) -> Found:
         last = max((s.number for s in published(path.parent)), default=saved.number)
         return Found(path, saved, saved.number == last)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if (found := newest_in(folder, tell)) is not None:
+    if (found := newest_in(folder, log)) is not None:
         return found
     near = path if path.is_dir() else path.parent
     there = ", ".join(saved.name for saved in published(near)) or "none"
-    raise FileNotFoundError(f"there is no checkpoint {path}; in {near} there are: {there}")
+    raise FileNotFoundError(f"there is no checkpoint {path}; the checkpoints in {near}: {there}")
 
 
-def find(runner: Any, tell: Callable[[str], None]) -> Found | None:
-    """What ``Runner(resume=...)`` asks for; the run continues in the folder that it began in.
+def find(runner: Any, log: Callable[[str], None]) -> Found | None:
+    """Find the checkpoint that ``Runner(resume=...)`` names, and continue the run that saved it.
 
-    An older checkpoint than the newest of its run begins a run of its own, which leaves that one as
-    it is, unless the Runner has the name of that run.
+    An older checkpoint than the newest of its run starts a new run, which leaves the other one
+    unchanged, unless the Runner has the name of that run.
+
+    Args:
+        runner: The Runner; ``continue_run`` is called to continue an earlier run.
+        log: Called with texts for the log.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint at the path.
+        DamagedError: The checkpoint is damaged, or all are.
     """
     wanted = runner.resume_from
     if wanted is None:
@@ -158,22 +178,22 @@ def find(runner: Any, tell: Callable[[str], None]) -> Found | None:
     work_dir = runner.work_dir.resolve()
     found: Found | None
     if wanted != "auto":
-        found = at(Path(wanted).expanduser(), tell)
+        found = at(Path(wanted).expanduser(), log)
     elif runner.named:
-        found = newest_in(runner.run_dir / FOLDER, tell)
+        found = newest_in(runner.run_dir / FOLDER, log)
     else:
-        found = newest_under(runner.work_dir, tell)
+        found = newest_under(runner.work_dir, log)
     if found is None:
         where = runner.run_dir if runner.named else runner.work_dir
-        tell(f"resume='auto': there is no checkpoint in {where} yet: the run begins anew")
+        log(f"resume='auto': there is no checkpoint in {where} yet; starting a new run")
         return None
     run = found.run_dir
     if run is not None and run.parent.resolve() == work_dir and not runner.named:
         if found.is_newest or wanted == "auto":
             runner.continue_run(run.name)
         else:
-            tell(
-                f"{found.path.name} is not the newest checkpoint of {run.name}: what follows is a "
-                f"run of its own (Runner(name={run.name!r}) goes on in the folder of that one)"
+            log(
+                f"{found.path.name} is not the newest checkpoint of {run.name}: starting a new run "
+                f"(Runner(name={run.name!r}) continues in the folder of that run)"
             )
     return found

@@ -1,4 +1,4 @@
-"""Checksums: what tells a file that is not what was written."""
+"""Checksums, which reveal a file that differs from what was written."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is missing parts or differs from what was written."""
 
 
 def checksum(path: Path) -> dict[str, Any]:
-    """What tells a damaged file.
+    """Return the size and the checksum of a file.
 
-    A file of ``torch.save`` is a zip archive, whose records have CRC-32s: of it the digest of these
-    and of all bytes between the records is taken, which costs no second pass over the data. Of any
-    other file the CRC-32.
+    A file of ``torch.save`` is a zip archive, which already has a CRC-32 of each record. Its
+    checksum is a digest of these CRC-32s and of all bytes between the records, so that the data is
+    not read again. The checksum of any other file is its CRC-32.
 
     Raises:
-        DamagedError: the archive cannot be read.
+        DamagedError: The archive cannot be read.
     """
     size = path.stat().st_size
     if path.suffix != ".pth":
@@ -35,12 +35,12 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def records(archive: zipfile.ZipFile, path: Path) -> str:
-    """The digest of the CRC-32s of all records, and of everything that is not their data."""
+    """Return a SHA-256 of the CRC-32s of all records and of all bytes that are not their data."""
     hashed = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         end = 0
         for record in sorted(archive.infolist(), key=lambda r: r.header_offset):
-            file.seek(record.header_offset + 26)  # the lengths of the name and of an extra field
+            file.seek(record.header_offset + 26)  # the lengths of the name and the extra field
             name, extra = struct.unpack("<HH", file.read(4))
             start = record.header_offset + 30 + name + extra
             file.seek(end)
@@ -53,12 +53,12 @@ def records(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of plain values."""
+    """Return the SHA-256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def crc32(path: Path) -> str:
-    """The CRC-32 of a file."""
+    """Return the CRC-32 of a file as 8 hexadecimal digits."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -68,7 +68,7 @@ def crc32(path: Path) -> str:
 
 @contextmanager
 def archive_at(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A file of ``torch.save``, opened; what fails within is a DamagedError."""
+    """Open a file of ``torch.save``; errors in reading it are raised as DamagedError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -80,7 +80,7 @@ def verify_archive(path: Path) -> None:
     """Compare the records of a file of ``torch.save`` with their CRC-32s.
 
     Raises:
-        DamagedError: one differs.
+        DamagedError: A record differs.
     """
     if zipfile.is_zipfile(path):
         with archive_at(path) as archive:

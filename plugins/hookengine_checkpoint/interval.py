@@ -1,10 +1,12 @@
-"""How often to save: by epochs, iterations or time."""
+"""When to save: at an interval of epochs, iterations or time, on request, and at the end."""
 
 from __future__ import annotations
 
 import re
 import time
 from typing import Any, Literal, NamedTuple
+
+from hookengine import dist
 
 Unit = Literal["epochs", "iterations", "minutes"]
 _UNITS: dict[str, Unit] = {
@@ -19,27 +21,27 @@ _MINUTES = {
 }
 
 
-class Every(NamedTuple):
-    """A number of some unit."""
+class Interval(NamedTuple):
+    """A number of epochs, iterations or minutes."""
 
     number: float
     unit: Unit
 
 
-def parse(every: int | str | None, by_epoch: bool) -> Every:
-    """What the option ``every`` says.
+def parse_interval(every: int | str | None, by_epoch: bool) -> Interval:
+    """Parse the option ``every``.
 
     Args:
-        every: ``"500 iterations"``, ``"10 minutes"``, ``"1 hour"``, ``"2 epochs"``; a number is
-            one of epochs, or of iterations where these are the run's limit; None is an epoch, or
-            1000 iterations.
-        by_epoch: Whether the run counts epochs.
+        every: ``"500 iterations"``, ``"10 minutes"``, ``"1 hour"`` or ``"2 epochs"``. A number
+            counts epochs, or iterations if the run is limited by these. None means every epoch, or
+            every 1000 iterations.
+        by_epoch: Whether the run is limited by epochs.
 
     Raises:
-        ValueError: it says something else.
+        ValueError: ``every`` is anything else.
     """
     if every is None:
-        return Every(1, "epochs") if by_epoch else Every(1000, "iterations")
+        return Interval(1, "epochs") if by_epoch else Interval(1000, "iterations")
     if isinstance(every, int):
         number, name = str(every), "epochs" if by_epoch else "iterations"
     else:
@@ -49,43 +51,63 @@ def parse(every: int | str | None, by_epoch: bool) -> Every:
     count = float(number)
     if unit is None or count <= 0 or (unit != "minutes" and count != int(count)):
         raise ValueError(
-            f"every={every!r}: give a number, or a text such as '500 iterations', '2 epochs' or "
-            "'10 minutes'"
+            f"every={every!r} is not an interval: give a number, or a string such as "
+            "'500 iterations', '2 epochs' or '10 minutes'"
         )
-    return Every(count * _MINUTES.get(name, 1.0), unit)
+    return Interval(count * _MINUTES.get(name, 1.0), unit)
 
 
-class Rhythm:
-    """Tells when a save is due.
+class SaveTimer:
+    """Decides at each safe point whether a checkpoint is due.
 
     Args:
-        every: How often.
+        every: The option of the plugin, see ``parse_interval``.
         progress: The counters of the run.
+
+    Raises:
+        ValueError: ``every`` is not an interval.
     """
 
-    def __init__(self, every: Every, progress: Any) -> None:
-        self.every = every
+    def __init__(self, every: int | str | None, progress: Any) -> None:
+        self.interval = parse_interval(every, by_epoch=progress.max_epochs is not None)
+        self._every = every
         self._progress = progress
         self.restart()
 
     def restart(self) -> None:
-        """Count from here."""
-        count = int(self.every.number)
-        if self.every.unit == "epochs":
+        """Start the interval anew from the current epoch, iteration and time."""
+        count = int(self.interval.number)
+        if self.interval.unit == "epochs":
             self._next = (self._progress.epoch // count + 1) * count
-        elif self.every.unit == "iterations":
+        elif self.interval.unit == "iterations":
             self._next = (self._progress.iter // count + 1) * count
         else:
-            self._deadline = time.monotonic() + 60 * self.every.number
+            self._deadline = time.monotonic() + 60 * self.interval.number
+
+    def is_due(self, runner: Any) -> bool:
+        """Return whether to save at this safe point; the answer is the same on all ranks.
+
+        The clocks of ranks differ. When time is up, rank 0 only requests a save, which is due at
+        the safe point where all ranks have agreed on it.
+        """
+        if self._is_overdue and dist.is_main_process():
+            runner.requests.setdefault("save", f"every {self._every}")
+        if runner.agreed and runner.agreed.keys() & {"save", "stop"}:
+            return True
+        return self._is_reached or _is_last_safe_point(runner)
 
     @property
-    def due(self) -> bool:
-        """Whether epochs or iterations call for a save."""
-        if self.every.unit == "iterations":
+    def _is_reached(self) -> bool:
+        if self.interval.unit == "iterations":
             return bool(self._progress.iter >= self._next)
-        return self.every.unit == "epochs" and bool(self._progress.epoch >= self._next)
+        return self.interval.unit == "epochs" and bool(self._progress.epoch >= self._next)
 
     @property
-    def overdue(self) -> bool:
-        """Whether the clock does, on which ranks may differ."""
-        return self.every.unit == "minutes" and time.monotonic() >= self._deadline
+    def _is_overdue(self) -> bool:
+        return self.interval.unit == "minutes" and time.monotonic() >= self._deadline
+
+
+def _is_last_safe_point(runner: Any) -> bool:
+    progress = runner.progress
+    may_end = progress.batch == 0 or progress.iter == progress.max_iters
+    return may_end and bool(runner.train_loop.done)

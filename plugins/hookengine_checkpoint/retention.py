@@ -5,86 +5,93 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from hookengine_checkpoint import files
-from hookengine_checkpoint.files import Saved
+from hookengine_checkpoint import writing
+from hookengine_checkpoint.files import Saved, published
 from hookengine_checkpoint.find import Found
 
 
-class Shelf:
+class RunCheckpoints:
     """The checkpoints that a run has published, and may remove.
 
     Args:
-        keep_last: How many; None for all.
+        keep_last: How many of the last ones to keep; None keeps all.
 
     Attributes:
-        kept: Those that are there, in the order of their publication.
-        lineage: Names the run from its beginning on, over all resumes, whatever its folder holds
-            of others.
+        kept: The checkpoints on the disk, in the order of their publication.
+        lineage: Identifies the run across all its resumes, whatever other runs have saved in the
+            same folder.
     """
 
     def __init__(self, keep_last: int | None) -> None:
         self.keep_last = keep_last
         self.kept: list[Saved] = []
         self.lineage = uuid.uuid4().hex
-        self._aside: tuple[Path, list[str]] | None = None
+        self._resumed: tuple[Path, list[str]] | None = None
 
     @property
     def newest(self) -> Saved | None:
-        """The newest one."""
+        """The newest checkpoint, or None."""
         return self.kept[-1] if self.kept else None
 
     def holds(self, number: int | None) -> bool:
-        """Whether the checkpoint of that number is there."""
+        """Return whether the checkpoint of that number is on the disk."""
         return any(saved.number == number for saved in self.kept)
 
     def adopt(self, found: Found) -> None:
-        """Take those up to the one that a run goes on from."""
+        """Continue the lineage of a resumed checkpoint, with those published up to it."""
         if found.saved is None:
             return
         folder = found.path.parent
-        up_to = [s for s in files.published(folder) if s.number <= found.saved.number]
+        up_to = [saved for saved in published(folder) if saved.number <= found.saved.number]
         self.lineage = str(found.saved.manifest["lineage"])
         self.kept = [saved for saved in up_to if saved.manifest["lineage"] == self.lineage]
-        self._aside = folder, [saved.name for saved in up_to]
+        self._resumed = folder, [saved.name for saved in up_to]
 
-    def set_aside(self) -> list[str]:
-        """Set the other ones aside, now that training goes on; returns where each is now.
+    def abandon_later(self) -> list[str]:
+        """Move checkpoints that are damaged, or later than the resumed one, out of the way.
 
-        They are damaged, or of a future that will not come: a later start would go on from them.
+        A later start would resume from them otherwise. This is called when training continues, so
+        that a run that only validates moves nothing.
+
+        Returns:
+            Their new paths.
         """
-        if self._aside is None:
+        if self._resumed is None:
             return []
-        (folder, names), self._aside = self._aside, None
-        return [str(path) for path in files.set_aside(folder, names)]
+        (folder, names), self._resumed = self._resumed, None
+        return [str(path) for path in writing.abandon(folder, names)]
 
-    def put(self, saved: Saved) -> None:
-        """Add one that was published."""
+    def add(self, saved: Saved) -> None:
+        """Add a checkpoint that was published."""
         self.kept.append(saved)
 
-    def keep_only(self, best: int | None, name: str | None = None) -> None:
-        """Remove what is not to be kept, now that the newest is published; point the links.
+    def prune(self, best: int | None, name: str | None = None) -> None:
+        """Remove checkpoints that are no longer kept, and update the links ``latest`` and ``best``.
 
         Args:
-            best: The number of the best one.
-            name: What the newest is to be called, once that is free.
+            best: The number of the best checkpoint.
+            name: The name for the newest checkpoint, if it is free after the removal.
+
+        Raises:
+            OSError: A checkpoint cannot be removed or renamed.
         """
         newest = self.kept[-1]
-        good = [saved for saved in self.kept if saved.manifest["finite"]]
-        latest = (good or self.kept)[-1]
-        # What was saved before a validation gives way to what is saved after it.
+        finite = [saved for saved in self.kept if saved.manifest["finite"]]
+        latest = (finite or self.kept)[-1]
+        # A save after a validation replaces the save before it.
         last = [saved for saved in self.kept if saved is newest or saved.iter != newest.iter]
         if self.keep_last is not None:
             last = last[-self.keep_last :]
         keep = {saved.number for saved in last} | {best, latest.number}
-        files.link(newest.path.parent, "latest", latest.name)
+        writing.link(newest.path.parent, "latest", latest.name)
         for saved in [saved for saved in self.kept if saved.number not in keep]:
             self.kept.remove(saved)
             if saved.path.is_dir():
-                files.remove(saved.path)
+                writing.remove(saved.path)
         if name is not None and name != newest.name:
-            self.kept[-1] = files.rename(newest, name)
+            self.kept[-1] = writing.rename(newest, name)
         for saved in self.kept:
             if saved.number == latest.number:
-                files.link(newest.path.parent, "latest", saved.name)
+                writing.link(newest.path.parent, "latest", saved.name)
             if saved.number == best:
-                files.link(newest.path.parent, "best", saved.name)
+                writing.link(newest.path.parent, "best", saved.name)

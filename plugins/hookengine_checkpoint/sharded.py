@@ -1,12 +1,12 @@
-"""Tensors that are spread over ranks (FSDP), by ``torch.distributed.checkpoint``.
+"""Tensors that are sharded across ranks (FSDP), through ``torch.distributed.checkpoint``.
 
-Each rank writes its shards; everything else of the state goes to ``state.pth`` as ever, where the
-place of a sharded tensor holds its name. Read at another number of ranks, torch reshards them.
+Each rank writes its shards. The rest of the state is in ``state.pth`` as usual, with the name of
+each sharded tensor in its place. torch reshards the tensors when another number of ranks reads
+them.
 """
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,9 +17,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -27,14 +26,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hookengine import dist
 from hookengine_checkpoint.checks import nonfinite
-from hookengine_checkpoint.files import METADATA
+from hookengine_checkpoint.files import FOLDER
 from hookengine_checkpoint.integrity import DamagedError
+from hookengine_checkpoint.shard_reader import ShardReader, TensorPlanner
+from hookengine_checkpoint.writing import make_folder
 
 _MARK = "hookengine.sharded"
 
 
 def split(state: Any) -> tuple[Any, dict[str, DTensor]]:
-    """The state without its sharded tensors, and these by name."""
+    """Split a state into the rest, with names in place of sharded tensors, and these by name."""
     tensors: dict[str, DTensor] = {}
 
     def take(value: Any, path: str) -> Any:
@@ -47,7 +48,7 @@ def split(state: Any) -> tuple[Any, dict[str, DTensor]]:
 
 
 def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
-    """The same containers, with ``leaf(value, path)`` in the place of what is no container."""
+    """Copy nested containers, with ``leaf(value, path)`` in place of each value."""
     kind = type(value)
     if kind in (dict, OrderedDict) and _MARK not in value:
         items = ((key, _mapped(item, leaf, f"{path}/{key}")) for key, item in value.items())
@@ -60,10 +61,29 @@ def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
     return leaf(value, path)
 
 
-class Shards:
-    """Writes the shards of a rank, from a copy in host memory, behind the training.
+def make_shard_folder(runner: Any) -> Path:
+    """Make the folder that all ranks write their shards into; all ranks call it together.
 
-    All ranks make one together: theirs write by a process group of their own.
+    Raises:
+        OSError: Rank 0 cannot make it; raised on all ranks.
+    """
+    folder, problem = Path(), ""
+    if dist.is_main_process():
+        try:
+            folder = make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
+        except OSError as error:
+            problem = str(error)
+    folder, problem = dist.broadcast_object((folder, problem))
+    if problem:
+        raise OSError(problem)
+    return folder
+
+
+class Shards:
+    """Writes the shards of this rank from a copy in host memory.
+
+    All ranks construct it together: the threads that write communicate through their own process
+    group.
     """
 
     def __init__(self) -> None:
@@ -71,7 +91,7 @@ class Shards:
         self._copies: dict[str, DTensor] = {}
 
     def take(self, tensors: dict[str, DTensor]) -> None:
-        """Copy this rank's shards; the copy is valid until the next one is taken."""
+        """Copy this rank's shards. The copy is valid until the next one is taken."""
         copies: dict[str, DTensor] = {}
         for name, tensor in tensors.items():
             value: Any = tensor.detach()
@@ -84,13 +104,17 @@ class Shards:
         self._copies = copies
 
     def write(self, folder: Path, parameters: list[str]) -> list[str]:
-        """Write the copy; the writers of all ranks call it together.
+        """Write the copy into a folder; the writing threads of all ranks call it together.
+
+        Args:
+            folder: The folder.
+            parameters: The names of the model's parameters.
 
         Returns:
-            The parameters with NaN or infinite values, on whatever rank.
+            The names of the parameters with NaN or infinite values on any rank.
 
         Raises:
-            OSError: it could not be written, on whatever rank.
+            OSError: A rank could not write its shards.
         """
         state = {name: self._copies.get(f"/state_dict/{name}") for name in parameters}
         own = nonfinite({n: t.to_local() for n, t in state.items() if t is not None}, parameters)
@@ -108,17 +132,21 @@ class Shards:
 
 
 def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
-    """The state with its sharded tensors, as this Runner's ranks hold them; all call it together.
+    """Load the sharded tensors of a state as the Runner's ranks hold them; all ranks call it.
 
-    They may be held by another number of ranks, or whole.
+    The Runner may have another number of ranks, or tensors that are not sharded.
 
     Args:
-        folder: With the shards.
-        state: What ``split`` returned first.
-        runner: Its own tensors tell how they are spread.
+        folder: The folder with the shards.
+        state: The first value that ``split`` returned.
+        runner: The Runner whose tensors determine the placement.
+
+    Returns:
+        The state with its tensors.
 
     Raises:
-        ValueError: the Runner has none of that name. DamagedError: they cannot be read.
+        ValueError: The Runner has no tensor of that name or shape.
+        DamagedError: The shards cannot be read.
     """
     own = _tensors_of(runner)
     wanted: dict[str, Tensor] = {}
@@ -130,8 +158,8 @@ def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
         if name not in own or list(own[name].shape) != value["shape"]:
             here = list(own[name].shape) if name in own else "missing"
             raise ValueError(
-                f"the checkpoint has {name}, of shape {value['shape']}; here it is {here}: it is "
-                "of another model or optimizer. load_from= begins with its weights alone"
+                f"the checkpoint has {name} of shape {value['shape']}, but here it is {here}: the "
+                "checkpoint is of another model or optimizer. load_from= loads its weights only"
             )
         mine = own[name]
         wanted[name] = mine if isinstance(mine, DTensor) else torch.empty_like(mine, device="cpu")
@@ -143,7 +171,7 @@ def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
 
 
 def spread(state: dict[str, Any], runner: Any) -> dict[str, Any]:
-    """A state whose tensors are whole, as this Runner's ranks hold them; all call it together."""
+    """Shard the tensors of a state as the Runner's ranks hold them; all ranks call it together."""
     own = _tensors_of(runner)
 
     def shard(value: Any, path: str) -> Any:
@@ -157,16 +185,19 @@ def spread(state: dict[str, Any], runner: Any) -> dict[str, Any]:
 
 
 def assemble(folder: Path, state: Any) -> Any:
-    """The state with its sharded tensors whole, without any other rank.
+    """Load the sharded tensors of a state in full, without any other rank.
 
     Args:
-        folder: With the shards.
-        state: What ``split`` returned first, or a part of it.
+        folder: The folder with the shards.
+        state: The first value that ``split`` returned, or a part of it.
+
+    Returns:
+        The state with its tensors.
 
     Raises:
-        DamagedError: they cannot be read.
+        DamagedError: The shards cannot be read.
     """
-    known = _Reader(folder).read_metadata().state_dict_metadata
+    known = ShardReader(folder).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {}
 
     def find(value: Any, path: str) -> Any:
@@ -184,14 +215,16 @@ def assemble(folder: Path, state: Any) -> Any:
 
 
 def is_sharded(runner: Any) -> bool:
-    """Whether the Runner's model is spread over ranks."""
+    """Return whether the Runner's model is sharded across ranks."""
     return any(isinstance(parameter, DTensor) for parameter in runner.bare_model.parameters())
 
 
 def _tensors_of(runner: Any) -> dict[str, Tensor]:
-    """The tensors of a Runner's state by their place in it, those of optimizers included."""
+    """Return the tensors of a Runner's state by their path in it, those of optimizers included."""
     for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
-        get_optimizer_state_dict(runner.bare_model, wrapper.optimizer)  # makes what steps make
+        get_optimizer_state_dict(
+            runner.bare_model, wrapper.optimizer
+        )  # creates the state that a step would create
     tensors: dict[str, Tensor] = {}
 
     def note(value: Any, path: str) -> Any:
@@ -205,75 +238,13 @@ def _tensors_of(runner: Any) -> dict[str, Tensor]:
 
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant so
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
         try:
             load_shards(
                 tensors,
-                storage_reader=_Reader(folder),
-                planner=_Planner(),
+                storage_reader=ShardReader(folder),
+                planner=TensorPlanner(),
                 no_dist=alone or not dist.is_distributed(),
             )
         except CheckpointException as error:  # a BaseException
             raise DamagedError(f"the shards in {folder} cannot be read: {error}") from error
-
-
-class _Reader(FileSystemReader):
-    """torch's, which reads the metadata by pickle: here by what metadata consist of, alone."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
-            metadata = _Metadata(file).load()
-        if not isinstance(metadata, Metadata):
-            raise DamagedError(f"{self.path} holds no metadata of torch.distributed.checkpoint")
-        if odd := [
-            name
-            for name, kind in metadata.state_dict_metadata.items()
-            if not isinstance(kind, TensorStorageMetadata)
-        ]:
-            raise DamagedError(f"{self.path} holds {odd[0]}, which is no tensor; it is not read")
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise DamagedError(f"{self.path} refers to {info.relative_path}, outside of it")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    """torch's, which unpickles what is no tensor: here there is nothing of that kind."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise DamagedError(f"{read_item.storage_index.fqn} is no tensor; it is not read")
-
-
-class _Metadata(pickle.Unpickler):
-    """Reads the classes of ``torch.distributed.checkpoint``'s metadata, and nothing else."""
-
-    MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-    )
-    NAMES = (
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib._local", "PosixPath"),
-        ("pathlib._local", "WindowsPath"),
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if self._may(module, name) else None
-        is_dtype = module == "torch" and type(found).__name__ == "dtype"
-        own = isinstance(found, type) and found.__module__ in self.MODULES
-        if own or is_dtype or (module, name) in self.NAMES:
-            return found
-        raise pickle.UnpicklingError(
-            f"{METADATA} refers to {module}.{name}, which could run code; nothing was run"
-        )
-
-    def _may(self, module: str, name: str) -> bool:
-        return "." not in name and (
-            module in self.MODULES or (module, name) in self.NAMES or module == "torch"
-        )

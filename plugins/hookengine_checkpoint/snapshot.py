@@ -1,22 +1,18 @@
-"""A copy of a state in host memory, into buffers that are kept and used again."""
+"""A copy of a state in host memory, in buffers that are used again for the next copy."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-"""Values that ``torch.load(weights_only=True)`` reads, beside tensors and their containers."""
-
 
 class Snapshot:
-    """Copies states; one copy of a state in host memory, pinned where there is a CUDA device.
+    """Keeps one copy of a state in host memory, which is pinned for tensors on a CUDA device.
 
-    Tensors that are one and the same stay so. The copy is valid until the next one is taken.
+    Tensors that share memory share it in the copy. The copy is valid until the next one is taken.
     """
 
     def __init__(self) -> None:
@@ -24,10 +20,10 @@ class Snapshot:
         self._copied: torch.cuda.Event | None = None
 
     def take(self, state: Any) -> Any:
-        """Copy a state; of tensors on a CUDA device the copy is ready after ``wait``.
+        """Copy a state of tensors and plain containers (see ``checks.check_plain``).
 
-        Raises:
-            TypeError: something in it is no tensor and no plain container; the message says where.
+        Returns:
+            The copy. Copies of tensors on a CUDA device are complete after ``wait``.
         """
         buffers: dict[tuple[Any, ...], Tensor] = {}
         on_cuda = False
@@ -50,7 +46,7 @@ class Snapshot:
                 return {k: copy(v, (*path, k)) for k, v in value.items()}
             if kind is OrderedDict:
                 ordered = OrderedDict((k, copy(v, (*path, k))) for k, v in value.items())
-                vars(ordered).update(vars(value))  # the versions that modules save
+                vars(ordered).update(vars(value))  # such as the versions that modules save
                 return ordered
             if kind is Counter:
                 return Counter(value)
@@ -60,14 +56,14 @@ class Snapshot:
 
         with torch.no_grad():
             copied = copy(state, ())
-        self._buffers = buffers  # what is not needed any more goes
+        self._buffers = buffers  # drops those that are no longer needed
         if on_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         return copied
 
     def wait(self) -> None:
-        """Wait until the copy is ready; on the thread that writes it."""
+        """Wait until the copy is complete; called on the thread that writes it."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -86,39 +82,8 @@ class Snapshot:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What is equal for two tensors that are one and the same memory."""
+    """Return a key that is equal for two tensors that are the same view of the same memory."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return (id(tensor),)
     views = tensor.is_conj(), tensor.is_neg()
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), *views
-
-
-def check_plain(state: Any, where: str) -> None:
-    """Refuse what only code could restore.
-
-    Raises:
-        TypeError: with its place in the state, and what to do.
-    """
-    for path, value in _odd(state, where):
-        numpy = type(value).__module__.startswith("numpy")
-        fix = "float(x), int(x) or torch.tensor(x)" if numpy else "numbers, strings and tensors"
-        raise TypeError(
-            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint "
-            f"cannot hold, since reading it would run code: keep {fix} in the state instead"
-        )
-
-
-def _odd(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    kind = type(value)
-    if isinstance(value, Tensor) or kind in PLAIN:
-        return
-    if kind in (dict, OrderedDict, Counter):
-        for key, item in value.items():
-            if type(key) not in PLAIN and type(key) is not tuple:
-                yield f"the key {key!r} of {path}", key
-            yield from _odd(item, f"{path}[{key!r}]")
-    elif kind in (list, tuple, set, torch.Size):
-        for index, item in enumerate(value):
-            yield from _odd(item, f"{path}[{index}]")
-    else:
-        yield path, value

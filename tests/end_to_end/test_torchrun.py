@@ -126,7 +126,7 @@ def test_ranks_killed_three_times_are_started_again_and_end_where_they_would_hav
     assert code == 0, straight
     code, killed = run([*launcher, job, tmp_path / "killed", 3, 7, "kill"])
     assert code == 0, killed
-    assert killed.count("goes on from") == 3
+    assert killed.count("resuming from") == 3
     assert ends(killed) == ends(straight)
     assert len(ends(killed)) == 2
 
@@ -206,6 +206,6 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path, job: Path, two_machin
     kept, lost = ((tmp_path / name).read_text() for name in ("kept", "lost"))
     assert codes == [0, -signal.SIGKILL], kept + lost
     assert "2 ranks" in kept + lost  # they met
-    assert "goes on from" in kept
+    assert "resuming from" in kept
     (end,) = ends(kept)
     assert end.startswith("end of rank 0 of 1")

@@ -395,7 +395,7 @@ def test_auto_goes_on_from_the_newest_run_in_its_folder(make: Any, capsys: Any) 
     assert second.progress.epoch == 2
     second.train()
     assert second.run_dir == first.run_dir
-    assert f"goes on from {first.run_dir.resolve()}" in capsys.readouterr().out
+    assert f"resuming from {first.run_dir.resolve()}" in capsys.readouterr().out
     records = [json.loads(x) for x in (first.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["iter"] for record in records] == [5, 10, 15]
 
@@ -581,7 +581,7 @@ def test_host_memory_holds_one_copy_which_is_used_again(make: Any) -> None:
     saving = dict(type="checkpoint", every="2 iterations")
     runner = make(plugins=[saving])
     pointers = set()
-    snapshot = runner.plugins["checkpoint"]._snapshot
+    snapshot = runner.plugins["checkpoint"]._saver.snapshot
 
     @runner.on("before_train_iter")
     def look() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from hookengine_checkpoint.files import published, publishing, verify
+from hookengine_checkpoint.files import published, verify
 from hookengine_checkpoint.integrity import DamagedError
+from hookengine_checkpoint.writing import publishing
 from torch import nn
 
 
@@ -85,8 +86,8 @@ def test_a_full_disk_does_not_end_training(make: Any, capsys: Any) -> None:
 
     runner.train()
     printed = capsys.readouterr().out
-    assert "checkpoint: it could not be saved (OSError: [Errno 27] File too large)" in printed
-    assert "training goes on, and the one before, epoch_1, is whole" in printed
+    assert "checkpoint: saving failed (OSError: [Errno 27] File too large)" in printed
+    assert "training continues, and the previous checkpoint, epoch_1, is intact" in printed
     (saved,) = published(runner.run_dir / "checkpoints")
     assert saved.name == "epoch_4"
     verify(saved)
@@ -241,7 +242,7 @@ def test_a_damaged_newest_is_passed_over_and_said(
     runner.train()
     out = capsys.readouterr().out
     assert "epoch_2" in out
-    assert "it is passed over" in out
+    assert "it is skipped" in out
     assert [saved.name for saved in published(newest.parent)] == ["epoch_3"]
     assert (newest.parent / "abandoned" / "epoch_2").is_dir()  # to be looked at
     assert not [*newest.parent.rglob("pwned")]
@@ -264,20 +265,20 @@ def test_where_all_are_damaged_it_does_not_begin_anew_silently(
 ) -> None:
     for saved in published(trained.run_dir / "checkpoints"):
         flip(saved.path / "state.pth", 0.4)
-    with pytest.raises(DamagedError, match=r"no checkpoint in .* is whole.*move that folder away"):
+    with pytest.raises(DamagedError, match=r"no checkpoint in .* is intact.*move that folder away"):
         make(plugins=["checkpoint", "seed"], resume="auto", name=name)
 
 
 def test_malice_with_a_manifest_that_fits_is_not_run(make: Any, trained: Any) -> None:
     """Who writes the state can write the manifest too."""
-    from hookengine_checkpoint import files
+    from hookengine_checkpoint import files, writing
 
     path = trained.run_dir / "checkpoints" / "epoch_2"
     malicious(path / "state.pth")
     manifest = dict(files.read_manifest(path).manifest)
     (path / "manifest.json").unlink()
     manifest.pop("files")
-    files.write_manifest(path, manifest)
+    writing.write_manifest(path, manifest)
     with pytest.raises(DamagedError, match=r"refers to \w+.mkdir, which could run code"):
         make(plugins=["checkpoint", "seed"], resume=path)
     assert not [*path.parent.rglob("pwned")]
@@ -295,7 +296,7 @@ def test_a_file_of_ones_own_with_a_flipped_bit_is_refused(make: Any, tmp_path: P
 
 def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(DamagedError, match="is no state of a Runner"):
+    with pytest.raises(DamagedError, match="is not the state of a Runner"):
         make(plugins=["checkpoint"], resume=tmp_path / "list.pth")
     torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"it has no optimizer, plugins.*Runner\(load_from="):
@@ -303,7 +304,7 @@ def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(make: Any, trained: Any) -> None:
-    from hookengine_checkpoint import files
+    from hookengine_checkpoint import files, writing
 
     path = trained.run_dir / "checkpoints" / "epoch_2"
     manifest = dict(files.read_manifest(path).manifest)
@@ -311,7 +312,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(make: Any, trained: Any) -> N
     files.FORMAT = 2
     try:
         manifest.pop("files"), manifest.pop("format")
-        files.write_manifest(path, manifest)
+        writing.write_manifest(path, manifest)
     finally:
         files.FORMAT = 1
     with pytest.raises(DamagedError, match="has format 2, of a later hookengine"):
@@ -330,17 +331,17 @@ def test_what_a_kill_has_left_half_written_goes(make: Any, tmp_path: Path) -> No
 
 
 def test_metadata_of_shards_cannot_run_code(tmp_path: Path) -> None:
-    from hookengine_checkpoint.sharded import _Reader
+    from hookengine_checkpoint.shard_reader import ShardReader
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
     for content, message in (
         (Evil(tmp_path / "pwned"), "refers to .*mkdir, which could run code"),
         ({"a": 1}, "holds no metadata"),
-        (Metadata({"x": BytesStorageMetadata()}), "holds x, which is no tensor"),
+        (Metadata({"x": BytesStorageMetadata()}), "holds x, which is not a tensor"),
     ):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
         with pytest.raises((DamagedError, pickle.UnpicklingError), match=message):
-            _Reader(tmp_path).read_metadata()
+            ShardReader(tmp_path).read_metadata()
     assert not (tmp_path / "pwned").exists()
 
 

@@ -184,7 +184,7 @@ def test_a_sharded_save_fails_on_all_ranks_and_tells_what_is_not_finite(tmp_path
     assert manifest["finite"] is False
     assert (folder / "latest").resolve().name == "epoch_3"
     log = (tmp_path / "run" / "run.log").read_text()
-    assert "it could not be saved (TypeError: the state" in log
+    assert "saving failed (TypeError: the state" in log
     assert "the weights in epoch_4 are not finite (1.weight)" in log
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_of_one_rank_does_not_end_sharded_training(tmp_path: Path, f
     for rank in on_ranks(2, fill_the_disk, tmp_path, full):
         assert rank["epoch"] == 4
         assert "epoch_4" in rank["names"]
-    assert "it could not be saved" in (tmp_path / "run" / "run.log").read_text()
+    assert "checkpoint: saving failed" in (tmp_path / "run" / "run.log").read_text()
 
 
 def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:
