@@ -149,7 +149,7 @@ SAME: dict[str, Case] = {
             train_dataloader=loader(15, batch_size=5),
             plugins=[dict(type="distributed", split_batches=True)],
         ),
-        r"a batch of 5 samples cannot be split over 2 ranks: take a multiple of 2",
+        r"a batch of 5 samples cannot be split over 2 ranks: use a multiple of 2",
     ),
     "split of one's own batches": (
         lambda: dict(
@@ -158,7 +158,7 @@ SAME: dict[str, Case] = {
             ),
             plugins=[dict(type="distributed", split_batches=True)],
         ),
-        r"a batch_sampler of your own makes its batches by itself",
+        r"but this dataloader has its own batch_sampler",
     ),
     "unused": (
         lambda: dict(model=Net()),
