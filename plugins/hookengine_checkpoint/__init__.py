@@ -147,7 +147,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         can_agree = dist.get_world_size() == 1 or "agree" in runner.plugins.calls()
         if self._timer.interval.unit == "minutes" and not can_agree:
             raise ValueError(
-                f"every={self.every!r} needs a plugin that answers the event 'agree', because the "
+                f"every={self.every!r} needs a plugin that implements the event 'agree', since the "
                 "processes must save at the same time: give every in epochs or iterations"
             )
         self._training = True
