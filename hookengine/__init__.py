@@ -26,6 +26,7 @@ from hookengine.records.record import Record, read_records
 from hookengine.records.sink import Sink
 from hookengine.runner import Runner
 from hookengine.setup.environment import describe_environment
+from hookengine.setup.plain import not_plain
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "length_of",
     "log_context",
     "metric_value",
+    "not_plain",
     "options_of",
     "preserved_random_state",
     "read_records",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-"""Types that ``torch.load(weights_only=True)`` reads, besides tensors and their containers."""
+from hookengine import not_plain
 
 
 def check_plain(state: Any, where: str) -> None:
@@ -23,29 +21,13 @@ def check_plain(state: Any, where: str) -> None:
     Raises:
         TypeError: The state holds such a value; the message names its place and the fix.
     """
-    for path, value in _not_plain(state, where):
+    for path, value in not_plain(state, where):
         numpy = type(value).__module__.startswith("numpy")
         fix = "float(x), int(x) or torch.tensor(x)" if numpy else "numbers, strings and tensors"
         raise TypeError(
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint "
             f"cannot hold because reading it would run code: keep {fix} in the state instead"
         )
-
-
-def _not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    kind = type(value)
-    if isinstance(value, Tensor) or kind in PLAIN:
-        return
-    if kind in (dict, OrderedDict, Counter):
-        for key, item in value.items():
-            if type(key) not in PLAIN and type(key) is not tuple:
-                yield f"the key {key!r} of {path}", key
-            yield from _not_plain(item, f"{path}[{key!r}]")
-    elif kind in (list, tuple, set, torch.Size):
-        for index, item in enumerate(value):
-            yield from _not_plain(item, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.optim.lr_scheduler as torch_schedulers
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from hookengine import did_you_mean, greater_is_better
+from hookengine import did_you_mean, greater_is_better, not_plain
 
 # What these schedulers need to know of the length of the run, and how many moves short of it they
 # reach their end (OneCycleLR counts its construction as the first step).
@@ -162,27 +161,20 @@ def _from_dict(
 
 
 def check_plain(scheduler: LRScheduler) -> None:
-    """Refuse a scheduler whose state a checkpoint could not hold without pickling code.
+    """Refuse a scheduler whose state a checkpoint cannot hold.
+
+    NumPy's numbers are left to the plugin that saves the state.
 
     Raises:
-        TypeError: that is so.
+        TypeError: The state holds such a value.
     """
     for name, value in scheduler.state_dict().items():
-        found = _first_not_plain(value)
-        if found is not None:
-            raise TypeError(
-                f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as {name!r}, "
-                "which no checkpoint can keep safely: leave it out of state_dict()"
-            )
-
-
-def _first_not_plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, bytes, Tensor)):
-        return None
-    if isinstance(value, (list, tuple, dict)):
-        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        return next((found for item in items if (found := _first_not_plain(item))), None)
-    return value
+        for _, found in not_plain(value, name):
+            if not isinstance(found, (int, float, str, bytes)):
+                raise TypeError(
+                    f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as "
+                    f"{name!r}, which no checkpoint can keep safely: leave it out of state_dict()"
+                )
 
 
 def _named(name: str) -> Any:
