@@ -33,17 +33,19 @@ class Accumulate(Plugin, name="accumulate"):
 
     steps: int = Field(ge=1, description="micro-batches per optimizer step")
     weight: Literal["sample", "batch", "token"] = Field(
-        "sample", description="what a loss is a mean over: samples, nothing known, or valid tokens"
+        default="sample",
+        description="what a loss is a mean over: samples, nothing known, or valid tokens",
     )
     tokens: str | int | Callable[[Any], Any] | None = Field(
-        None,
+        default=None,
         description="for weight='token': where in the batch the count is, a number or a tensor "
         "that is summed (lengths, a mask); or a function of the batch",
     )
     ignore_index: int | None = Field(
-        None, description="count what differs from it in the tensor of labels that tokens names"
+        default=None,
+        description="count what differs from it in the tensor of labels that tokens names",
     )
-    optimizer: str | None = Field(None, description="only this one of several optimizers")
+    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""

@@ -33,16 +33,23 @@ class Amp(Plugin, name="amp"):
     """
 
     dtype: Annotated[Literal["bfloat16", "float16"], BeforeValidator(_name)] = Field(
-        "bfloat16", description="float16 adds a loss scale, and is what older GPUs are fast at"
+        default="bfloat16",
+        description="float16 adds a loss scale, and is what older GPUs are fast at",
     )
     init_scale: float = Field(
-        2.0**16, gt=0, le=2.0**126, description="of float16: loss scale at the start"
+        default=2.0**16, gt=0, le=2.0**126, description="of float16: loss scale at the start"
     )
-    growth_factor: float = Field(2.0, gt=1, le=2.0**16, description="by which the scale grows")
-    backoff_factor: float = Field(0.5, gt=0, lt=1, description="times the scale after a skip")
-    growth_interval: int = Field(2000, gt=0, description="steps without a skip until it grows")
+    growth_factor: float = Field(
+        default=2.0, gt=1, le=2.0**16, description="by which the scale grows"
+    )
+    backoff_factor: float = Field(
+        default=0.5, gt=0, lt=1, description="times the scale after a skip"
+    )
+    growth_interval: int = Field(
+        default=2000, gt=0, description="steps without a skip until it grows"
+    )
     optimizer: str | None = Field(
-        None, description="in training only this one of several optimizers"
+        default=None, description="in training only this one of several optimizers"
     )
 
     def configure(self, runner: Any) -> None:

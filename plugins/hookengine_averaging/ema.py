@@ -35,23 +35,28 @@ class Ema(Plugin, name="ema"):
         averaged: The averaged model; ``averaged.module`` has its weights.
     """
 
-    momentum: float = Field(MOMENTUM, gt=0, lt=1, description="weight of the present values")
+    momentum: float = Field(
+        default=MOMENTUM, gt=0, lt=1, description="weight of the present values"
+    )
     gamma: int | None = Field(
-        None,
+        default=None,
         gt=0,
         description="begin with a larger momentum, gamma / (gamma + updates) while that is larger",
     )
-    begin_step: int = Field(0, ge=0, description="optimizer steps before the average begins")
-    begin_epoch: int = Field(0, ge=0, description="epochs before it begins, instead")
-    interval: int = Field(1, gt=0, description="updates between two averages")
+    begin_step: int = Field(
+        default=0, ge=0, description="optimizer steps before the average begins"
+    )
+    begin_epoch: int = Field(default=0, ge=0, description="epochs before it begins, instead")
+    interval: int = Field(default=1, gt=0, description="updates between two averages")
     update_buffers: bool = Field(
-        False, description="average floating-point buffers (batch norm) too, else copy them"
+        default=False, description="average floating-point buffers (batch norm) too, else copy them"
     )
     evaluate: Literal["averaged", "raw", "both"] = Field(
-        "averaged", description="both: the metrics of the averaged weights are called ema/NAME"
+        default="averaged",
+        description="both: the metrics of the averaged weights are called ema/NAME",
     )
     ema_type: str | type[BaseAveragedModel] = Field(
-        "ExponentialMovingAverage", description="an averaged model, by name or class"
+        default="ExponentialMovingAverage", description="an averaged model, by name or class"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of ema_type"

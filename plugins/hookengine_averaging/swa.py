@@ -37,13 +37,21 @@ class Swa(Plugin, name="swa"):
     after = ("schedule", "accumulate")
 
     begin: int | float = Field(
-        0.75, gt=0, description="epochs before averaging begins, or below 1 their share of the run"
+        default=0.75,
+        gt=0,
+        description="epochs before averaging begins, or below 1 their share of the run",
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate while averaging; None leaves it to the schedule"
+        default=None,
+        gt=0,
+        description="learning rate while averaging; None leaves it to the schedule",
     )
-    anneal_epochs: int = Field(10, ge=0, description="epochs until the learning rate is there")
-    anneal_strategy: Literal["cos", "linear"] = Field("cos", description="how it gets there")
+    anneal_epochs: int = Field(
+        default=10, ge=0, description="epochs until the learning rate is there"
+    )
+    anneal_strategy: Literal["cos", "linear"] = Field(
+        default="cos", description="how it gets there"
+    )
 
     def __post_init__(self) -> None:
         """Refuse a begin that is neither epochs nor a share."""

@@ -40,29 +40,31 @@ class Checkpoint(Plugin, name="checkpoint"):
     """
 
     every: int | str | None = Field(
-        None,
+        default=None,
         description="the interval: '2 epochs', '500 iterations', '10 minutes'; a number counts "
         "epochs, or iterations if these limit the run; by default every epoch, or every 1000 "
         "iterations",
     )
     keep_last: int | None = Field(
-        1, gt=0, description="how many of the last checkpoints to keep; None keeps all"
+        default=1, gt=0, description="how many of the last checkpoints to keep; None keeps all"
     )
     keep_best: str | None = Field(
-        None, description="a metric; the checkpoint with its best value is kept, too"
+        default=None, description="a metric; the checkpoint with its best value is kept, too"
     )
     greater_is_better: bool | None = Field(
-        None,
+        default=None,
         description="whether a greater value of that metric is better; by default its name decides",
     )
-    asynchronous: bool = Field(True, description="write on a thread while training continues")
+    asynchronous: bool = Field(
+        default=True, description="write on a thread while training continues"
+    )
     allow: list[str] = Field(
         default_factory=list,
         description="what may differ from the checkpoint that is resumed: names of plugins, "
         "'optimizer', 'dataset', 'world_size'",
     )
     signals: list[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = Field(
-        ["SIGTERM", "SIGINT", "SIGUSR1"],
+        default=["SIGTERM", "SIGINT", "SIGUSR1"],
         description="signals that end training with a checkpoint",
     )
 

@@ -29,14 +29,19 @@ class Clip(Plugin, name="clip"):
     before = ("amp", "accumulate")
 
     max_norm: float | None = Field(
-        None, gt=0, description="of all gradients of an optimizer together; inf only measures"
+        default=None,
+        gt=0,
+        description="of all gradients of an optimizer together; inf only measures",
     )
-    norm_type: float = Field(2.0, gt=0, description="the p of the norm; inf for the largest value")
-    clip_value: float | None = Field(None, gt=0, description="of each element, instead")
+    norm_type: float = Field(
+        default=2.0, gt=0, description="the p of the norm; inf for the largest value"
+    )
+    clip_value: float | None = Field(default=None, gt=0, description="of each element, instead")
     error_if_nonfinite: bool = Field(
-        False, description="an error instead of a step with NaN or infinite gradients; synchronises"
+        default=False,
+        description="an error instead of a step with NaN or infinite gradients; synchronises",
     )
-    optimizer: str | None = Field(None, description="only this one of several optimizers")
+    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""

@@ -23,16 +23,20 @@ class Compile(Plugin, name="compile"):
     """
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
-        Field("default", description="see torch.compile")
+        Field(default="default", description="see torch.compile")
     )
     backend: str | Callable[..., Any] = Field(
-        "inductor", description="see torch.compiler.list_backends()"
+        default="inductor", description="see torch.compiler.list_backends()"
     )
-    fullgraph: bool = Field(False, description="an error instead of a break in the graph")
-    dynamic: bool | None = Field(None, description="whether shapes may change; None finds out")
-    options: dict[str, Any] | None = Field(None, description="of the backend, instead of a mode")
+    fullgraph: bool = Field(default=False, description="an error instead of a break in the graph")
+    dynamic: bool | None = Field(
+        default=None, description="whether shapes may change; None finds out"
+    )
+    options: dict[str, Any] | None = Field(
+        default=None, description="of the backend, instead of a mode"
+    )
     modules: Sequence[str] = Field(
-        (), description="parts of the model to compile instead of the whole, by name"
+        default=(), description="parts of the model to compile instead of the whole, by name"
     )
 
     def __post_init__(self) -> None:

@@ -68,24 +68,29 @@ class Distributed(Plugin, name="distributed"):
     """
 
     strategy: Literal["ddp", "fsdp", "none"] = Field(
-        "ddp", description="'none': gradients are left to the model's own train_step"
+        default="ddp", description="'none': gradients are left to the model's own train_step"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the wrapper, as find_unused_parameters=True"
     )
     wrapper: str | type[nn.Module] | None = Field(
-        None, description="another wrapper: its name in MODEL_WRAPPERS, or the class"
+        default=None, description="another wrapper: its name in MODEL_WRAPPERS, or the class"
     )
-    backend: str | None = Field(None, description="by default NCCL on CUDA, gloo on the CPU")
+    backend: str | None = Field(
+        default=None, description="by default NCCL on CUDA, gloo on the CPU"
+    )
     timeout: float | None = Field(
-        None, gt=0, description="seconds that a rank waits for others; by default torch's"
+        default=None, gt=0, description="seconds that a rank waits for others; by default torch's"
     )
-    share_data: bool = Field(True, description="give each rank its share of the dataloaders")
+    share_data: bool = Field(
+        default=True, description="give each rank its share of the dataloaders"
+    )
     split_batches: bool = Field(
-        False, description="a batch size is that of all ranks together; else of each"
+        default=False, description="a batch size is that of all ranks together; else of each"
     )
     uneven: Literal["repeat", "drop"] | None = Field(
-        None, description="training samples left over; by default as the dataloader's drop_last"
+        default=None,
+        description="training samples left over; by default as the dataloader's drop_last",
     )
 
     def __post_init__(self) -> None:

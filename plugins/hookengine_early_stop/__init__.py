@@ -21,13 +21,17 @@ class EarlyStop(Plugin, name="early_stop"):
     """
 
     metric: str = Field(description="of validation, by its full name")
-    patience: int = Field(5, ge=1, description="validations in a row without getting better")
-    min_delta: float = Field(0.0, ge=0, description="what counts as better")
-    rule: Literal["greater", "less"] | None = Field(
-        None, description="what is better; known by name for accuracy, loss and their kin"
+    patience: int = Field(
+        default=5, ge=1, description="validations in a row without getting better"
     )
-    threshold: float | None = Field(None, description="stop at once where it is reached")
-    check_finite: bool = Field(True, description="stop at once where the metric is not finite")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as better")
+    rule: Literal["greater", "less"] | None = Field(
+        default=None, description="what is better; known by name for accuracy, loss and their kin"
+    )
+    threshold: float | None = Field(default=None, description="stop at once where it is reached")
+    check_finite: bool = Field(
+        default=True, description="stop at once where the metric is not finite"
+    )
 
     def __post_init__(self) -> None:
         """Know which is better."""

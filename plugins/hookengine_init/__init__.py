@@ -79,10 +79,11 @@ class Init(Plugin, name="init"):
     """
 
     keep: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
-        (), description="names of submodules to leave as they are, a pretrained backbone say"
+        default=(),
+        description="names of submodules to leave as they are, a pretrained backbone say",
     )
     seed: int | None = Field(
-        None, ge=0, description="makes the weights depend on this alone, on no draw before"
+        default=None, ge=0, description="makes the weights depend on this alone, on no draw before"
     )
 
     def initialize_model(self, runner: Any, model: nn.Module) -> None:

@@ -26,15 +26,21 @@ class Mixup(Plugin, name="mixup"):
     class indices of shape (N,) or probabilities.
     """
 
-    mixup: float = Field(0.2, ge=0, description="alpha of the Beta distribution; 0 for no MixUp")
-    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0 for no CutMix")
-    num_classes: int | None = Field(None, gt=0, description="needed where labels are indices")
-    prob: float = Field(1.0, gt=0, le=1, description="share of the batches that are mixed")
+    mixup: float = Field(
+        default=0.2, ge=0, description="alpha of the Beta distribution; 0 for no MixUp"
+    )
+    cutmix: float = Field(
+        default=0.0, ge=0, description="alpha of the Beta distribution; 0 for no CutMix"
+    )
+    num_classes: int | None = Field(
+        default=None, gt=0, description="needed where labels are indices"
+    )
+    prob: float = Field(default=1.0, gt=0, le=1, description="share of the batches that are mixed")
     switch_prob: float = Field(
-        0.5, ge=0, le=1, description="share of CutMix among them, where both are on"
+        default=0.5, ge=0, le=1, description="share of CutMix among them, where both are on"
     )
     labels: str | Callable[[Any], Any] | None = Field(
-        None, description="key of the labels in a dict, or a function of the batch"
+        default=None, description="key of the labels in a dict, or a function of the batch"
     )
 
     def __post_init__(self) -> None:

@@ -226,7 +226,9 @@ class Preprocess(Plugin, name="preprocess"):
     preprocessor moves the batches.
     """
 
-    prefetch: bool = Field(False, description="copy the next batch while this one is trained on")
+    prefetch: bool = Field(
+        default=False, description="copy the next batch while this one is trained on"
+    )
 
     def setup_dataloader(self, runner: Any, dataloader: Iterable[Any], phase: str) -> Any:
         """Put the prefetching dataloader around the training dataloader."""

@@ -29,7 +29,7 @@ class ProgressBar(Plugin, name="progress_bar"):
     it. What is printed meanwhile appears above it.
     """
 
-    refresh_per_second: float = Field(5.0, gt=0, description="how often the bar is drawn")
+    refresh_per_second: float = Field(default=5.0, gt=0, description="how often the bar is drawn")
 
     def configure(self) -> None:
         """Nothing is drawn yet."""

@@ -26,7 +26,7 @@ class Report(Sink, name="report"):
     """
 
     every: int | None = Field(
-        None,
+        default=None,
         gt=0,
         description="also after this many validations, to look at a run that goes on; None: at the "
         "end only",

@@ -36,19 +36,21 @@ class Schedule(Plugin, name="schedule"):
         "function of the optimizer; or a list of these, one after the other at the milestones"
     )
     by_epoch: bool | None = Field(
-        None,
+        default=None,
         description="move on per epoch, else per optimizer step; by default as train_cfg, "
         "OneCycleLR and CyclicLR per step",
     )
     milestones: Sequence[int] = Field(
-        (), description="for a list: after how many epochs (or steps) the next one follows"
+        default=(), description="for a list: after how many epochs (or steps) the next one follows"
     )
     warmup: int | float = Field(
-        0, ge=0, description="optimizer steps, or below 1 their share of the run"
+        default=0, ge=0, description="optimizer steps, or below 1 their share of the run"
     )
-    warmup_factor: float = Field(0.01, gt=0, le=1, description="at which the warm-up begins")
-    metric: str | None = Field(None, description="of validation, for ReduceLROnPlateau")
-    optimizer: str | None = Field(None, description="only this one of several optimizers")
+    warmup_factor: float = Field(
+        default=0.01, gt=0, le=1, description="at which the warm-up begins"
+    )
+    metric: str | None = Field(default=None, description="of validation, for ReduceLROnPlateau")
+    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
 
     def __post_init__(self) -> None:
         """Refuse a warm-up that is neither a number of steps nor a share."""

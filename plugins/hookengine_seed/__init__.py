@@ -39,13 +39,16 @@ class Seed(Plugin, name="seed"):
     """
 
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="by default torch.initial_seed(), and nothing is seeded"
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="by default torch.initial_seed(), and nothing is seeded",
     )
     deterministic: bool | Literal["warn"] = Field(
-        False, description="torch.use_deterministic_algorithms; 'warn' where there is none"
+        default=False, description="torch.use_deterministic_algorithms; 'warn' where there is none"
     )
     per_sample: bool | None = Field(
-        None, description="a seed for each sample; by default where workers read them"
+        default=None, description="a seed for each sample; by default where workers read them"
     )
 
     def configure(self, runner: Any) -> None:

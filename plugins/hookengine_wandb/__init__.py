@@ -40,23 +40,31 @@ class Wandb(Sink, name="wandb"):
     If the script has called ``wandb.init`` itself, that run is used, and left open.
     """
 
-    project: str | None = Field(None, description="by default WANDB_PROJECT, or 'hookengine'")
-    entity: str | None = Field(None, description="user or team; by default the key's own")
-    name: str | None = Field(None, description="by default WANDB_NAME, or that of the Runner")
-    group: str | None = Field(None, description="by which runs are put together")
-    job_type: str | None = Field(None, description="such as 'train' or 'eval'")
+    project: str | None = Field(
+        default=None, description="by default WANDB_PROJECT, or 'hookengine'"
+    )
+    entity: str | None = Field(default=None, description="user or team; by default the key's own")
+    name: str | None = Field(
+        default=None, description="by default WANDB_NAME, or that of the Runner"
+    )
+    group: str | None = Field(default=None, description="by which runs are put together")
+    job_type: str | None = Field(default=None, description="such as 'train' or 'eval'")
     tags: list[str] = Field(default_factory=list)
     notes: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="by default WANDB_MODE, or online if there is a key, else offline"
+        default=None, description="by default WANDB_MODE, or online if there is a key, else offline"
     )
     config: dict[str, Any] = Field(default_factory=dict, description="more of the configuration")
     checkpoints: Literal["best", "all"] | None = Field(
-        None, description="which checkpoints become artifacts"
+        default=None, description="which checkpoints become artifacts"
     )
-    init_timeout: float = Field(30.0, gt=0, description="seconds to reach the server at the start")
+    init_timeout: float = Field(
+        default=30.0, gt=0, description="seconds to reach the server at the start"
+    )
     finish_timeout: float = Field(
-        30.0, gt=0, description="seconds for the upload at the end; `wandb sync` does the rest"
+        default=30.0,
+        gt=0,
+        description="seconds for the upload at the end; `wandb sync` does the rest",
     )
 
     def configure(self, runner: Any) -> None:

@@ -20,9 +20,9 @@ class Watch(Plugin, name="watch"):
     gradients, complex parameters, empty ones) is left out, with one warning.
     """
 
-    what: Literal["gradients", "parameters", "all"] = Field("gradients")
-    every: int = Field(1000, gt=0, description="optimizer steps between two of them")
-    bins: int = Field(64, gt=0, description="of a histogram")
+    what: Literal["gradients", "parameters", "all"] = Field(default="gradients")
+    every: int = Field(default=1000, gt=0, description="optimizer steps between two of them")
+    bins: int = Field(default=64, gt=0, description="of a histogram")
 
     def configure(self) -> None:
         """Nothing is left out yet."""

@@ -13,7 +13,7 @@ from hookengine import DEFAULT_PLUGINS, Plugin, PluginManager, hookimpl
 class Note(Plugin):
     """A plugin that notes what it is told."""
 
-    size: int = Field(1, gt=0)
+    size: int = Field(default=1, gt=0)
 
     def __post_init__(self) -> None:
         self.log: list[str] = []

@@ -20,7 +20,7 @@ from hookengine.events.plugin import name_of
 class Noise(Plugin):
     """A plugin with options."""
 
-    eta: float = Field(0.01, gt=0, description="noise scale")
+    eta: float = Field(default=0.01, gt=0, description="noise scale")
     names: tuple[str, ...] = ()
 
     def before_optim_step(self, optim_wrapper: object) -> None:
