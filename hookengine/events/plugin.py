@@ -9,7 +9,7 @@ import os
 import re
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -40,7 +40,11 @@ def snake_case(name: str) -> str:
 @dataclass_transform(
     kw_only_default=True, eq_default=False, field_specifiers=(pydantic.Field, dataclasses.field)
 )
-class Plugin:
+class _Options:
+    """Tells type checkers that the annotated fields of a subclass, ``Plugin`` too, are options."""
+
+
+class Plugin(_Options):
     """Base class of plugins: annotated fields are options, methods named after events are hooks.
 
     Each subclass becomes a keyword-only pydantic dataclass, which validates its options and
@@ -59,7 +63,10 @@ class Plugin:
         name: (class keyword) The plugin's name; by default the name of the class in snake case.
     """
 
-    plugin_name: ClassVar[str] = "plugin"
+    if TYPE_CHECKING:  # to pydantic it is no field
+        plugin_name: str = "plugin"
+    else:
+        plugin_name: ClassVar[str] = "plugin"
     """The name under which a plugin is switched off, ordered, blamed and saved.
 
     It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
@@ -108,7 +115,7 @@ def _explaining(init: Callable[..., None]) -> Callable[..., None]:
             init(self, **options)
         except pydantic.ValidationError as error:
             cls = type(self)
-            known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+            known = [field.name for field in dataclasses.fields(cls)]
             text = explain_validation(error, known)
             if plain := [n for n in options if n not in known and n in vars(cls)]:
                 text += f". To make {plain[0]!r} an option, annotate it: {plain[0]}: int = ..."
