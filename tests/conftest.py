@@ -1,17 +1,17 @@
-"""What the tests share: a small model, small data, and a bare Runner over them."""
+"""What the tests share: the fixtures, whose types are in tests/fixtures.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from hookengine import BaseMetric, BaseModel, Runner
+from hookengine import Runner
+from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy, ToyRunner, toy_data
 
 
 @pytest.fixture(autouse=True)
@@ -28,38 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no accelerator here"))
 
 
-class Toy(BaseModel):
-    """A linear classifier of four features into three classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(4, 3)
-
-    def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
-        scores = self.net(inputs)
-        if mode == "loss":
-            return {"loss": F.cross_entropy(scores, labels)}
-        return (scores, labels) if mode == "predict" else scores
-
-
-class ToyAccuracy(BaseMetric):
-    """Share of right predictions."""
-
-    def process(self, data_batch: Any, data_samples: Any) -> None:
-        scores, labels = data_samples
-        self.results.append(((scores.argmax(1) == labels).sum().item(), len(labels)))
-
-    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
-        return {"accuracy": sum(r[0] for r in results) / sum(r[1] for r in results)}
-
-
-def toy_data(samples: int = 20, seed: int = 0) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(samples, 4, generator=generator)
-    labels = torch.randint(3, (samples,), generator=generator)
-    return TensorDataset(inputs, labels)
-
-
 @pytest.fixture
 def toy() -> type[Toy]:
     return Toy
@@ -71,16 +39,16 @@ def accuracy() -> type[ToyAccuracy]:
 
 
 @pytest.fixture
-def data() -> Callable[..., TensorDataset]:
+def data() -> MakeData:
     return toy_data
 
 
 @pytest.fixture
-def make(tmp_path: Any) -> Iterator[Callable[..., Runner]]:
+def make(tmp_path: Path) -> Iterator[MakeRunner]:
     """Build Runners over the toy: bare, two epochs of five batches, unless told otherwise."""
     runners: list[Runner] = []
 
-    def build(validate: bool = False, test: bool = False, **options: Any) -> Runner:
+    def build(validate: bool = False, test: bool = False, **options: Any) -> ToyRunner:
         torch.manual_seed(0)
         model = options.pop("model", None)
         model = Toy() if model is None else model
@@ -93,7 +61,7 @@ def make(tmp_path: Any) -> Iterator[Callable[..., Runner]]:
             loader = DataLoader(toy_data(10, seed=1), batch_size=4)
             options.setdefault(f"{phase}_dataloader", loader)
             options.setdefault(f"{phase}_evaluator", ToyAccuracy())
-        runner = Runner(model, **options)
+        runner = ToyRunner(model, **options)
         runners.append(runner)
         return runner
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from hookengine import PLUGINS
+from tests.fixtures import MakeRunner
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_readmes_example_is_short_and_runs(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_readmes_example_is_short_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = BLOCKS[0]
     assert len(example.splitlines()) <= 80
     monkeypatch.chdir(tmp_path)
@@ -85,7 +88,7 @@ def test_the_readmes_example_is_short_and_runs(tmp_path: Path, monkeypatch: Any)
     assert last["accuracy"] >= 97
 
 
-def test_the_readmes_hook_is_ten_lines_and_works(make: Any) -> None:
+def test_the_readmes_hook_is_ten_lines_and_works(make: MakeRunner) -> None:
     (hook,) = (block for block in BLOCKS if "(Plugin)" in block)
     code = [line for line in hook.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import BaseModel, Plugin, Record, Sink
+from tests.fixtures import MakeData, MakeRunner
 
 
 class Dropping(BaseModel):
@@ -46,7 +47,7 @@ class Listening(Sink):
         dict(record.scalars)
 
 
-def train(make: Any, data: Any, **options: Any) -> list[Tensor]:
+def train(make: MakeRunner, data: Any, **options: Any) -> list[Tensor]:
     torch.manual_seed(0)
     dataset: TensorDataset = data(24)
     options.setdefault("train_cfg", dict(max_iters=18))
@@ -73,7 +74,7 @@ LOGGING = dict(type="logging", interval=1)
     ],
     ids=["val every 1", "val every 5", "val by epoch", "defaults", "observers", "test"],
 )
-def test_weights_are_bit_identical(make: Any, data: Any, options: Any) -> None:
+def test_weights_are_bit_identical(make: MakeRunner, data: MakeData, options: Any) -> None:
     plain, watched = train(make, data), train(make, data, **options)
     for one, other in zip(plain, watched, strict=True):
         assert torch.equal(one, other)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def val_batches() -> DataLoader[Any]:
     return loader(10, 4, seed=2)
 
 
-def with_runner(features: frozenset[str], dtype: str, tmp_path: Any) -> Any:
+def with_runner(features: frozenset[str], dtype: str, tmp_path: Path) -> Any:
     options: dict[str, dict[str, Any]] = {
         "amp": dict(dtype=dtype, init_scale=2.0**18, growth_interval=5),
         "accumulate": dict(steps=STEPS),
@@ -164,7 +165,7 @@ def by_hand(features: frozenset[str], dtype: str) -> dict[str, Any]:
     return dict(weights=model.state_dict(), steps=steps, losses=losses, lrs=lrs)
 
 
-def check(features: frozenset[str], dtype: str, tmp_path: Any) -> dict[str, Any]:
+def check(features: frozenset[str], dtype: str, tmp_path: Path) -> dict[str, Any]:
     runner, expected = with_runner(features, dtype, tmp_path), by_hand(features, dtype)
     for name, value in runner.bare_model.state_dict().items():
         assert torch.equal(value, expected["weights"][name]), name
@@ -180,13 +181,13 @@ PAIRS = ["-".join(pair) for pair in combinations(FEATURES, 2)]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pair(pair: str, tmp_path: Any) -> None:
+def test_pair(pair: str, tmp_path: Path) -> None:
     for dtype in ("float16", "bfloat16") if pair.startswith("amp-") else ("float32",):
         check(frozenset(pair.split("-")), dtype, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_all_other_combinations(dtype: str, tmp_path: Any) -> None:
+def test_all_other_combinations(dtype: str, tmp_path: Path) -> None:
     features = [feature for feature in FEATURES if feature != "compile"]  # takes its time
     done = 0
     for count in (0, 1, *range(3, len(features) + 1)):
@@ -197,7 +198,7 @@ def test_all_other_combinations(dtype: str, tmp_path: Any) -> None:
     assert done == (128 - 21 if dtype == "float16" else 64 - 6)
 
 
-def test_all_at_once_and_every_part_of_it_happens(tmp_path: Any) -> None:
+def test_all_at_once_and_every_part_of_it_happens(tmp_path: Path) -> None:
     whole = check(frozenset(FEATURES), "float16", tmp_path)
     assert len(whole["losses"]) < EPOCHS, "it stops early"
     assert whole["steps"] < 2 * len(whole["losses"]), "it skips a step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def by_hand(dtype: str) -> tuple[GAN, dict[str, int], int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_everything_per_optimizer(dtype: str, tmp_path: Any) -> None:
+def test_everything_per_optimizer(dtype: str, tmp_path: Path) -> None:
     sgd = dict(type="SGD", lr=0.5, momentum=0.9)
     with Runner(
         GAN(),
@@ -132,7 +133,7 @@ def test_everything_per_optimizer(dtype: str, tmp_path: Any) -> None:
     assert (skipped > 0) == (dtype == "float16"), "some steps are skipped"
 
 
-def test_a_run_that_is_cut_goes_on(tmp_path: Any) -> None:
+def test_a_run_that_is_cut_goes_on(tmp_path: Path) -> None:
     def runner(epochs: int) -> Runner:
         sgd = dict(type="SGD", lr=0.5, momentum=0.9)
         made = Runner(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hookengine import PLUGINS, PluginManager
+from tests.fixtures import MakeRunner
 
 GOOD = """
 from hookengine import Plugin
@@ -74,7 +75,9 @@ def test_installed_is_not_active(install: Install) -> None:
     assert "greeter" not in PluginManager()
 
 
-def test_it_is_switched_on_by_name_with_options(install: Install, make: Any, capsys: Any) -> None:
+def test_it_is_switched_on_by_name_with_options(
+    install: Install, make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     install(GOOD)
     runner = make(plugins=["greeter"])
     runner.train()
@@ -93,14 +96,16 @@ def test_it_is_ordered_by_what_it_declares(install: Install) -> None:
     assert PluginManager(["greeter"]).order == [*head, "greeter", *tail]
 
 
-def test_it_is_blocked_without_being_imported(install: Install, monkeypatch: Any) -> None:
+def test_it_is_blocked_without_being_imported(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("raise SystemExit('imported')")
     monkeypatch.setenv("HOOKENGINE_DISABLE", "greeter")
     assert "greeter" not in PluginManager(["greeter"])
     assert "greeter_package" not in sys.modules
 
 
-def test_an_error_in_it_names_it(install: Install, make: Any) -> None:
+def test_an_error_in_it_names_it(install: Install, make: MakeRunner) -> None:
     install(GOOD.replace("print(self.text)", "raise LookupError('no')"))
     with pytest.raises(LookupError) as caught:
         make(plugins=["greeter"]).train()
@@ -127,7 +132,7 @@ def test_an_error_in_it_names_it(install: Install, make: Any) -> None:
     ],
 )
 def test_one_that_cannot_be_imported_is_reported_well(
-    install: Install, make: Any, broken: Any, message: str
+    install: Install, make: MakeRunner, broken: Any, message: str
 ) -> None:
     install(**broken)
     with pytest.raises(ImportError, match=message) as caught:
@@ -142,7 +147,7 @@ def test_one_whose_requirement_fits_is_imported(install: Install) -> None:
     assert "greeter" in PluginManager(["greeter"])
 
 
-def test_one_that_is_misspelt_is_reported_well(install: Install, make: Any) -> None:
+def test_one_that_is_misspelt_is_reported_well(install: Install, make: MakeRunner) -> None:
     install(GOOD.replace("before_train", "before_trian"))
     with pytest.raises(TypeError, match="plugin 'greeter': unknown event 'before_trian'"):
         make(plugins=["greeter"])

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from hookengine import batch_size, copy_dataloader, samplers_of
 from hookengine.loop.data import dataset_size, iterate_from, length_of
 from hookengine.setup.arguments import build_dataloader
+from tests.fixtures import MakeData
 
 IMAGES = torch.zeros(5, 3, 8, 8)
 LABELS = torch.zeros(5)
@@ -43,7 +44,7 @@ def test_the_number_of_samples_in_a_batch(batch: Any, expected: int) -> None:
     assert batch_size(batch) == expected
 
 
-def test_a_dataloader_is_anything_iterable_or_the_arguments_of_one(data: Any) -> None:
+def test_a_dataloader_is_anything_iterable_or_the_arguments_of_one(data: MakeData) -> None:
     loader = build_dataloader(dict(dataset=data(), batch_size=4), "train_dataloader")
     assert isinstance(loader, DataLoader)
     assert length_of(loader) == 5

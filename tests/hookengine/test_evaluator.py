@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hookengine import BaseMetric, Evaluator, greater_is_better, metric_value
+from tests.fixtures import MakeData, MakeRunner
 
 
 class Mean(BaseMetric):
@@ -144,7 +145,9 @@ def test_offline_evaluation_goes_in_chunks() -> None:
         evaluator.offline_evaluate([1.0], data=["a", "b"])
 
 
-def test_torchmetrics_count_what_a_metric_of_ones_own_counts(make: Any, data: Any) -> None:
+def test_torchmetrics_count_what_a_metric_of_ones_own_counts(
+    make: MakeRunner, data: MakeData
+) -> None:
     ours = make(validate=True).val()
     metric = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
     loader = DataLoader(data(10, seed=1), batch_size=4)
@@ -161,7 +164,7 @@ def test_a_torchmetric_takes_a_dict_as_keywords() -> None:
     assert evaluator.evaluate(1) == {"MeanSquaredError": 1.0}
 
 
-def test_the_dataset_tells_its_metainfo(make: Any, data: Any) -> None:
+def test_the_dataset_tells_its_metainfo(make: MakeRunner, data: MakeData) -> None:
     dataset = data(10, seed=1)
     dataset.metainfo = {"classes": ["a", "b", "c"]}
     metric = Mean()

@@ -15,6 +15,7 @@ from hookengine import Sink, hookimpl
 from hookengine.cli import events_page
 from hookengine.events import hookspecs
 from hookengine.events.hookspecs import EVENTS, SUBJECTS
+from tests.fixtures import MakeRunner
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +76,7 @@ ITERATION = (
 VAL_ITERATION = "before_val_iter forward_context after_val_iter"
 
 
-def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None:
+def test_events_fire_in_the_documented_order_over_a_whole_run(make: MakeRunner) -> None:
     log: list[str] = []
     runner = make(plugins=[recorder(log)], validate=True, test=True, train_cfg=dict(max_epochs=1))
     loaders = "setup_dataloader setup_dataloader setup_dataloader setup_optimizer resume"
@@ -116,7 +117,7 @@ def test_events_fire_in_the_documented_order_over_a_whole_run(make: Any) -> None
     assert log == ["log", "before_save_checkpoint", "after_load_checkpoint", "unconfigure"]
 
 
-def test_every_event_fires_somewhere(make: Any) -> None:
+def test_every_event_fires_somewhere(make: MakeRunner) -> None:
     log: list[str] = []
 
     class Failing(nn.Module):

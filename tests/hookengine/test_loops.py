@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hookengine import Plugin, TrainCfg
 from hookengine.loop.config import parse
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 
 def weights(runner: Any) -> list[Tensor]:
@@ -28,7 +29,7 @@ def validations(runner: Any) -> list[tuple[int, int]]:
     return log
 
 
-def test_training_equals_the_loop_by_hand(make: Any, toy: Any, data: Any) -> None:
+def test_training_equals_the_loop_by_hand(make: MakeRunner, toy: type[Toy], data: MakeData) -> None:
     runner = make(train_dataloader=DataLoader(data(), batch_size=3), train_cfg=dict(max_epochs=3))
     by_hand = toy()
     by_hand.load_state_dict(runner.bare_model.state_dict())
@@ -56,7 +57,7 @@ def test_training_equals_the_loop_by_hand(make: Any, toy: Any, data: Any) -> Non
         (dict(by_epoch=False, max_iters=4), [(0, 4)]),
     ],
 )
-def test_validation_comes_when_it_is_due(make: Any, cfg: Any, expected: Any) -> None:
+def test_validation_comes_when_it_is_due(make: MakeRunner, cfg: Any, expected: Any) -> None:
     runner = make(train_cfg=cfg, validate=True)
     log = validations(runner)
     runner.train()
@@ -67,7 +68,7 @@ def test_validation_comes_when_it_is_due(make: Any, cfg: Any, expected: Any) -> 
     assert not runner.progress.val_due
 
 
-def test_both_units_train_alike(make: Any) -> None:
+def test_both_units_train_alike(make: MakeRunner) -> None:
     by_epoch = make(train_cfg=dict(max_epochs=2))
     by_iter = make(train_cfg=dict(max_iters=10))
     by_epoch.train()
@@ -77,7 +78,7 @@ def test_both_units_train_alike(make: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_is_last_tells_the_last_batch_of_an_epoch_and_of_the_run(make: Any) -> None:
+def test_is_last_tells_the_last_batch_of_an_epoch_and_of_the_run(make: MakeRunner) -> None:
     class Watch(Plugin):
         def __post_init__(self) -> None:
             self.before_: list[int] = []
@@ -97,7 +98,7 @@ def test_is_last_tells_the_last_batch_of_an_epoch_and_of_the_run(make: Any) -> N
         assert watch.before_ == watch.after_ == expected
 
 
-def test_an_infinite_iterable_is_limited_by_max_iters(make: Any, data: Any) -> None:
+def test_an_infinite_iterable_is_limited_by_max_iters(make: MakeRunner, data: MakeData) -> None:
     batches = list(DataLoader(data(), batch_size=4))
     runner = make(train_dataloader=itertools.cycle(batches), train_cfg=dict(max_iters=12))
     runner.train()
@@ -114,20 +115,20 @@ class Stream(IterableDataset[Any]):
             yield torch.full((4,), float(index)), index % 3
 
 
-def test_a_dataloader_of_unknown_length_gives_epochs(make: Any) -> None:
+def test_a_dataloader_of_unknown_length_gives_epochs(make: MakeRunner) -> None:
     runner = make(train_dataloader=DataLoader(Stream(), batch_size=3))
     runner.train()
     assert (runner.progress.epoch, runner.progress.iter) == (2, 6)
     assert runner.progress.epoch_length is None
 
 
-def test_a_generator_that_is_used_up_is_said_so(make: Any, data: Any) -> None:
+def test_a_generator_that_is_used_up_is_said_so(make: MakeRunner, data: MakeData) -> None:
     generator = (batch for batch in DataLoader(data(), batch_size=4))
     with pytest.raises(ValueError, match=r"no batch in epoch 2.*generator"):
         make(train_dataloader=generator).train()
 
 
-def test_safe_points_come_after_iterations_epochs_and_validations(make: Any) -> None:
+def test_safe_points_come_after_iterations_epochs_and_validations(make: MakeRunner) -> None:
     runner = make(validate=True, train_cfg=dict(max_epochs=1))
     log = []
 
@@ -162,7 +163,7 @@ class EveryOther(Plugin):
         return runner.progress.iter % 2 == 1
 
 
-def test_no_safe_point_while_a_window_is_open_and_a_stop_waits(make: Any) -> None:
+def test_no_safe_point_while_a_window_is_open_and_a_stop_waits(make: MakeRunner) -> None:
     runner = make(plugins=[EveryOther()], train_cfg=dict(max_iters=10))
     safe = []
 
@@ -183,7 +184,7 @@ def test_no_safe_point_while_a_window_is_open_and_a_stop_waits(make: Any) -> Non
     assert runner.requests == {}
 
 
-def test_a_stop_is_taken_up_again_where_it_was(make: Any) -> None:
+def test_a_stop_is_taken_up_again_where_it_was(make: MakeRunner) -> None:
     straight = make(validate=True, train_cfg=dict(max_epochs=3))
     straight.train()
     for stop_at in (2, 5, 7):
@@ -204,7 +205,7 @@ def test_a_stop_is_taken_up_again_where_it_was(make: Any) -> None:
             assert torch.equal(one, other)
 
 
-def test_requests_are_settled_by_agree(make: Any) -> None:
+def test_requests_are_settled_by_agree(make: MakeRunner) -> None:
     class Slow(Plugin):
         """Answers two safe points later, once, as one does that overlaps its all-reduce."""
 
@@ -236,7 +237,7 @@ def test_requests_are_settled_by_agree(make: Any) -> None:
     assert runner.progress.iter == 5  # the third safe point from there is the epoch's
 
 
-def test_evaluation_leaves_random_state_modes_and_weights(make: Any) -> None:
+def test_evaluation_leaves_random_state_modes_and_weights(make: MakeRunner) -> None:
     class Draws(Plugin):
         """Draws from everything, in validation."""
 
@@ -263,7 +264,7 @@ def test_evaluation_leaves_random_state_modes_and_weights(make: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_an_error_in_validation_leaves_modes_and_random_state(make: Any) -> None:
+def test_an_error_in_validation_leaves_modes_and_random_state(make: MakeRunner) -> None:
     runner = make(validate=True)
 
     @runner.on("after_val_iter")
@@ -281,7 +282,7 @@ def test_an_error_in_validation_leaves_modes_and_random_state(make: Any) -> None
     assert set(runner.val()) == {"accuracy"}  # and nothing of the interrupted one is counted
 
 
-def test_each_evaluated_model_gets_a_pass_of_its_own(make: Any, toy: Any) -> None:
+def test_each_evaluated_model_gets_a_pass_of_its_own(make: MakeRunner, toy: type[Toy]) -> None:
     torch.manual_seed(1)
     other = toy()
 
@@ -295,7 +296,7 @@ def test_each_evaluated_model_gets_a_pass_of_its_own(make: Any, toy: Any) -> Non
     assert metrics["loss"] != metrics["other/loss"]
 
 
-def test_validation_loss_is_the_mean_over_samples(make: Any, data: Any) -> None:
+def test_validation_loss_is_the_mean_over_samples(make: MakeRunner, data: MakeData) -> None:
     runner = make(validate=True, val_cfg=dict(loss=True))
     inputs, labels = data(10, seed=1).tensors
     with torch.no_grad():
@@ -303,14 +304,14 @@ def test_validation_loss_is_the_mean_over_samples(make: Any, data: Any) -> None:
     assert runner.val()["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_the_loss_alone_needs_no_evaluator(make: Any, data: Any) -> None:
+def test_the_loss_alone_needs_no_evaluator(make: MakeRunner, data: MakeData) -> None:
     loader = DataLoader(data(10, seed=1), batch_size=4)
     runner = make(val_dataloader=loader, val_cfg=dict(loss=True))
     runner.train()
     assert set(runner.val()) == {"loss"}
 
 
-def test_a_loader_that_can_seek_is_told_where_to_start(make: Any, data: Any) -> None:
+def test_a_loader_that_can_seek_is_told_where_to_start(make: MakeRunner, data: MakeData) -> None:
     class Seeking:
         def __init__(self) -> None:
             self.batches = list(DataLoader(data(), batch_size=4))
@@ -339,7 +340,9 @@ def test_a_loader_that_can_seek_is_told_where_to_start(make: Any, data: Any) -> 
         assert torch.equal(one, other)
 
 
-def test_without_seek_what_was_consumed_is_dropped_and_said(make: Any, caplog: Any) -> None:
+def test_without_seek_what_was_consumed_is_dropped_and_said(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     first = make(train_cfg=dict(max_iters=7))
     first.train()
     second = make(train_cfg=dict(max_epochs=2))
@@ -349,7 +352,7 @@ def test_without_seek_what_was_consumed_is_dropped_and_said(make: Any, caplog: A
     assert "skipped the first 2 batches of epoch 2" in caplog.text
 
 
-def test_a_validation_that_was_owed_comes_first_after_a_resume(make: Any) -> None:
+def test_a_validation_that_was_owed_comes_first_after_a_resume(make: MakeRunner) -> None:
     first = make(validate=True, train_cfg=dict(max_epochs=2))
     states = []
 

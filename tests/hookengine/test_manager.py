@@ -8,6 +8,7 @@ import pytest
 from pydantic import Field
 
 from hookengine import DEFAULT_PLUGINS, Plugin, PluginManager, hookimpl
+from tests.fixtures import MakeRunner, Toy
 
 
 class Note(Plugin):
@@ -120,7 +121,7 @@ def test_order_does_not_depend_on_when_a_plugin_was_added() -> None:
     assert manager.calls()["after_train_iter"] == ["late", "early"]
 
 
-def test_who_is_added_in_mid_run_is_told_what_is_open(make: Any) -> None:
+def test_who_is_added_in_mid_run_is_told_what_is_open(make: MakeRunner) -> None:
     note = Note()
     runner = make()
 
@@ -139,14 +140,14 @@ def test_who_is_added_in_mid_run_is_told_what_is_open(make: Any) -> None:
     assert note.log == [*opened, "after_train_iter", "after_train_iter", "unconfigure"]
 
 
-def test_a_plugin_with_build_events_is_refused_in_a_built_runner(make: Any) -> None:
+def test_a_plugin_with_build_events_is_refused_in_a_built_runner(make: MakeRunner) -> None:
     runner = make()
     with pytest.raises(ValueError, match=r"convert_model.*is built already"):
         runner.plugins.add(named("late", convert_model=lambda self, model: None))
     assert "late" not in runner.plugins
 
 
-def test_a_plugin_that_is_refused_changes_nothing(make: Any) -> None:
+def test_a_plugin_that_is_refused_changes_nothing(make: MakeRunner) -> None:
     runner = make(plugins=[Note()])
     with pytest.raises(TypeError, match="after_train_itr"):
         runner.plugins.add(named("bad", after_train_itr=lambda self: None))
@@ -158,7 +159,7 @@ def test_a_plugin_that_is_refused_changes_nothing(make: Any) -> None:
     runner.train()
 
 
-def test_a_function_of_the_same_name_replaces_the_one_before(make: Any) -> None:
+def test_a_function_of_the_same_name_replaces_the_one_before(make: MakeRunner) -> None:
     runner = make()
     log = []
 
@@ -173,7 +174,7 @@ def test_a_function_of_the_same_name_replaces_the_one_before(make: Any) -> None:
     assert log == ["new", "new"]
 
 
-def test_one_function_serves_two_events_with_options_of_its_own(make: Any) -> None:
+def test_one_function_serves_two_events_with_options_of_its_own(make: MakeRunner) -> None:
     runner = make()
     log = []
 
@@ -228,7 +229,7 @@ def test_states_are_collected_by_name_and_given_back() -> None:
     other.load_state_dict({}, allow=["counter"])
 
 
-def test_an_error_names_the_plugin_the_event_and_the_iteration(make: Any) -> None:
+def test_an_error_names_the_plugin_the_event_and_the_iteration(make: MakeRunner) -> None:
     class Broken(Plugin):
         def after_train_iter(self, runner: Any) -> None:
             if runner.progress.iter == 3:
@@ -246,7 +247,7 @@ def test_an_error_names_the_plugin_the_event_and_the_iteration(make: Any) -> Non
     assert caught.traceback[-1].name == "helper"
 
 
-def test_of_two_plugins_of_one_class_the_right_one_is_blamed(make: Any) -> None:
+def test_of_two_plugins_of_one_class_the_right_one_is_blamed(make: MakeRunner) -> None:
     class Broken(Plugin):
         fails: bool = False
 
@@ -262,7 +263,7 @@ def test_of_two_plugins_of_one_class_the_right_one_is_blamed(make: Any) -> None:
         assert "plugin 'bad'" in caught.value.__notes__[0]
 
 
-def test_a_function_and_a_wrapped_function_are_blamed(make: Any) -> None:
+def test_a_function_and_a_wrapped_function_are_blamed(make: MakeRunner) -> None:
     import functools
 
     def wrap(function: Any) -> Any:
@@ -284,8 +285,8 @@ def test_a_function_and_a_wrapped_function_are_blamed(make: Any) -> None:
     assert "plugin 'before_train:fail'" in caught.value.__notes__[0]
 
 
-def test_an_error_of_the_users_model_blames_nobody(make: Any, toy: Any) -> None:
-    class Failing(toy):  # type: ignore[misc]
+def test_an_error_of_the_users_model_blames_nobody(make: MakeRunner) -> None:
+    class Failing(Toy):
         def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
             raise LookupError("no")
 
@@ -361,7 +362,7 @@ def test_an_active_plugin_is_found_by_name() -> None:
         manager["noet"]
 
 
-def test_configure_follows_the_printed_order(make: Any) -> None:
+def test_configure_follows_the_printed_order(make: MakeRunner) -> None:
     log: list[str] = []
 
     def note(event: str, name: str, **order: bool) -> Any:
@@ -383,7 +384,9 @@ def test_configure_follows_the_printed_order(make: Any) -> None:
     assert calls["configure"] == ["b", "a"]
 
 
-def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(make: Any) -> None:
+def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(
+    make: MakeRunner,
+) -> None:
     def fail(self: Any) -> None:
         raise LookupError("no")
 
@@ -402,7 +405,7 @@ def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(make:
     runner.train()
 
 
-def test_a_replacement_that_is_refused_leaves_the_old_one(make: Any) -> None:
+def test_a_replacement_that_is_refused_leaves_the_old_one(make: MakeRunner) -> None:
     runner = make()
 
     def cell(source: str) -> None:
@@ -418,7 +421,7 @@ def test_a_replacement_that_is_refused_leaves_the_old_one(make: Any) -> None:
     assert runner.plugins.order == []
 
 
-def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: Any) -> None:
+def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: MakeRunner) -> None:
     runner = make()
     log: list[str] = []
     runner.on("after_train")(lambda: log.append("one"))
@@ -475,7 +478,7 @@ def test_an_instance_has_the_name_and_the_source_of_its_entry_point() -> None:
         PluginManager([type("Hidden", (), {})])
 
 
-def test_a_group_of_errors_out_of_a_plugin_is_blamed(make: Any) -> None:
+def test_a_group_of_errors_out_of_a_plugin_is_blamed(make: MakeRunner) -> None:
     class Group(Plugin):
         def before_train(self) -> None:
             raise ExceptionGroup("several", [ValueError("a")])

@@ -25,6 +25,7 @@ from hookengine import (
 from hookengine.events.dispatch import SILENT
 from hookengine.model import BaseDataPreprocessor
 from hookengine.model.stub import stub
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 
 def test_forward_is_abstract() -> None:
@@ -118,7 +119,7 @@ def test_losses_of_another_kind_are_answered(losses: Any, error: type, message: 
         Modes().parse_losses(losses)
 
 
-def test_train_step_preprocesses_for_training_and_steps(toy: Any, data: Any) -> None:
+def test_train_step_preprocesses_for_training_and_steps(toy: type[Toy], data: MakeData) -> None:
     from hookengine import OptimWrapper
 
     seen = []
@@ -189,7 +190,9 @@ def test_cuda_takes_the_preprocessor_along() -> None:
     assert model.cpu().data_preprocessor.device.type == "cpu"
 
 
-def test_init_weights_asks_the_plugin_or_says_that_there_is_none(monkeypatch: Any) -> None:
+def test_init_weights_asks_the_plugin_or_says_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Module(BaseModule): ...
 
     module = Module(init_cfg=dict(type="Constant", val=1))
@@ -312,7 +315,9 @@ def test_containers_have_an_init_cfg() -> None:
     assert set(sequential.state_dict()) == set(nn.Sequential(*layers).state_dict())
 
 
-def test_a_copied_or_pickled_model_does_not_speak_for_the_runner(make: Any, tmp_path: Path) -> None:
+def test_a_copied_or_pickled_model_does_not_speak_for_the_runner(
+    make: MakeRunner, tmp_path: Path
+) -> None:
     runner = make()
     assert runner.bare_model._hooks is runner.hooks
     twin = copy.deepcopy(runner.bare_model)

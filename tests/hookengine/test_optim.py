@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hookengine import OptimWrapper, OptimWrapperDict, Plugin
 from hookengine.loop.optim import combine
+from tests.fixtures import MakeRunner, Toy
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def loss_of(layer: nn.Linear) -> Tensor:
     return layer(torch.ones(3, 2, dtype=torch.float64)).square().mean()
 
 
-def test_without_a_runner_it_is_the_recipe_by_hand(layer: Any, wrapper: Any) -> None:
+def test_without_a_runner_it_is_the_recipe_by_hand(layer: nn.Linear, wrapper: OptimWrapper) -> None:
     twin = nn.Linear(2, 1).double()
     twin.load_state_dict(layer.state_dict())
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
@@ -53,13 +54,13 @@ def test_without_a_runner_it_is_the_recipe_by_hand(layer: Any, wrapper: Any) -> 
     ],
 )
 def test_a_loss_that_cannot_be_backpropagated_is_answered(
-    layer: Any, wrapper: Any, bad: Any, message: str
+    layer: nn.Linear, wrapper: OptimWrapper, bad: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         wrapper.update_params(bad(layer))
 
 
-def test_backward_and_step_by_hand(layer: Any, wrapper: Any) -> None:
+def test_backward_and_step_by_hand(layer: nn.Linear, wrapper: OptimWrapper) -> None:
     before = layer.weight.clone()
     wrapper.backward(loss_of(layer))
     assert wrapper.window_open
@@ -73,7 +74,7 @@ def test_backward_and_step_by_hand(layer: Any, wrapper: Any) -> None:
     assert not wrapper.window_open
 
 
-def test_state_and_learning_rates(layer: Any, wrapper: Any) -> None:
+def test_state_and_learning_rates(layer: nn.Linear, wrapper: OptimWrapper) -> None:
     wrapper.update_params(loss_of(layer))
     other = OptimWrapper(torch.optim.SGD(nn.Linear(2, 1).double().parameters(), lr=0.3))
     other.load_state_dict(wrapper.state_dict())
@@ -83,7 +84,7 @@ def test_state_and_learning_rates(layer: Any, wrapper: Any) -> None:
     assert "steps=1" in repr(wrapper)
 
 
-def test_what_mmengine_gave_the_wrapper_is_answered(layer: Any) -> None:
+def test_what_mmengine_gave_the_wrapper_is_answered(layer: nn.Linear) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"'clip_grad' comes from MMEngine.*type='clip'"):
         OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
@@ -154,7 +155,7 @@ BEGIN = ["should_step", "enter train", "exit", "scale_loss", "backward"]
         ({"veto": True}, BEGIN, 0),
     ],
 )
-def test_the_events_of_a_step(make: Any, options: Any, expected: Any, steps: int) -> None:
+def test_the_events_of_a_step(make: MakeRunner, options: Any, expected: Any, steps: int) -> None:
     plugin = Steps(**options)
     runner = make(plugins=[plugin], train_cfg=dict(max_iters=1))
     before = runner.bare_model.net.weight.clone()
@@ -165,8 +166,8 @@ def test_the_events_of_a_step(make: Any, options: Any, expected: Any, steps: int
     assert (runner.bare_model.net.weight.grad is None) != bool(options.get("veto"))
 
 
-def test_a_train_step_of_its_own_emits_the_same(make: Any, toy: Any) -> None:
-    class Own(toy):  # type: ignore[misc]
+def test_a_train_step_of_its_own_emits_the_same(make: MakeRunner) -> None:
+    class Own(Toy):
         def train_step(self, data: Any, optim_wrapper: Any) -> Any:
             data = self.data_preprocessor(data)
             losses = self(*data, mode="loss")
@@ -234,7 +235,7 @@ class Pair(nn.Module):
         return losses
 
 
-def test_several_optimizers(make: Any) -> None:
+def test_several_optimizers(make: MakeRunner) -> None:
     model = Pair()
     runner = make(
         model=model,
@@ -255,7 +256,9 @@ def test_several_optimizers(make: Any) -> None:
         runner.optim_wrapper.load_state_dict({"a": {}})
 
 
-def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: Any) -> None:
+def test_several_optimizers_are_chosen_by_the_model(
+    layer: nn.Linear, make: MakeRunner, toy: type[Toy]
+) -> None:
     both = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1)))
     assert (list(both), len(both), list(both.keys())) == (["a"], 1, ["a"])
     with pytest.raises(TypeError, match=r"optim_wrapper\['a'\].update_params\(loss\)"):
@@ -287,7 +290,7 @@ def test_several_optimizers_are_chosen_by_the_model(layer: Any, make: Any, toy: 
     ],
 )
 def test_an_answer_that_will_not_do_names_who_gave_it(
-    make: Any, event: str, answer: Any, message: str
+    make: MakeRunner, event: str, answer: Any, message: str
 ) -> None:
     wrong = type("Wrong", (), {event: staticmethod(answer)})
     with pytest.raises(TypeError, match=message):
@@ -295,7 +298,7 @@ def test_an_answer_that_will_not_do_names_who_gave_it(
 
 
 def test_a_state_within_a_window_is_warned_of_and_so_is_a_run_that_was_left_in_one(
-    make: Any, caplog: Any
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Leaves(Plugin):
         def should_step(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
+from tests.fixtures import MakeData, MakeRunner
 
 
 class Journal(Plugin):
@@ -49,7 +50,7 @@ def generator(data: Any) -> Any:
     ids=["epochs", "iterations to an epoch's end", "iterations", "a generator"],
 )
 def test_every_safe_point_is_one_to_go_on_from(
-    make: Any, data: Any, cfg: Any, loader: Callable[[Any], Any] | None
+    make: MakeRunner, data: MakeData, cfg: Any, loader: Callable[[Any], Any] | None
 ) -> None:
     def run(state: Any = None) -> tuple[Journal, Any]:
         journal = Journal()
@@ -70,7 +71,9 @@ def test_every_safe_point_is_one_to_go_on_from(
             assert torch.equal(value, expected.bare_model.state_dict()[name])
 
 
-def test_an_epoch_that_is_closed_at_the_limit_draws_no_batch(make: Any, data: Any) -> None:
+def test_an_epoch_that_is_closed_at_the_limit_draws_no_batch(
+    make: MakeRunner, data: MakeData
+) -> None:
     class Endless:
         """Has a length, and yields more than that."""
 
@@ -90,7 +93,7 @@ def test_an_epoch_that_is_closed_at_the_limit_draws_no_batch(make: Any, data: An
     assert (second.progress.epoch, second.progress.iter, second.progress.batch) == (1, 5, 0)
 
 
-def test_an_interrupt_after_the_last_iteration_leaves_its_validation_owed(make: Any) -> None:
+def test_an_interrupt_after_the_last_iteration_leaves_its_validation_owed(make: MakeRunner) -> None:
     runner = make(validate=True, train_cfg=dict(max_iters=4, val_interval=2))
     validated = []
     runner.on("after_val")(lambda runner: validated.append(runner.progress.iter))
@@ -109,7 +112,7 @@ def test_an_interrupt_after_the_last_iteration_leaves_its_validation_owed(make: 
     assert validated == [2, 4]
 
 
-def test_what_is_asked_for_while_requests_are_served_is_served_next(make: Any) -> None:
+def test_what_is_asked_for_while_requests_are_served_is_served_next(make: MakeRunner) -> None:
     saved = []
 
     class Saver(Plugin):
@@ -126,7 +129,7 @@ def test_what_is_asked_for_while_requests_are_served_is_served_next(make: Any) -
     assert saved == [(3, "signal at 2"), (4, "signal at 3")]
 
 
-def test_a_state_that_is_refused_leaves_everything_as_it_was(make: Any) -> None:
+def test_a_state_that_is_refused_leaves_everything_as_it_was(make: MakeRunner) -> None:
     class Kept(Plugin):
         def after_run(self) -> None: ...
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hookengine import MODELS, BaseModel, OptimWrapper, Plugin, Runner
+from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy
 
 
 class Plain(nn.Module):
@@ -33,7 +34,7 @@ class Plain(nn.Module):
 # -- what it accepts ----------------------------------------------------------------------------
 
 
-def test_a_plain_module_trains_with_a_loss(make: Any, accuracy: Any) -> None:
+def test_a_plain_module_trains_with_a_loss(make: MakeRunner, accuracy: type[ToyAccuracy]) -> None:
     model = Plain()
     runner = make(model=model, loss=F.cross_entropy, validate=True, val_cfg=dict(loss=True))
     metrics = runner.train()
@@ -43,7 +44,7 @@ def test_a_plain_module_trains_with_a_loss(make: Any, accuracy: Any) -> None:
     assert runner.progress.step == 10
 
 
-def test_a_loss_may_be_a_module_or_return_a_dict(make: Any) -> None:
+def test_a_loss_may_be_a_module_or_return_a_dict(make: MakeRunner) -> None:
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
     runner = make(model=Plain(), loss=weighted)
     runner.train()
@@ -70,7 +71,9 @@ def test_a_loss_may_be_a_module_or_return_a_dict(make: Any) -> None:
         lambda model: dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1)),
     ],
 )
-def test_an_optimizer_is_given_in_any_of_these_ways(make: Any, toy: Any, build: Any) -> None:
+def test_an_optimizer_is_given_in_any_of_these_ways(
+    make: MakeRunner, toy: type[Toy], build: Any
+) -> None:
     torch.manual_seed(0)
     model = toy()
     runner = make(model=model, optim_wrapper=build(model))
@@ -80,7 +83,7 @@ def test_an_optimizer_is_given_in_any_of_these_ways(make: Any, toy: Any, build: 
     assert torch.equal(model.net.weight, other.bare_model.net.weight)
 
 
-def test_a_model_is_a_module_a_dict_or_a_function(make: Any, toy: Any) -> None:
+def test_a_model_is_a_module_a_dict_or_a_function(make: MakeRunner, toy: type[Toy]) -> None:
     MODELS.register_module("runner_toy", module=toy, force=True)
     for model in (toy(), dict(type="runner_toy"), toy, lambda: dict(type="runner_toy")):
         runner = make(model=model)
@@ -88,7 +91,7 @@ def test_a_model_is_a_module_a_dict_or_a_function(make: Any, toy: Any) -> None:
         runner.train()
 
 
-def test_dataloaders_are_given_as_the_arguments_of_one(make: Any, data: Any) -> None:
+def test_dataloaders_are_given_as_the_arguments_of_one(make: MakeRunner, data: MakeData) -> None:
     runner = make(train_dataloader=dict(dataset=data(), batch_size=5, shuffle=True))
     runner.train()
     assert runner.progress.iter == 8
@@ -146,13 +149,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("options", "error", "message"), MISTAKES)
 def test_a_mistake_gets_one_clear_error_at_construction(
-    make: Any, options: Any, error: type, message: str
+    make: MakeRunner, options: Any, error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
         make(**options)
 
 
-def test_an_error_in_building_the_optimizer_says_what_was_built(make: Any) -> None:
+def test_an_error_in_building_the_optimizer_says_what_was_built(make: MakeRunner) -> None:
     with pytest.raises(TypeError) as caught:
         make(optim_wrapper=dict(optimizer=dict(type="SGD", learning_rate=0.1)))
     (note,) = caught.value.__notes__
@@ -169,7 +172,7 @@ def test_an_error_in_building_the_optimizer_says_what_was_built(make: Any) -> No
     ],
 )
 def test_a_loss_that_is_none_shows_in_the_first_iteration(
-    make: Any, loss: Any, error: type, message: str
+    make: MakeRunner, loss: Any, error: type, message: str
 ) -> None:
     runner = make(model=Plain(), loss=loss)
     with pytest.raises(error, match=message):
@@ -177,7 +180,7 @@ def test_a_loss_that_is_none_shows_in_the_first_iteration(
     assert runner.progress.iter == 0
 
 
-def test_what_it_has_no_parts_for_is_answered(make: Any) -> None:
+def test_what_it_has_no_parts_for_is_answered(make: MakeRunner) -> None:
     idle = make(train_dataloader=None, train_cfg=None, optim_wrapper=None)
     with pytest.raises(ValueError, match="needs train_dataloader, train_cfg and optim_wrapper"):
         idle.train()
@@ -187,7 +190,7 @@ def test_what_it_has_no_parts_for_is_answered(make: Any) -> None:
         idle.test()
 
 
-def test_validating_and_testing_need_no_optimizer(make: Any) -> None:
+def test_validating_and_testing_need_no_optimizer(make: MakeRunner) -> None:
     runner = make(
         train_dataloader=None, train_cfg=None, optim_wrapper=None, validate=True, test=True
     )
@@ -198,7 +201,9 @@ def test_validating_and_testing_need_no_optimizer(make: Any) -> None:
 # -- how it lives -------------------------------------------------------------------------------
 
 
-def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) -> None:
+def test_train_again_goes_on_and_says_so_at_the_limit(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = make(train_cfg=dict(max_epochs=1))
     runner.train()
     weight = runner.bare_model.net.weight.clone()
@@ -216,7 +221,7 @@ def test_train_again_goes_on_and_says_so_at_the_limit(make: Any, caplog: Any) ->
         runner.train(max_epochs=3, max_iters=3)
 
 
-def test_two_runners_in_one_process_do_not_meet(make: Any) -> None:
+def test_two_runners_in_one_process_do_not_meet(make: MakeRunner) -> None:
     one, other = make(), make()
     seen: list[str] = []
     one.on("before_train")(lambda: seen.append("one"))
@@ -228,7 +233,9 @@ def test_two_runners_in_one_process_do_not_meet(make: Any) -> None:
     assert seen == ["one", "other", "other"]
 
 
-def test_a_runner_that_is_dropped_is_freed(make: Any, toy: Any, tmp_path: Path) -> None:
+def test_a_runner_that_is_dropped_is_freed(
+    make: MakeRunner, toy: type[Toy], tmp_path: Path
+) -> None:
     runner = Runner(toy(), tmp_path, LOADER, optim_wrapper=dict(optimizer=dict(type="SGD", lr=1)),
                     train_cfg=dict(max_epochs=1), defaults=())  # fmt: skip
     runner.train()
@@ -271,7 +278,7 @@ class Life(Plugin):
         self._note("unconfigure")
 
 
-def test_with_closes_once(make: Any) -> None:
+def test_with_closes_once(make: MakeRunner) -> None:
     life = Life()
     with make(plugins=[life]) as runner:
         runner.train()
@@ -281,7 +288,7 @@ def test_with_closes_once(make: Any) -> None:
         runner.train()
 
 
-def test_an_exception_is_told_to_all_and_raised_on(make: Any) -> None:
+def test_an_exception_is_told_to_all_and_raised_on(make: MakeRunner) -> None:
     first, second = Life(fails_in=("third",)), Life()
     second.plugin_name = "second"  # type: ignore[misc]
     runner = make(plugins=[first, second])
@@ -292,7 +299,7 @@ def test_an_exception_is_told_to_all_and_raised_on(make: Any) -> None:
     assert second.log == ["configure", "before_run", *ending]
 
 
-def test_closing_events_reach_everybody_and_hide_no_error(make: Any) -> None:
+def test_closing_events_reach_everybody_and_hide_no_error(make: MakeRunner) -> None:
     first = Life(fails_in=("third", "on_exception LookupError", "after_run"))
     second = Life()
     second.plugin_name = "second"  # type: ignore[misc]
@@ -306,7 +313,7 @@ def test_closing_events_reach_everybody_and_hide_no_error(make: Any) -> None:
     assert "and then LookupError: after_run" in notes[2]
 
 
-def test_an_interrupt_leaves_a_runner_that_goes_on(make: Any) -> None:
+def test_an_interrupt_leaves_a_runner_that_goes_on(make: MakeRunner) -> None:
     straight = make()
     straight.train()
     for event in ("before_train_iter", "before_optim_step", "after_train_iter"):
@@ -329,7 +336,7 @@ def test_an_interrupt_leaves_a_runner_that_goes_on(make: Any) -> None:
         assert torch.equal(runner.bare_model.net.weight, straight.bare_model.net.weight)
 
 
-def test_a_failed_construction_unconfigures(make: Any) -> None:
+def test_a_failed_construction_unconfigures(make: MakeRunner) -> None:
     life = Life()
     with pytest.raises(TypeError, match="Plain has no train_step"):
         make(plugins=[life], model=Plain())
@@ -358,7 +365,7 @@ runner = Runner(nn.Linear(1, 1), {str(tmp_path)!r}, loss=None, plugins=[Last()],
     assert done.stdout == "unconfigured\n"
 
 
-def test_conversion_and_wrapping_keep_optimizer_and_names(make: Any) -> None:
+def test_conversion_and_wrapping_keep_optimizer_and_names(make: MakeRunner) -> None:
     class Wrapper(nn.Module):
         def __init__(self, module: Any) -> None:
             super().__init__()
@@ -395,7 +402,7 @@ def test_conversion_and_wrapping_keep_optimizer_and_names(make: Any) -> None:
     assert type(runner.wrap(nn.Linear(1, 1), "average")) is Wrapper
 
 
-def test_state_is_plain_and_goes_on(make: Any, tmp_path: Path) -> None:
+def test_state_is_plain_and_goes_on(make: MakeRunner, tmp_path: Path) -> None:
     first = make(train_cfg=dict(max_epochs=1))
     first.train()
     torch.save(first.state_dict(), tmp_path / "state.pth")
@@ -408,7 +415,7 @@ def test_state_is_plain_and_goes_on(make: Any, tmp_path: Path) -> None:
     assert second.progress.step == 10
 
 
-def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
+def test_what_mmengines_users_pass_is_answered(make: MakeRunner) -> None:
     for name in ("param_scheduler", "default_hooks", "custom_hooks", "launcher", "cfg"):
         with pytest.raises(TypeError, match=rf"'{name}' comes from MMEngine. In hookengine, "):
             make(**{name: {"type": "x"}})
@@ -431,7 +438,7 @@ def test_what_mmengines_users_pass_is_answered(make: Any) -> None:
         make(validate=True, val_cfg=dict(fp16=True))
 
 
-def test_other_frequent_slips_are_answered(make: Any) -> None:
+def test_other_frequent_slips_are_answered(make: MakeRunner) -> None:
     with pytest.raises(TypeError, match=r"Runner: 'optimizer' .*optim_wrapper=dict\(optimizer="):
         make(optimizer=dict(type="SGD", lr=0.1))
     with pytest.raises(ValueError, match=r"optim_wrapper: 'OptimWrapperDict' comes from MMEngine"):
@@ -448,7 +455,7 @@ def test_other_frequent_slips_are_answered(make: Any) -> None:
         make(plugins=[Hook()])
 
 
-def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
+def test_an_answer_says_whether_the_plugin_is_here(make: MakeRunner) -> None:
     from hookengine import PLUGINS
     from hookengine.setup.migration import REPLACEMENTS, answer
 
@@ -459,7 +466,9 @@ def test_an_answer_says_whether_the_plugin_is_here(make: Any) -> None:
     assert answer("anything") is None
 
 
-def test_what_mmengines_configurations_carry_along_does_no_harm(make: Any, data: Any) -> None:
+def test_what_mmengines_configurations_carry_along_does_no_harm(
+    make: MakeRunner, data: MakeData
+) -> None:
     class Dataset(torch.utils.data.Dataset[Any]):
         def __init__(self, n: int) -> None:
             self.pairs = data(n)
@@ -495,7 +504,7 @@ def test_what_mmengines_configurations_carry_along_does_no_harm(make: Any, data:
         make(train_dataloader=dict(dataset=data(), sampler=dict(type="InfiniteSampler")))
 
 
-def test_log_hands_raw_values_on(make: Any) -> None:
+def test_log_hands_raw_values_on(make: MakeRunner) -> None:
     seen = []
 
     class Watch(Plugin):
@@ -508,7 +517,7 @@ def test_log_hands_raw_values_on(make: Any) -> None:
     assert seen == [("train", {"a": 1}), ("val", {"b": 2})]
 
 
-def test_the_device_is_the_one_that_is_asked_for(make: Any) -> None:
+def test_the_device_is_the_one_that_is_asked_for(make: MakeRunner) -> None:
     class Mover(Plugin):
         def configure(self, runner: Any) -> None:
             runner.device = torch.device("meta")
@@ -519,7 +528,7 @@ def test_the_device_is_the_one_that_is_asked_for(make: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_training_on_the_accelerator_is_the_default(make: Any, data: Any) -> None:
+def test_training_on_the_accelerator_is_the_default(make: MakeRunner, data: MakeData) -> None:
     runner = make(train_dataloader=DataLoader(data(), batch_size=4), validate=True)
     runner.train()
     assert runner.device.type == torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
@@ -529,7 +538,7 @@ def test_training_on_the_accelerator_is_the_default(make: Any, data: Any) -> Non
 # -- runs within runs, and ends in the middle ---------------------------------------------------
 
 
-def test_a_plugin_may_validate_within_a_run(make: Any) -> None:
+def test_a_plugin_may_validate_within_a_run(make: MakeRunner) -> None:
     life = Life()
     runner = make(plugins=[life], validate=True, train_cfg=dict(max_iters=4, val_interval=100))
     seen = []
@@ -546,7 +555,7 @@ def test_a_plugin_may_validate_within_a_run(make: Any) -> None:
     assert life.log == ["configure", "before_run", "after_run"]
 
 
-def test_runs_that_cannot_be_nested_are_refused(make: Any) -> None:
+def test_runs_that_cannot_be_nested_are_refused(make: MakeRunner) -> None:
     def attempt(event: str, call: Any, message: str) -> None:
         runner = make(validate=True)
         runner.on(event)(lambda runner: call(runner))
@@ -558,7 +567,7 @@ def test_runs_that_cannot_be_nested_are_refused(make: Any) -> None:
     attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) to end the run")
 
 
-def test_a_stop_before_the_run_holds(make: Any) -> None:
+def test_a_stop_before_the_run_holds(make: MakeRunner) -> None:
     runner = make()
     runner.stop("before it began")
     runner.train()
@@ -567,14 +576,14 @@ def test_a_stop_before_the_run_holds(make: Any) -> None:
     assert runner.progress.iter == 10
 
 
-def test_other_limits_hold_once(make: Any) -> None:
+def test_other_limits_hold_once(make: MakeRunner) -> None:
     runner = make(train_cfg=dict(max_epochs=3))
     runner.train(max_epochs=1)
     runner.train()
     assert runner.progress.epoch == 3
 
 
-def test_an_error_in_close_does_not_hide_the_users(make: Any) -> None:
+def test_an_error_in_close_does_not_hide_the_users(make: MakeRunner) -> None:
     with (
         pytest.raises(ValueError, match="mine") as caught,
         make(plugins=[Life(fails_in=("unconfigure",))]),
@@ -583,7 +592,7 @@ def test_an_error_in_close_does_not_hide_the_users(make: Any) -> None:
     assert "and then LookupError: unconfigure" in caught.value.__notes__[0]
 
 
-def test_a_second_interrupt_does_not_skip_the_closing_events(make: Any) -> None:
+def test_a_second_interrupt_does_not_skip_the_closing_events(make: MakeRunner) -> None:
     life = Life()
     runner = make(plugins=[life])
 
@@ -600,7 +609,9 @@ def test_a_second_interrupt_does_not_skip_the_closing_events(make: Any) -> None:
     assert life.log[-1] == "after_run"
 
 
-def test_a_dropped_runner_is_unconfigured_and_a_closed_one_let_go(make: Any, toy: Any) -> None:
+def test_a_dropped_runner_is_unconfigured_and_a_closed_one_let_go(
+    make: MakeRunner, toy: type[Toy]
+) -> None:
     life = Life()
     runner = Runner(toy(), plugins=[life], defaults=())
     del runner
@@ -615,14 +626,14 @@ def test_a_dropped_runner_is_unconfigured_and_a_closed_one_let_go(make: Any, toy
     assert type(model).__name__ == "Toy"
 
 
-def test_a_closed_runner_takes_no_plugin(make: Any) -> None:
+def test_a_closed_runner_takes_no_plugin(make: MakeRunner) -> None:
     runner = make()
     runner.close()
     with pytest.raises(RuntimeError, match="closed"):
         runner.plugins.add(Life())
 
 
-def test_a_plugin_may_bring_another_along_in_configure(make: Any) -> None:
+def test_a_plugin_may_bring_another_along_in_configure(make: MakeRunner) -> None:
     life = Life()
 
     class Bringing(Plugin):
@@ -636,7 +647,7 @@ def test_a_plugin_may_bring_another_along_in_configure(make: Any) -> None:
     assert life.log == ["configure", "unconfigure"]
 
 
-def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: Any) -> None:
+def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: MakeRunner) -> None:
     class Averaged(Plugin):
         def evaluated_models(self, runner: Any) -> Any:
             return {"": runner.model, "ema": runner.wrap(runner.bare_model, "average")}
@@ -653,7 +664,7 @@ def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: Any)
         make(model=Plain(), loss=F.cross_entropy, validate=True, plugins=[Wrong()]).val()
 
 
-def test_validation_loss_is_summed_exactly_in_half_precision(make: Any) -> None:
+def test_validation_loss_is_summed_exactly_in_half_precision(make: MakeRunner) -> None:
     class Half(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             return inputs.half()
@@ -671,7 +682,7 @@ def test_validation_loss_is_summed_exactly_in_half_precision(make: Any) -> None:
     assert runner.val()["loss"] == 0.5
 
 
-def test_more_mistakes_are_answered(make: Any, data: Any) -> None:
+def test_more_mistakes_are_answered(make: MakeRunner, data: MakeData) -> None:
     class Centres(nn.Module):
         def __init__(self) -> None:
             super().__init__()

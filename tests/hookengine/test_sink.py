@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hookengine import Record, Sink, read_records
+from tests.fixtures import MakeRunner
 
 
 class Keeping(Sink):
@@ -33,7 +34,7 @@ def record(iteration: int, phase: str = "train", **scalars: float) -> Record:
     return Record(phase, 0, iteration, iteration, scalars)
 
 
-def test_records_arrive_in_order_on_the_sinks_own_thread(make: Any) -> None:
+def test_records_arrive_in_order_on_the_sinks_own_thread(make: MakeRunner) -> None:
     sink = Keeping()
     runner = make(plugins=[sink])
     for iteration in range(1, 4):
@@ -44,7 +45,7 @@ def test_records_arrive_in_order_on_the_sinks_own_thread(make: Any) -> None:
     assert sink.threads == {"sink keeping"}
 
 
-def test_a_run_is_over_when_its_records_are_written(make: Any) -> None:
+def test_a_run_is_over_when_its_records_are_written(make: MakeRunner) -> None:
     sink = Keeping()
     runner = make(plugins=[sink, dict(type="logging", interval=2)])
     runner.train()
@@ -59,7 +60,7 @@ def test_a_run_is_over_when_its_records_are_written(make: Any) -> None:
     assert {"loss", "lr", "time", "samples_per_second"} <= set(sink.log[1][2])
 
 
-def test_what_the_sink_held_when_it_was_opened_is_left_out(make: Any) -> None:
+def test_what_the_sink_held_when_it_was_opened_is_left_out(make: MakeRunner) -> None:
     class Resumed(Keeping):
         def open(self, runner: Any) -> None:
             self.held.update(train=2)
@@ -74,7 +75,7 @@ def test_what_the_sink_held_when_it_was_opened_is_left_out(make: Any) -> None:
     assert sink.held == {"train": 2}
 
 
-def test_what_is_repeated_after_a_load_is_left_out(make: Any) -> None:
+def test_what_is_repeated_after_a_load_is_left_out(make: MakeRunner) -> None:
     sink = Keeping()
     runner = make(plugins=[sink, dict(type="logging", interval=1)], train_cfg=dict(max_iters=4))
     states = []
@@ -86,7 +87,7 @@ def test_what_is_repeated_after_a_load_is_left_out(make: Any) -> None:
     assert [entry[1] for entry in sink.log[1:-1]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_sink_serves_one_runner_after_another(make: Any) -> None:
+def test_one_sink_serves_one_runner_after_another(make: MakeRunner) -> None:
     sink = Keeping()
     for _ in range(2):
         sink.log.clear()
@@ -97,7 +98,7 @@ def test_one_sink_serves_one_runner_after_another(make: Any) -> None:
 
 
 def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     release = threading.Event()
 
@@ -123,7 +124,7 @@ def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
     assert sink.log[-1] == "close"
 
 
-def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: Any) -> None:
+def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: MakeRunner) -> None:
     entered, release = threading.Event(), threading.Event()
 
     class Slow(Keeping):
@@ -148,7 +149,7 @@ def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: Any) -> N
     assert [entry[1] for entry in sink.log[1:]] == [1]  # the one that it was in
 
 
-def test_an_exit_in_a_sink_does_not_end_its_thread(make: Any) -> None:
+def test_an_exit_in_a_sink_does_not_end_its_thread(make: MakeRunner) -> None:
     class Exiting(Keeping):
         def write(self, runner: Any, record: Record) -> None:
             if record.iter == 1:
@@ -164,7 +165,7 @@ def test_an_exit_in_a_sink_does_not_end_its_thread(make: Any) -> None:
     assert sink.log == ["open", ("train", 2, {}), "close"]
 
 
-def trained_weights(make: Any, *plugins: Any) -> torch.Tensor:
+def trained_weights(make: MakeRunner, *plugins: Any) -> torch.Tensor:
     runner = make(plugins=[dict(type="logging", interval=1), *plugins], validate=True)
     runner.train()
     runner.close()
@@ -193,7 +194,9 @@ class Raising(Sink):
         raise OSError("close")
 
 
-def test_a_sink_that_raises_changes_nothing_and_warns_once(make: Any, capsys: Any) -> None:
+def test_a_sink_that_raises_changes_nothing_and_warns_once(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     sink = Raising()
     assert torch.equal(trained_weights(make, sink), trained_weights(make))
     # configure, open, 2 validations, after_run, close; nothing is written to what is not open
@@ -207,7 +210,9 @@ def test_a_sink_that_raises_changes_nothing_and_warns_once(make: Any, capsys: An
     assert all(line[:2].isdigit() for line in lines)  # they went through the run's own logger
 
 
-def test_a_sink_that_hangs_changes_nothing_and_is_not_waited_for(make: Any, capsys: Any) -> None:
+def test_a_sink_that_hangs_changes_nothing_and_is_not_waited_for(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     release = threading.Event()
 
     class Hanging(Sink):
@@ -228,7 +233,7 @@ def test_a_sink_that_hangs_changes_nothing_and_is_not_waited_for(make: Any, caps
     assert "0 failures" in out
 
 
-def test_a_sink_without_a_runner_warns_all_the_same(capsys: Any) -> None:
+def test_a_sink_without_a_runner_warns_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Sink):
         def write(self) -> None: ...
 
@@ -241,7 +246,7 @@ def test_a_sink_without_a_runner_warns_all_the_same(capsys: Any) -> None:
     assert sink.failures == 1
 
 
-def test_a_subclass_may_call_the_write_that_it_inherits(make: Any) -> None:
+def test_a_subclass_may_call_the_write_that_it_inherits(make: MakeRunner) -> None:
     class Twice(Keeping):
         def write(self, runner: Any, record: Record) -> None:
             super().write(runner, record)
@@ -297,7 +302,9 @@ class Released(Keeping):
         return [entry[1] for entry in self.log if isinstance(entry, tuple)]
 
 
-def test_a_job_comes_after_the_records_so_far_and_may_fail(make: Any, capsys: Any) -> None:
+def test_a_job_comes_after_the_records_so_far_and_may_fail(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     sink = Keeping()
     runner = make(plugins=["logging", sink])
     threads: list[str] = []
@@ -317,7 +324,7 @@ def test_a_job_comes_after_the_records_so_far_and_may_fail(make: Any, capsys: An
     assert "sink 'keeping' failed in a job" in capsys.readouterr().out
 
 
-def test_the_end_of_a_run_does_not_wait_for_more_records_to_gather(make: Any) -> None:
+def test_the_end_of_a_run_does_not_wait_for_more_records_to_gather(make: MakeRunner) -> None:
     class Gathering(Keeping):
         pause = flush_timeout = threading.TIMEOUT_MAX
 
@@ -327,7 +334,7 @@ def test_the_end_of_a_run_does_not_wait_for_more_records_to_gather(make: Any) ->
     assert [entry[1] for entry in sink.log[1:]] == [5, 10]
 
 
-def test_what_is_left_out_is_told(make: Any) -> None:
+def test_what_is_left_out_is_told(make: MakeRunner) -> None:
     class Resumed(Keeping):
         def open(self, runner: Any) -> None:
             self.held.update(train=2, val=1)
@@ -353,7 +360,7 @@ def test_what_is_left_out_is_told(make: Any) -> None:
 
 
 @pytest.mark.parametrize("continues", [True, False])
-def test_what_is_replayed_may_go_on_or_begin_anew(make: Any, continues: bool) -> None:
+def test_what_is_replayed_may_go_on_or_begin_anew(make: MakeRunner, continues: bool) -> None:
     class Held(Keeping):
         queue_size = 1
 
@@ -374,7 +381,9 @@ def test_what_is_replayed_may_go_on_or_begin_anew(make: Any, continues: bool) ->
     assert sink.dropped == 0
 
 
-def test_records_that_cannot_be_read_are_a_failure(make: Any, capsys: Any) -> None:
+def test_records_that_cannot_be_read_are_a_failure(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken() -> Any:
         yield record(1)
         raise OSError("no disk")
@@ -389,7 +398,7 @@ def test_records_that_cannot_be_read_are_a_failure(make: Any, capsys: Any) -> No
     )
 
 
-def test_a_sink_may_ask_for_the_record_alone(make: Any) -> None:
+def test_a_sink_may_ask_for_the_record_alone(make: MakeRunner) -> None:
     class Plain(Sink):
         def __post_init__(self) -> None:
             self.seen: list[int] = []
@@ -405,7 +414,9 @@ def test_a_sink_may_ask_for_the_record_alone(make: Any) -> None:
     assert sink.seen == [1, 2]
 
 
-def test_what_a_sink_that_cannot_open_misses_is_counted(make: Any, capsys: Any) -> None:
+def test_what_a_sink_that_cannot_open_misses_is_counted(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Closed(Keeping):
         def open(self, runner: Any) -> None:
             raise ConnectionError("no server")
@@ -423,7 +434,7 @@ def test_what_a_sink_that_cannot_open_misses_is_counted(make: Any, capsys: Any) 
 # -- a run that goes on -------------------------------------------------------------------------
 
 
-def interrupted(make: Any, upto: int, state_at: int) -> Any:
+def interrupted(make: MakeRunner, upto: int, state_at: int) -> Any:
     """A run of ten iterations that has written ``upto`` of them; its state at another one."""
     runner = make(name="run", plugins=[dict(type="logging", interval=1)], validate=True)
     states = {}
@@ -442,7 +453,7 @@ def interrupted(make: Any, upto: int, state_at: int) -> Any:
 
 @pytest.mark.parametrize("held", [{}, {"train": 2}, {"train": 4}, {"train": 6, "val": 5}])
 def test_a_sink_gets_what_it_lacks_of_a_run_that_goes_on_and_gets_it_once(
-    make: Any, held: dict[str, int]
+    make: MakeRunner, held: dict[str, int]
 ) -> None:
     class Holding(Keeping):
         def open(self, runner: Any) -> None:
@@ -461,7 +472,7 @@ def test_a_sink_gets_what_it_lacks_of_a_run_that_goes_on_and_gets_it_once(
     assert written == [each for each in order if each[1] > held.get(each[0], 0)]
 
 
-def test_a_run_that_begins_anew_does_not_continue(make: Any) -> None:
+def test_a_run_that_begins_anew_does_not_continue(make: MakeRunner) -> None:
     interrupted(make, upto=6, state_at=4)
 
     class Asks(Keeping):
@@ -476,7 +487,7 @@ def test_a_run_that_begins_anew_does_not_continue(make: Any) -> None:
     assert [entry[1] for entry in sink.log[1:-1]] == [*range(1, 11)]
 
 
-def test_what_waited_when_the_run_was_rolled_back_is_not_repeated(make: Any) -> None:
+def test_what_waited_when_the_run_was_rolled_back_is_not_repeated(make: MakeRunner) -> None:
     class Late(Released):
         flush_timeout = 0.01
 
@@ -497,7 +508,7 @@ def test_what_waited_when_the_run_was_rolled_back_is_not_repeated(make: Any) -> 
 # -- a sink that cannot keep up -----------------------------------------------------------------
 
 
-def behind(make: Any, sink: Any, **options: Any) -> Any:
+def behind(make: MakeRunner, sink: Any, **options: Any) -> Any:
     sink.queue_size = 3
     return make(
         plugins=[dict(type="logging", interval=1), sink], train_cfg=dict(max_iters=20), **options
@@ -505,7 +516,7 @@ def behind(make: Any, sink: Any, **options: Any) -> Any:
 
 
 def test_a_sink_that_hung_for_a_while_gets_everything_from_the_history(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sink = Released()
     runner = behind(make, sink)
@@ -526,7 +537,9 @@ def test_a_sink_that_hung_for_a_while_gets_everything_from_the_history(
     assert "lost records" not in out
 
 
-def test_what_comes_while_it_catches_up_does_not_overtake_what_was_dropped(make: Any) -> None:
+def test_what_comes_while_it_catches_up_does_not_overtake_what_was_dropped(
+    make: MakeRunner,
+) -> None:
     sink = Released()
     runner = behind(make, sink)
 
@@ -545,7 +558,7 @@ def test_what_comes_while_it_catches_up_does_not_overtake_what_was_dropped(make:
     assert sink.iterations == [*range(1, 21)]
 
 
-def test_without_a_history_what_was_dropped_is_counted(make: Any) -> None:
+def test_without_a_history_what_was_dropped_is_counted(make: MakeRunner) -> None:
     sink = Released()
     sink.queue_size = 3
     runner = make(plugins=[sink])
@@ -563,7 +576,7 @@ def test_without_a_history_what_was_dropped_is_counted(make: Any) -> None:
     assert sink.dropped == dropped
 
 
-def test_a_job_is_never_dropped(make: Any) -> None:
+def test_a_job_is_never_dropped(make: MakeRunner) -> None:
     sink = Released()
     runner = behind(make, sink)
     done: list[str] = []
@@ -594,7 +607,7 @@ def test_a_sink_that_writes_nothing_is_refused() -> None:
         Empty()
 
 
-def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: Any) -> None:
+def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: MakeRunner) -> None:
     sink = Keeping()
     runner = make(plugins=[dict(type="logging", interval=1)], validate=True)
 

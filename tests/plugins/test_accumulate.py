@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hookengine import BaseModel, Plugin, Runner, hookimpl
+from tests.fixtures import MakeRunner, Toy
 
 IGNORED = -100
 
@@ -159,7 +161,7 @@ class Listed(Masked):
 @pytest.mark.parametrize("model", [Tagger, Masked, Listed])
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_micro_batch_without_a_valid_token_counts_for_nothing(
-    model: Any, amp: bool, tmp_path: Any
+    model: Any, amp: bool, tmp_path: Path
 ) -> None:
     batches = sentences([2, 2, 1, 1, 1, 2], [0, 5, 3, 2, 0, 0])
     plugins: list[Any] = [Exact(dtype="float16", init_scale=2.0**4)] if amp else []
@@ -171,7 +173,7 @@ def test_a_micro_batch_without_a_valid_token_counts_for_nothing(
     assert all(bool((gradient == 0).all()) for gradient in nothing)
 
 
-def test_a_nan_in_a_loss_that_counts_is_not_hidden(make: Any) -> None:
+def test_a_nan_in_a_loss_that_counts_is_not_hidden(make: MakeRunner) -> None:
     class Broken(Tagger):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return {"loss": super().forward(*args, **kwargs)["loss"] * torch.nan}
@@ -215,7 +217,7 @@ def test_a_first_micro_batch_of_few_tokens_does_not_blow_the_others_up() -> None
     assert_same(taken[1], big_batch(batches[4:]))
 
 
-def test_a_run_that_is_cut_expects_the_same_weights(make: Any) -> None:
+def test_a_run_that_is_cut_expects_the_same_weights(make: MakeRunner) -> None:
     batches = sentences([2, 2, 1, 1, 2, 3, 1, 2], [0, 5, 3, 2, 0, 7, 3, 1])
 
     def runner(epochs: int) -> Any:
@@ -349,7 +351,7 @@ def test_a_stop_and_a_save_wait_for_the_end_of_the_window() -> None:
     assert len(taken) == 2
 
 
-def test_a_window_that_an_error_left_open_is_forgotten(make: Any) -> None:
+def test_a_window_that_an_error_left_open_is_forgotten(make: MakeRunner) -> None:
     class Breaks(Plugin):
         def after_train_iter(self, runner: Any) -> None:
             if runner.progress.iter == 4 and not self.broken:
@@ -454,7 +456,7 @@ def test_a_step_by_hand_closes_the_window_early() -> None:
         assert_same(mine, big_batch(window))
 
 
-def test_each_optimizer_has_windows_of_its_own(make: Any) -> None:
+def test_each_optimizer_has_windows_of_its_own(make: MakeRunner) -> None:
     class Pair(BaseModel):
         def __init__(self) -> None:
             super().__init__()
@@ -523,12 +525,12 @@ def test_a_count_that_cannot_be_is_named(tokens: Any, error: Any, message: str) 
         accumulated([batch], accumulate)
 
 
-def test_a_tuple_takes_an_index(make: Any, toy: Any) -> None:
+def test_a_tuple_takes_an_index(make: MakeRunner) -> None:
     class Masked(Plugin):
         def before_train_iter(self, data_batch: Any) -> Any:
             return [*data_batch, torch.ones(len(data_batch[1]), dtype=torch.bool)]
 
-    class Rest(toy):  # type: ignore[misc]
+    class Rest(Toy):
         def forward(self, inputs: Any, labels: Any, mask: Any, mode: str = "tensor") -> Any:
             return super().forward(inputs, labels, mode)
 
@@ -543,7 +545,9 @@ def test_a_tuple_takes_an_index(make: Any, toy: Any) -> None:
         make(plugins=[Accumulate(steps=2, weight="token", tokens="mask")]).train()
 
 
-def test_two_for_one_optimizer_are_refused_and_a_second_runner_starts_anew(make: Any) -> None:
+def test_two_for_one_optimizer_are_refused_and_a_second_runner_starts_anew(
+    make: MakeRunner,
+) -> None:
     model = Tagger()
     wrapper = torch.optim.SGD(model.parameters(), lr=0.1)
     options: Any = dict(model=model, optim_wrapper=wrapper, train_dataloader=sentences([1]))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin, hookimpl
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -37,7 +38,7 @@ class Overflow(Plugin):
         return True
 
 
-def by_hand(toy: Any, data: Any, optimizer: Any, dtype: torch.dtype, steps: int) -> Any:
+def by_hand(toy: type[Toy], data: Any, optimizer: Any, dtype: torch.dtype, steps: int) -> Any:
     """The recipe of torch's documentation; see torch.amp's examples."""
     torch.manual_seed(0)
     net = toy().net
@@ -65,7 +66,7 @@ def by_hand(toy: Any, data: Any, optimizer: Any, dtype: torch.dtype, steps: int)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_fifty_steps_are_those_of_the_recipe(
-    make: Any, toy: Any, data: Any, optimizer: str, dtype: str
+    make: MakeRunner, toy: type[Toy], data: MakeData, optimizer: str, dtype: str
 ) -> None:
     torch.manual_seed(0)
     model = toy()
@@ -98,10 +99,10 @@ def test_fifty_steps_are_those_of_the_recipe(
         assert {*changes} == {0.5, 1.0, 2.0}, "it shrank and it grew"
 
 
-def test_every_phase_runs_under_autocast(make: Any, toy: Any) -> None:
+def test_every_phase_runs_under_autocast(make: MakeRunner) -> None:
     seen = []
 
-    class Watching(toy):  # type: ignore[misc]
+    class Watching(Toy):
         def forward(self, *batch: Any, mode: str) -> Any:
             seen.append((mode, torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
             return super().forward(*batch, mode=mode)
@@ -114,7 +115,9 @@ def test_every_phase_runs_under_autocast(make: Any, toy: Any) -> None:
     assert runner.bare_model.net.weight.dtype == torch.float32
 
 
-def test_whoever_reads_gradients_gets_them_unscaled_and_scales_the_loss_before(make: Any) -> None:
+def test_whoever_reads_gradients_gets_them_unscaled_and_scales_the_loss_before(
+    make: MakeRunner,
+) -> None:
     plain, scaled = make(), make(plugins=[Amp(dtype="float16", init_scale=2.0**12)])
     norms: dict[Any, list[float]] = {plain: [], scaled: []}
 
@@ -129,7 +132,9 @@ def test_whoever_reads_gradients_gets_them_unscaled_and_scales_the_loss_before(m
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_step_that_another_plugin_takes_or_refuses_does_no_harm(make: Any, answer: bool) -> None:
+def test_a_step_that_another_plugin_takes_or_refuses_does_no_harm(
+    make: MakeRunner, answer: bool
+) -> None:
     class Decides(Plugin):
         def optim_step(self, runner: Any, optim_wrapper: Any) -> bool | None:
             if runner.progress.iter != 3:
@@ -150,7 +155,7 @@ def test_a_step_that_another_plugin_takes_or_refuses_does_no_harm(make: Any, ans
 
 @pytest.mark.parametrize("first", [True, False])
 def test_plugins_are_asked_for_the_step_before_it_however_they_are_listed(
-    make: Any, first: bool
+    make: MakeRunner, first: bool
 ) -> None:
     class Refuses(Plugin):
         def optim_step(self, runner: Any) -> bool | None:
@@ -170,7 +175,7 @@ def test_plugins_are_asked_for_the_step_before_it_however_they_are_listed(
     assert max(norms) < 10, "the loss scale is divided out"
 
 
-def test_a_run_that_is_cut_after_a_refused_step_goes_on(make: Any) -> None:
+def test_a_run_that_is_cut_after_a_refused_step_goes_on(make: MakeRunner) -> None:
     class Refuses(Plugin):
         def optim_step(self, runner: Any) -> bool | None:
             return False if runner.progress.iter == 4 else None
@@ -188,8 +193,10 @@ def test_a_run_that_is_cut_after_a_refused_step_goes_on(make: Any) -> None:
     assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
 
 
-def test_gradients_that_were_made_by_hand_are_left_as_they_are(make: Any, toy: Any) -> None:
-    class ByHand(toy):  # type: ignore[misc]
+def test_gradients_that_were_made_by_hand_are_left_as_they_are(
+    make: MakeRunner,
+) -> None:
+    class ByHand(Toy):
         def train_step(self, data: Any, optim_wrapper: Any) -> Any:
             self(*data, mode="loss")["loss"].backward()
             optim_wrapper.step()
@@ -202,7 +209,7 @@ def test_gradients_that_were_made_by_hand_are_left_as_they_are(make: Any, toy: A
     assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
 
 
-def test_a_run_that_is_cut_goes_on_with_its_scale(make: Any) -> None:
+def test_a_run_that_is_cut_goes_on_with_its_scale(make: MakeRunner) -> None:
     options: dict[str, Any] = dict(dtype="float16", init_scale=2.0**10, growth_interval=3)
     straight = make(plugins=[Amp(**options), Overflow(at=(1, 7))])
     straight.train()
@@ -220,7 +227,9 @@ def test_a_run_that_is_cut_goes_on_with_its_scale(make: Any) -> None:
     assert (state["growth_interval"], state["scale"]) == (50, 2.0**10), "options are this run's"
 
 
-def test_steps_that_are_all_skipped_are_told_once(make: Any, caplog: Any) -> None:
+def test_steps_that_are_all_skipped_are_told_once(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = make(
         plugins=[Amp(dtype="float16"), Overflow(at=tuple(range(100)))],
         train_cfg=dict(max_iters=SKIPS_BEFORE_A_WARNING + 5),
@@ -232,7 +241,7 @@ def test_steps_that_are_all_skipped_are_told_once(make: Any, caplog: Any) -> Non
     assert [r.message for r in caplog.records if "20 steps in a row were skipped" in r.message]
 
 
-def test_the_optimizer_is_left_as_it_was(make: Any, toy: Any) -> None:
+def test_the_optimizer_is_left_as_it_was(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hooks = len(optimizer._optimizer_step_post_hooks)
@@ -240,7 +249,7 @@ def test_the_optimizer_is_left_as_it_was(make: Any, toy: Any) -> None:
     assert len(optimizer._optimizer_step_post_hooks) == hooks
 
 
-def test_what_cannot_be_is_refused_before_training(make: Any, toy: Any) -> None:
+def test_what_cannot_be_is_refused_before_training(make: MakeRunner, toy: type[Toy]) -> None:
     for dtype in ("float16", "bfloat16"):
         with pytest.raises(ValueError, match=rf"amp: the device meta cannot do {dtype}: torch has"):
             make(plugins=[Amp(dtype=dtype)], device="meta")
@@ -257,8 +266,8 @@ def test_what_cannot_be_is_refused_before_training(make: Any, toy: Any) -> None:
         make(plugins=[Amp(optimizer="critic")])
 
 
-def test_a_model_in_bfloat16_needs_no_scale(make: Any, toy: Any) -> None:
-    class Cast(toy):  # type: ignore[misc]
+def test_a_model_in_bfloat16_needs_no_scale(make: MakeRunner) -> None:
+    class Cast(Toy):
         def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
             return super().forward(inputs.bfloat16(), labels, mode=mode)
 
@@ -270,7 +279,9 @@ def test_a_model_in_bfloat16_needs_no_scale(make: Any, toy: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_on_a_gpu_it_is_the_recipe_too(make: Any, toy: Any, data: Any, optimizer: str) -> None:
+def test_on_a_gpu_it_is_the_recipe_too(
+    make: MakeRunner, toy: type[Toy], data: MakeData, optimizer: str
+) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 
 class Seen(Plugin):
@@ -28,7 +29,7 @@ class Seen(Plugin):
         self.logged.append(values)
 
 
-def by_hand(toy: Any, data: Any, clip: Any) -> tuple[list[list[Tensor]], list[Any]]:
+def by_hand(toy: type[Toy], data: Any, clip: Any) -> tuple[list[list[Tensor]], list[Any]]:
     torch.manual_seed(0)
     net = toy().net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -66,7 +67,9 @@ def clip_value(parameters: Any) -> Tensor:
         (dict(clip_value=0.05), clip_value),
     ],
 )
-def test_it_is_torchs(make: Any, toy: Any, data: Any, options: Any, clip: Any) -> None:
+def test_it_is_torchs(
+    make: MakeRunner, toy: type[Toy], data: MakeData, options: Any, clip: Any
+) -> None:
     seen = Seen()
     make(plugins=[Clip(**options), seen]).train()
     gradients, norms = by_hand(toy, data, clip)
@@ -76,7 +79,7 @@ def test_it_is_torchs(make: Any, toy: Any, data: Any, options: Any, clip: Any) -
     assert all(isinstance(values["grad_norm"], Tensor) for values in seen.logged)
 
 
-def test_what_others_add_to_the_gradients_is_clipped_too(make: Any) -> None:
+def test_what_others_add_to_the_gradients_is_clipped_too(make: MakeRunner) -> None:
     class Adds(Plugin):
         def before_optim_step(self, optim_wrapper: Any) -> None:
             for parameter in optim_wrapper.parameters():
@@ -103,7 +106,7 @@ class Pair(nn.Module):
         return {}
 
 
-def test_each_optimizer_has_a_norm_of_its_own(make: Any) -> None:
+def test_each_optimizer_has_a_norm_of_its_own(make: MakeRunner) -> None:
     seen = Seen()
     runner = make(
         model=Pair(),
@@ -131,7 +134,7 @@ class Infinite(Plugin):
 
 
 @pytest.mark.parametrize("max_norm", [1.0, float("inf")])
-def test_a_norm_that_is_not_finite_stops_before_the_step(make: Any, max_norm: float) -> None:
+def test_a_norm_that_is_not_finite_stops_before_the_step(make: MakeRunner, max_norm: float) -> None:
     runner = make(plugins=[Infinite(), Clip(max_norm=max_norm, error_if_nonfinite=True)])
     with pytest.raises(FloatingPointError, match=r"of 'optimizer' is inf.*was not taken") as error:
         runner.train()
@@ -140,7 +143,7 @@ def test_a_norm_that_is_not_finite_stops_before_the_step(make: Any, max_norm: fl
     assert bool(torch.isfinite(runner.bare_model.net.weight).all())
 
 
-def test_a_step_that_amp_skips_is_no_error_and_no_record(make: Any) -> None:
+def test_a_step_that_amp_skips_is_no_error_and_no_record(make: MakeRunner) -> None:
     seen = Seen()
     amp = dict(type="amp", dtype="float16", init_scale=8.0)
     runner = make(plugins=[Infinite(), amp, Clip(max_norm=1.0, error_if_nonfinite=True), seen])
@@ -166,11 +169,11 @@ def test_bad_options_are_refused(options: Any, message: str) -> None:
         Clip(**options)
 
 
-def test_a_second_one_for_the_same_optimizer_is_refused(make: Any) -> None:
+def test_a_second_one_for_the_same_optimizer_is_refused(make: MakeRunner) -> None:
     with pytest.raises(ValueError, match="'optimizer' are clipped by the plugin 'clip' already"):
         make(plugins=[Clip(max_norm=1), Clip(clip_value=1, plugin_name="second")])
 
 
-def test_an_unknown_optimizer_is_refused(make: Any) -> None:
+def test_an_unknown_optimizer_is_refused(make: MakeRunner) -> None:
     with pytest.raises(KeyError, match="unknown optimizer 'critic'"):
         make(plugins=[Clip(max_norm=1, optimizer="critic")])

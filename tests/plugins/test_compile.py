@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hookengine_compile import Compile
 from torch import nn
 
+from tests.fixtures import MakeRunner, Toy
+
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -21,7 +23,7 @@ def fresh_dynamo() -> Any:
     torch.compiler.reset()
 
 
-def told(caplog: Any) -> list[str]:
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the run warned of; torch's compiler has records of its own."""
     records = [r for r in caplog.records if r.name == "hookengine" and r.levelname == "WARNING"]
     return [record.message for record in records]
@@ -39,7 +41,9 @@ def graphs() -> tuple[Any, list[int]]:
     return backend, sizes
 
 
-def test_a_compiled_run_gives_the_same_weights(make: Any, graphs: Any) -> None:
+def test_a_compiled_run_gives_the_same_weights(
+    make: MakeRunner, graphs: tuple[Any, list[int]]
+) -> None:
     backend, sizes = graphs
     compiled, plain = make(plugins=[Compile(backend=backend)], validate=True), make(validate=True)
     assert len(sizes) == 1, "something small was tried"
@@ -52,7 +56,7 @@ def test_a_compiled_run_gives_the_same_weights(make: Any, graphs: Any) -> None:
     assert compiled.val_loop.metrics == plain.val_loop.metrics
 
 
-def test_the_default_backend_really_compiles(make: Any) -> None:
+def test_the_default_backend_really_compiles(make: MakeRunner) -> None:
     if not _compiler_works():
         pytest.skip("torch.compile has no compiler here")
     runner, plain = make(plugins=["compile"]), make()
@@ -69,7 +73,9 @@ def _compiler_works() -> bool:
     return True
 
 
-def test_a_plain_module_is_compiled_with_its_loss(make: Any, graphs: Any) -> None:
+def test_a_plain_module_is_compiled_with_its_loss(
+    make: MakeRunner, graphs: tuple[Any, list[int]]
+) -> None:
     backend, sizes = graphs
     runner = make(model=nn.Linear(4, 3), loss=F.cross_entropy, plugins=[Compile(backend=backend)])
     runner.train()
@@ -78,7 +84,7 @@ def test_a_plain_module_is_compiled_with_its_loss(make: Any, graphs: Any) -> Non
 
 
 def test_a_copy_is_not_compiled_and_the_model_still_trains_after_the_run(
-    make: Any, graphs: Any
+    make: MakeRunner, graphs: tuple[Any, list[int]]
 ) -> None:
     backend, _ = graphs
     runner = make(plugins=[Compile(backend=backend)])
@@ -88,7 +94,7 @@ def test_a_copy_is_not_compiled_and_the_model_still_trains_after_the_run(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
-def test_parts_by_name(make: Any, graphs: Any) -> None:
+def test_parts_by_name(make: MakeRunner, graphs: tuple[Any, list[int]]) -> None:
     backend, sizes = graphs
     make(plugins=[Compile(backend=backend, modules=("net",), fullgraph=True)]).train()
     assert len(sizes) == 2
@@ -101,11 +107,13 @@ def test_parts_by_name(make: Any, graphs: Any) -> None:
 
 
 def test_a_train_step_of_its_own_is_warned_of(
-    make: Any, toy: Any, graphs: Any, caplog: Any
+    make: MakeRunner,
+    graphs: tuple[Any, list[int]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     backend, _ = graphs
 
-    class Own(toy):  # type: ignore[misc]
+    class Own(Toy):
         def train_step(self, data: Any, optim_wrapper: Any) -> Any:
             return super().train_step(data, optim_wrapper)
 
@@ -116,7 +124,9 @@ def test_a_train_step_of_its_own_is_warned_of(
     assert "Own has a train_step of its own. Only what it calls as self(...)" in told(caplog)[0]
 
 
-def test_without_a_compiler_the_run_goes_on_after_one_warning(make: Any, caplog: Any) -> None:
+def test_without_a_compiler_the_run_goes_on_after_one_warning(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     def absent(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("No working C++ compiler found\nand a long explanation")
 
@@ -130,7 +140,9 @@ def test_without_a_compiler_the_run_goes_on_after_one_warning(make: Any, caplog:
     assert "long explanation" not in text
 
 
-def test_the_real_compiler_is_absent(make: Any, caplog: Any, monkeypatch: Any) -> None:
+def test_the_real_compiler_is_absent(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))

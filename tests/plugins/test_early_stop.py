@@ -8,6 +8,7 @@ import pytest
 from hookengine_early_stop import EarlyStop
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner
 
 
 class Scripted(Plugin):
@@ -41,7 +42,7 @@ NAN = float("nan")
         ("accuracy", [1, 2, 3, 4, 5], dict(patience=1), 5),
     ],
 )
-def test_when_it_stops(make: Any, name: str, values: Any, options: Any, epochs: int) -> None:
+def test_when_it_stops(make: MakeRunner, name: str, values: Any, options: Any, epochs: int) -> None:
     scripted = Scripted(name=name, values=values)
     stop = EarlyStop(metric=name, **options)
     runner = make(plugins=[stop, scripted], train_cfg=dict(max_epochs=5), validate=True)
@@ -54,7 +55,7 @@ def test_when_it_stops(make: Any, name: str, values: Any, options: Any, epochs: 
         assert stopped is None
 
 
-def test_the_reason_is_told(make: Any, caplog: Any) -> None:
+def test_the_reason_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) -> None:
     stop = EarlyStop(metric="loss", patience=2)
     runner = make(
         plugins=[Scripted(name="loss", values=[2, 1, 3, 4]), stop],
@@ -67,7 +68,7 @@ def test_the_reason_is_told(make: Any, caplog: Any) -> None:
     assert "training stops" in caplog.text
 
 
-def test_it_goes_on_where_the_run_was_cut(make: Any) -> None:
+def test_it_goes_on_where_the_run_was_cut(make: MakeRunner) -> None:
     def runner(epochs: int) -> Any:
         plugins = [Scripted(values=[2, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=3)]
         return make(plugins=plugins, train_cfg=dict(max_epochs=epochs), validate=True)
@@ -79,7 +80,7 @@ def test_it_goes_on_where_the_run_was_cut(make: Any) -> None:
     assert second.progress.epoch == 4
 
 
-def test_who_trains_on_after_a_stop_has_patience_anew(make: Any) -> None:
+def test_who_trains_on_after_a_stop_has_patience_anew(make: MakeRunner) -> None:
     plugins = [Scripted(values=[2, 1, 1, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=2)]
     runner = make(plugins=plugins, train_cfg=dict(max_epochs=7), validate=True)
     for epochs in (3, 5, 7):
@@ -87,7 +88,7 @@ def test_who_trains_on_after_a_stop_has_patience_anew(make: Any) -> None:
         assert runner.progress.epoch == epochs
 
 
-def test_a_run_that_was_killed_after_the_stop_stops_again(make: Any) -> None:
+def test_a_run_that_was_killed_after_the_stop_stops_again(make: MakeRunner) -> None:
     states = []
 
     def runner() -> Any:
@@ -110,14 +111,14 @@ def test_a_run_that_was_killed_after_the_stop_stops_again(make: Any) -> None:
     assert second.progress.epoch == 5
 
 
-def test_validations_by_hand_do_not_count(make: Any) -> None:
+def test_validations_by_hand_do_not_count(make: MakeRunner) -> None:
     runner = make(plugins=[EarlyStop(metric="accuracy", patience=1)], validate=True)
     for _ in range(3):
         runner.val()
     assert runner.state_dict()["plugins"]["early_stop"]["waited"] == 0
 
 
-def test_what_cannot_be_is_refused(make: Any) -> None:
+def test_what_cannot_be_is_refused(make: MakeRunner) -> None:
     with pytest.raises(TypeError, match="more or less of 'distance' better"):
         EarlyStop(metric="distance")
     with pytest.raises(TypeError, match="it needs metric="):
@@ -133,7 +134,7 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
         runner.train()
 
 
-def test_stopped_by_a_threshold_it_stays_stopped_after_a_resume(make: Any) -> None:
+def test_stopped_by_a_threshold_it_stays_stopped_after_a_resume(make: MakeRunner) -> None:
     options: dict[str, Any] = dict(
         plugins=["checkpoint", dict(type="early_stop", metric="accuracy", threshold=0.0)],
         validate=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner
 
 
 def images() -> DataLoader[Any]:
@@ -41,7 +43,7 @@ class Batches(Plugin):
         assert data_batch[1].dtype == torch.int64
 
 
-def run(make: Any, *plugins: Any, **options: Any) -> list[Any]:
+def run(make: MakeRunner, *plugins: Any, **options: Any) -> list[Any]:
     batches = Batches()
     make(
         model=net(),
@@ -63,7 +65,7 @@ def run(make: Any, *plugins: Any, **options: Any) -> list[Any]:
         (dict(mixup=0, cutmix=1.0), lambda: v2.CutMix(alpha=1.0, num_classes=3)),
     ],
 )
-def test_it_is_torchvisions(make: Any, options: Any, transform: Any) -> None:
+def test_it_is_torchvisions(make: MakeRunner, options: Any, transform: Any) -> None:
     seen = run(make, Mixup(num_classes=3, **options))
     torch.manual_seed(0)
     mix = transform()
@@ -75,7 +77,7 @@ def test_it_is_torchvisions(make: Any, options: Any, transform: Any) -> None:
         assert mine[1].sum(1) == pytest.approx(torch.ones(len(mine[1])))
 
 
-def test_some_batches_some_of_them_by_cutmix(make: Any) -> None:
+def test_some_batches_some_of_them_by_cutmix(make: MakeRunner) -> None:
     loader = DataLoader([(torch.rand(1, 4, 4), i % 3) for i in range(600)], batch_size=2)
     batches = Batches()
     mixup = Mixup(mixup=1, cutmix=1, num_classes=3, prob=0.5, switch_prob=0.25)
@@ -109,7 +111,7 @@ def test_a_batch_may_be_a_dict(labels: Any) -> None:
 
 
 def test_what_the_run_writes_names_who_replaces_the_batch_in_order(
-    make: Any, capsys: Any, tmp_path: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     class Brighter(Plugin, name="brighter"):
         def before_train_iter(self, data_batch: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +22,7 @@ def test_torchs_wrappers_and_their_subclasses_are_wrappers() -> None:
     assert not is_model_wrapper(nn.Linear(1, 1))
 
 
-def test_wrappers_of_others_are_registered(monkeypatch: Any) -> None:
+def test_wrappers_of_others_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODEL_WRAPPERS, "_registered", {})
 
     @MODEL_WRAPPERS.register_module()
@@ -91,7 +89,9 @@ class Branches(nn.Module):
         return self.used(x).sum()
 
 
-def test_parameters_without_a_part_in_the_loss_are_named(capsys: Any) -> None:
+def test_parameters_without_a_part_in_the_loss_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = Branches()
     loss = model(torch.ones(2))
     assert detect_anomalous_params(loss, model) == ["forgotten.weight", "forgotten.bias"]
@@ -106,7 +106,7 @@ def test_parameters_without_a_part_in_the_loss_are_named(capsys: Any) -> None:
     assert unreached == ["forgotten.weight", "forgotten.bias"]
 
 
-def test_nothing_is_said_where_all_took_part(capsys: Any) -> None:
+def test_nothing_is_said_where_all_took_part(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Linear(2, 2)
     assert detect_anomalous_params(model(torch.ones(2)).sum(), model) == []
     assert capsys.readouterr().out == ""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hookengine.model import param_groups
+from tests.fixtures import MakeRunner, Toy
 
 
 class Net(nn.Module):
@@ -129,7 +130,7 @@ def test_tied_weights_are_taken_once_and_refused_where_they_are_treated_in_two_w
     assert len(treatment(twice, bias_lr_mult=2)) == 2
 
 
-def test_through_the_runner(make: Any) -> None:
+def test_through_the_runner(make: MakeRunner) -> None:
     runner = make(
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=0.1), paramwise=dict(bias_decay_mult=0, bias_lr_mult=2)
@@ -171,7 +172,7 @@ def test_what_cannot_be_is_refused(options: Any, error: Any, message: str) -> No
         param_groups(Net(), lr=0.1, weight_decay=0.1, **options)
 
 
-def test_what_the_runner_refuses(make: Any, toy: Any) -> None:
+def test_what_the_runner_refuses(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
     rules = dict(bias_lr_mult=2)
     with pytest.raises(ValueError, match=r"which is already built. Pass dict\(type='SGD'"):
@@ -190,7 +191,7 @@ def test_what_the_runner_refuses(make: Any, toy: Any) -> None:
         param_groups(nn.Linear(1, 1), lr=0.1, bias_decay_mult=0)
 
 
-def test_an_optimizer_by_name_gets_the_part_of_its_name(make: Any) -> None:
+def test_an_optimizer_by_name_gets_the_part_of_its_name(make: MakeRunner) -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader
 
 from hookengine.model import BaseDataPreprocessor, ImgDataPreprocessor, stack_batch
+from tests.fixtures import MakeData, MakeRunner
 
 Pair = namedtuple("Pair", "image label")
 META = torch.device("meta")
@@ -175,7 +176,9 @@ def test_what_cannot_be_stacked_is_answered(tensors: Any, error: type, message: 
         stack_batch(tensors)
 
 
-def test_prefetch_on_the_cpu_says_that_it_has_nothing_to_do(make: Any, caplog: Any) -> None:
+def test_prefetch_on_the_cpu_says_that_it_has_nothing_to_do(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = make(plugins=[dict(type="preprocess", prefetch=True)], device="cpu")
     assert isinstance(runner.train_loop.dataloader, DataLoader)
     assert "prefetch has nothing to do" in caplog.text
@@ -183,7 +186,7 @@ def test_prefetch_on_the_cpu_says_that_it_has_nothing_to_do(make: Any, caplog: A
 
 
 @pytest.mark.gpu
-def test_prefetched_batches_train_as_others_do(make: Any, data: Any) -> None:
+def test_prefetched_batches_train_as_others_do(make: MakeRunner, data: MakeData) -> None:
     def weights(**options: Any) -> Tensor:
         runner = make(train_dataloader=DataLoader(data(), 4, pin_memory=True), **options)
         runner.train()

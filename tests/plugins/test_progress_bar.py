@@ -7,7 +7,11 @@ import pty
 import re
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import MakeRunner
 
 SCRIPT = """
 import time, torch
@@ -82,7 +86,7 @@ def screen(written: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def test_on_a_terminal_the_bar_goes_away_and_leaves_the_lines_whole(tmp_path: Any) -> None:
+def test_on_a_terminal_the_bar_goes_away_and_leaves_the_lines_whole(tmp_path: Path) -> None:
     written = on_a_terminal(SCRIPT.format(folder=str(tmp_path)))
     assert "━" in written  # a bar was drawn
     assert "epoch 1/2" in written
@@ -99,7 +103,7 @@ def test_on_a_terminal_the_bar_goes_away_and_leaves_the_lines_whole(tmp_path: An
     assert left[-1] == "printed by the script"
 
 
-def test_elsewhere_it_is_silent(make: Any, capsys: Any) -> None:
+def test_elsewhere_it_is_silent(make: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
     make(defaults=("progress_bar",), validate=True, test=True).train()
     runner = make(defaults=("progress_bar",), validate=True, test=True)
     runner.test()

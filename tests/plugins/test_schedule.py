@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner, Toy
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "LambdaLR": dict(lr_lambda=lambda count: 0.8**count),
@@ -58,7 +60,7 @@ def by_hand(optimizer: Any, scheduler: Any, epochs: int, by_epoch: bool) -> list
     return rates
 
 
-def run(make: Any, *plugins: Any, epochs: int = 4, **options: Any) -> list[float]:
+def run(make: MakeRunner, *plugins: Any, epochs: int = 4, **options: Any) -> list[float]:
     rates = Rates()
     runner = make(plugins=[*plugins, rates], train_cfg=dict(max_epochs=epochs), **options)
     runner.train()
@@ -76,7 +78,7 @@ def test_every_scheduler_of_torch_is_tried() -> None:
 
 @pytest.mark.parametrize("by_epoch", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_scheduler_by_dict(make: Any, name: str, by_epoch: bool) -> None:
+def test_a_scheduler_by_dict(make: MakeRunner, name: str, by_epoch: bool) -> None:
     optimizer = sgd()
     scheduler = getattr(lr_scheduler, name)(optimizer, **CONFIGS[name])
     expected = by_hand(optimizer, scheduler, 4, by_epoch)
@@ -95,7 +97,7 @@ def test_a_scheduler_by_dict(make: Any, name: str, by_epoch: bool) -> None:
         ),
     ],
 )
-def test_other_ways_to_name_it(make: Any, scheduler: Any) -> None:
+def test_other_ways_to_name_it(make: MakeRunner, scheduler: Any) -> None:
     if not callable(scheduler) or isinstance(scheduler, type):
         if not isinstance(scheduler, dict):
             scheduler = dict(type=scheduler)
@@ -105,7 +107,7 @@ def test_other_ways_to_name_it(make: Any, scheduler: Any) -> None:
     assert run(make, Schedule(scheduler=scheduler)) == expected
 
 
-def test_an_instance_finds_its_optimizer(make: Any, toy: Any) -> None:
+def test_an_instance_finds_its_optimizer(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -113,7 +115,7 @@ def test_an_instance_finds_its_optimizer(make: Any, toy: Any) -> None:
     assert mine == [0.1] * 5 + [0.05] * 5 + [0.025] * 5 + [0.0125] * 5
 
 
-def test_by_default_it_follows_train_cfg(make: Any) -> None:
+def test_by_default_it_follows_train_cfg(make: MakeRunner) -> None:
     rates = Rates()
     schedule = Schedule(scheduler=dict(type="StepLR", step_size=1, gamma=0.5))
     runner = make(plugins=[schedule, rates], train_cfg=dict(max_iters=3))
@@ -122,7 +124,7 @@ def test_by_default_it_follows_train_cfg(make: Any) -> None:
 
 
 @pytest.mark.parametrize("by_epoch", [True, False])
-def test_what_follows_from_the_runs_length_is_filled_in(make: Any, by_epoch: bool) -> None:
+def test_what_follows_from_the_runs_length_is_filled_in(make: MakeRunner, by_epoch: bool) -> None:
     total = 4 if by_epoch else 20
     for name, given, filled in (
         ("CosineAnnealingLR", {}, {"T_max": total}),
@@ -136,7 +138,7 @@ def test_what_follows_from_the_runs_length_is_filled_in(make: Any, by_epoch: boo
         )
 
 
-def test_windows_of_accumulated_gradients_make_fewer_steps(make: Any) -> None:
+def test_windows_of_accumulated_gradients_make_fewer_steps(make: MakeRunner) -> None:
     schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False)
     mine = run(make, schedule, dict(type="accumulate", steps=2))
     optimizer = sgd()
@@ -150,7 +152,7 @@ def test_windows_of_accumulated_gradients_make_fewer_steps(make: Any) -> None:
 
 
 @pytest.mark.parametrize("by_epoch", [True, False])
-def test_several_in_sequence(make: Any, by_epoch: bool) -> None:
+def test_several_in_sequence(make: MakeRunner, by_epoch: bool) -> None:
     configs = [dict(type="LinearLR", start_factor=0.1, total_iters=2), "CosineAnnealingLR"]
     optimizer = sgd()
     parts = [
@@ -162,7 +164,7 @@ def test_several_in_sequence(make: Any, by_epoch: bool) -> None:
 
 
 @pytest.mark.parametrize("warmup", [6, 0.3])
-def test_warm_up_then_a_schedule_by_step(make: Any, warmup: Any) -> None:
+def test_warm_up_then_a_schedule_by_step(make: MakeRunner, warmup: Any) -> None:
     schedule = Schedule(
         scheduler="CosineAnnealingLR", by_epoch=False, warmup=warmup, warmup_factor=0.1
     )
@@ -176,7 +178,7 @@ def test_warm_up_then_a_schedule_by_step(make: Any, warmup: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["MultiStepLR", "LambdaLR"])
-def test_warm_up_over_a_schedule_by_epoch(make: Any, name: str) -> None:
+def test_warm_up_over_a_schedule_by_epoch(make: MakeRunner, name: str) -> None:
     config = dict(type=name, **CONFIGS[name])
     optimizer = sgd()
     plain = by_hand(optimizer, getattr(lr_scheduler, name)(optimizer, **CONFIGS[name]), 4, True)
@@ -195,7 +197,7 @@ class Skips(Plugin):
 
 
 @pytest.mark.parametrize("by_epoch", [True, False])
-def test_it_moves_on_with_real_steps_only(make: Any, by_epoch: bool) -> None:
+def test_it_moves_on_with_real_steps_only(make: MakeRunner, by_epoch: bool) -> None:
     config = dict(type="StepLR", step_size=1, gamma=0.5)
     skips = Skips(at=(0, 1, 2, 3, 4, 7))  # the whole first epoch, and one of the second
     mine = run(make, Schedule(scheduler=config, by_epoch=by_epoch), skips, epochs=3)
@@ -213,7 +215,7 @@ class Losing(Plugin):
         metrics["accuracy"] = [0.5, 0.4, 0.6, 0.6, 0.6][runner.progress.epoch - 1]
 
 
-def test_reduce_on_plateau(make: Any) -> None:
+def test_reduce_on_plateau(make: MakeRunner) -> None:
     class First(Losing):
         before = ("schedule",)
 
@@ -223,7 +225,7 @@ def test_reduce_on_plateau(make: Any) -> None:
     assert mine[::5] == [0.1, 0.1, 0.05, 0.05, 0.025]
 
 
-def test_reduce_on_plateau_looks_only_at_validations_of_training(make: Any) -> None:
+def test_reduce_on_plateau_looks_only_at_validations_of_training(make: MakeRunner) -> None:
     config = dict(type="ReduceLROnPlateau", patience=0, factor=0.5)
     schedule = Schedule(scheduler=config, metric="accuracy")
     runner = make(plugins=[schedule], validate=True)
@@ -232,7 +234,7 @@ def test_reduce_on_plateau_looks_only_at_validations_of_training(make: Any) -> N
     assert runner.optim_wrapper.get_lr() == [0.1]
 
 
-def test_reduce_on_plateau_needs_a_metric_that_is_there(make: Any) -> None:
+def test_reduce_on_plateau_needs_a_metric_that_is_there(make: MakeRunner) -> None:
     config = dict(type="ReduceLROnPlateau")
     with pytest.raises(TypeError, match="needs metric="):
         make(plugins=[Schedule(scheduler=config)], validate=True)
@@ -257,7 +259,7 @@ def test_reduce_on_plateau_needs_a_metric_that_is_there(make: Any) -> None:
     ],
 )
 def test_a_run_that_is_cut_goes_on_with_its_schedule(
-    make: Any, options: dict[str, Any], tmp_path: Any
+    make: MakeRunner, options: dict[str, Any], tmp_path: Path
 ) -> None:
     if isinstance(options["scheduler"], list):
         options = dict(
@@ -287,7 +289,7 @@ def test_a_run_that_is_cut_goes_on_with_its_schedule(
     assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
 
 
-def test_a_learning_rate_that_is_a_tensor(make: Any, toy: Any) -> None:
+def test_a_learning_rate_that_is_a_tensor(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), foreach=False)
     schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False, warmup=5)
@@ -301,7 +303,7 @@ def schedule_options(schedule: Schedule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("lr", [0.3, 0.1, 0.07, 0.0123])
 def test_a_learning_rate_that_is_a_tensor_goes_on_where_it_was_cut(
-    make: Any, toy: Any, lr: float
+    make: MakeRunner, toy: type[Toy], lr: float
 ) -> None:
     def runner(epochs: int) -> Any:
         torch.manual_seed(0)
@@ -324,7 +326,7 @@ def test_a_learning_rate_that_is_a_tensor_goes_on_where_it_was_cut(
     assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
 
 
-def test_a_run_that_is_cut_at_the_end_of_its_first_epoch_goes_on(make: Any) -> None:
+def test_a_run_that_is_cut_at_the_end_of_its_first_epoch_goes_on(make: MakeRunner) -> None:
     def runner(cut: bool = False) -> tuple[Any, Rates]:
         rates = Rates()
         made = make(plugins=[Schedule(scheduler="CosineAnnealingLR", warmup=7), rates])
@@ -343,7 +345,7 @@ def test_a_run_that_is_cut_at_the_end_of_its_first_epoch_goes_on(make: Any) -> N
     assert rates.seen == expected.seen[5:]
 
 
-def test_each_group_keeps_its_share(make: Any) -> None:
+def test_each_group_keeps_its_share(make: MakeRunner) -> None:
     wrapper = dict(
         optimizer=dict(type="SGD", lr=0.1), paramwise=dict(custom_keys={"bias": dict(lr_mult=2)})
     )
@@ -351,14 +353,14 @@ def test_each_group_keeps_its_share(make: Any) -> None:
     assert mine[1::2] == pytest.approx([2 * rate for rate in mine[::2]])
 
 
-def warnings_of(caplog: Any) -> list[str]:
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "PolynomialLR", "OneCycleLR"])
 @pytest.mark.parametrize("by_epoch", [True, False])
 def test_beyond_its_end_a_schedule_stays_where_it_is(
-    make: Any, caplog: Any, name: str, by_epoch: bool
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, name: str, by_epoch: bool
 ) -> None:
     config = dict(type=name, max_lr=0.3) if name == "OneCycleLR" else dict(type=name)
     if name == "OneCycleLR":
@@ -375,7 +377,9 @@ def test_beyond_its_end_a_schedule_stays_where_it_is(
     assert f"{name} was made for {planned}" in warnings_of(caplog)[0]
 
 
-def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(make: Any, caplog: Any) -> None:
+def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     for scheduler in (
         dict(type="MultiStepLR", milestones=[1]),
         dict(type="CosineAnnealingLR", T_max=9),
@@ -387,7 +391,9 @@ def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(make: Any, capl
 
 
 @pytest.mark.parametrize("last", ["OneCycleLR", "CosineAnnealingLR", "ExponentialLR"])
-def test_a_sequence_ends_where_its_last_does(make: Any, caplog: Any, last: str) -> None:
+def test_a_sequence_ends_where_its_last_does(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, last: str
+) -> None:
     more = {
         "OneCycleLR": dict(max_lr=0.3, cycle_momentum=False, anneal_strategy="linear"),
         "ExponentialLR": dict(gamma=0.5),
@@ -403,7 +409,9 @@ def test_a_sequence_ends_where_its_last_does(make: Any, caplog: Any, last: str) 
     assert bool(warnings_of(caplog)) == (last != "ExponentialLR")
 
 
-def test_a_longer_run_goes_on_with_the_schedule_as_it_was_made(make: Any, caplog: Any) -> None:
+def test_a_longer_run_goes_on_with_the_schedule_as_it_was_made(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     def runner(epochs: int, **options: Any) -> tuple[Any, Rates]:
         rates = Rates()
         schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False, **options)
@@ -422,7 +430,7 @@ def test_a_longer_run_goes_on_with_the_schedule_as_it_was_made(make: Any, caplog
         assert "made for 10 optimizer steps, and this run goes on to 20" in caplog.text
 
 
-def test_a_warm_up_can_begin_where_the_state_has_none(make: Any) -> None:
+def test_a_warm_up_can_begin_where_the_state_has_none(make: MakeRunner) -> None:
     first = make()
     first.train()
     rates = Rates()
@@ -434,7 +442,7 @@ def test_a_warm_up_can_begin_where_the_state_has_none(make: Any) -> None:
     assert rates.seen == pytest.approx([0.1 * factor for factor in factors])
 
 
-def test_the_state_of_another_scheduler_is_refused(make: Any) -> None:
+def test_the_state_of_another_scheduler_is_refused(make: MakeRunner) -> None:
     state = make(plugins=[Schedule(scheduler="CosineAnnealingLR")]).state_dict()
     runner = make(plugins=[Schedule(scheduler=dict(type="StepLR", step_size=1))])
     with pytest.raises(ValueError, match="CosineAnnealingLR per epoch, and this run has StepLR"):
@@ -449,7 +457,7 @@ def test_the_state_of_another_scheduler_is_refused(make: Any) -> None:
     runner.load_state_dict(state, allow=["schedule"])
 
 
-def test_a_second_schedule_for_one_optimizer_is_refused(make: Any) -> None:
+def test_a_second_schedule_for_one_optimizer_is_refused(make: MakeRunner) -> None:
     with pytest.raises(ValueError, match="has a schedule already, of the plugin 'second'"):
         make(
             plugins=[
@@ -459,7 +467,7 @@ def test_a_second_schedule_for_one_optimizer_is_refused(make: Any) -> None:
         )
 
 
-def test_a_scheduler_that_cannot_be_saved_is_refused(make: Any) -> None:
+def test_a_scheduler_that_cannot_be_saved_is_refused(make: MakeRunner) -> None:
     class Odd(lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any) -> None:
             self.function = lambda: 1
@@ -472,7 +480,7 @@ def test_a_scheduler_that_cannot_be_saved_is_refused(make: Any) -> None:
         make(plugins=[Schedule(scheduler=Odd)])
 
 
-def test_the_plan_is_told(make: Any, caplog: Any) -> None:
+def test_the_plan_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         run(
             make,
@@ -485,7 +493,7 @@ def test_the_plan_is_told(make: Any, caplog: Any) -> None:
     assert "warm-up of 500 optimizer steps does not end within this run of 20" in caplog.text
 
 
-def test_by_default_what_moves_on_by_batch_does_so(make: Any) -> None:
+def test_by_default_what_moves_on_by_batch_does_so(make: MakeRunner) -> None:
     config = dict(type="OneCycleLR", max_lr=0.3, cycle_momentum=False)
     assert len({*run(make, Schedule(scheduler=config))}) == 20
     torchs = dict(max_lr=0.3, cycle_momentum=False, total_steps=20)
@@ -493,7 +501,7 @@ def test_by_default_what_moves_on_by_batch_does_so(make: Any) -> None:
     assert len({*run(make, by_function)}) == 20
 
 
-def test_it_finds_the_window_of_any_plugin_that_accumulates(make: Any) -> None:
+def test_it_finds_the_window_of_any_plugin_that_accumulates(make: MakeRunner) -> None:
     class Other(Plugin):
         def setup_optimizer(self, optim_wrapper: Any) -> None:
             optim_wrapper.window_length = 5
@@ -503,7 +511,7 @@ def test_it_finds_the_window_of_any_plugin_that_accumulates(make: Any) -> None:
     assert runner.state_dict()["plugins"]["schedule"]["optimizer"]["end"] == 2
 
 
-def test_a_runner_that_does_not_train_needs_no_schedule(make: Any) -> None:
+def test_a_runner_that_does_not_train_needs_no_schedule(make: MakeRunner) -> None:
     schedule = Schedule(scheduler="CosineAnnealingLR")
     none: Any = dict(train_dataloader=None, train_cfg=None, optim_wrapper=None)
     make(plugins=[schedule], validate=True, **none).val()
@@ -551,13 +559,13 @@ def unsized() -> Any:
     ],
 )
 def test_what_cannot_be_is_refused_before_training(
-    make: Any, options: Any, error: Any, message: str
+    make: MakeRunner, options: Any, error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
         make(plugins=[Schedule(**options)])
 
 
-def test_what_needs_the_runs_length_says_so(make: Any) -> None:
+def test_what_needs_the_runs_length_says_so(make: MakeRunner) -> None:
     for options, message in (
         (dict(scheduler="CosineAnnealingLR", by_epoch=False), "CosineAnnealingLR needs T_max"),
         (dict(scheduler="ConstantLR", warmup=0.1), "warmup=0.1 is a share of the run"),
@@ -572,7 +580,7 @@ def test_a_warm_up_that_is_neither_steps_nor_a_share(warmup: Any) -> None:
         Schedule(scheduler="ConstantLR", warmup=warmup)
 
 
-def test_several_optimizers_have_a_schedule_each(make: Any) -> None:
+def test_several_optimizers_have_a_schedule_each(make: MakeRunner) -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from hookengine import Plugin
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 
 class Noisy(Dataset[Any]):
@@ -68,7 +69,7 @@ class Batches(Plugin):
         self.seen.append([part.clone() for part in data_batch])
 
 
-def train(make: Any, loader: Any, *plugins: Any, seed: int = 3, **options: Any) -> list[Any]:
+def train(make: MakeRunner, loader: Any, *plugins: Any, seed: int = 3, **options: Any) -> list[Any]:
     """The batches that a run trains on."""
     batches = Batches()
     seeded = {"type": "seed", "seed": seed, **options.pop("seed_options", {})}
@@ -85,7 +86,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(make: Any, data: Any) -> None:
+def test_the_order_is_a_function_of_seed_and_epoch(make: MakeRunner, data: MakeData) -> None:
     def loader() -> Any:
         return DataLoader(data(), batch_size=4, shuffle=True)
 
@@ -101,7 +102,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(make: Any, data: Any) -> None
     assert same([list(batch) for batch in wrapped], first[5:])
 
 
-def test_a_pass_from_a_later_batch_on_loads_nothing_before(make: Any) -> None:
+def test_a_pass_from_a_later_batch_on_loads_nothing_before(make: MakeRunner) -> None:
     dataset = Noisy()
     loader = DataLoader(dataset, batch_size=4, shuffle=True)
     runner = make(train_dataloader=loader, plugins=[dict(type="seed", seed=3)])
@@ -116,7 +117,7 @@ def test_a_pass_from_a_later_batch_on_loads_nothing_before(make: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["batches", "single samples", "a subset"])
-def test_augmentation_does_not_depend_on_the_number_of_workers(make: Any, kind: str) -> None:
+def test_augmentation_does_not_depend_on_the_number_of_workers(make: MakeRunner, kind: str) -> None:
     def loader(workers: int) -> Any:
         dataset: Any = Noisy()
         if kind == "a subset":
@@ -139,7 +140,7 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(make: Any, kind: 
     assert len(draws.unique()) > 0.7 * len(draws)  # every sample has draws of its own
 
 
-def test_a_seed_for_each_sample_leaves_the_main_process_alone(make: Any) -> None:
+def test_a_seed_for_each_sample_leaves_the_main_process_alone(make: MakeRunner) -> None:
     def weights(**options: Any) -> Any:
         draws = []
 
@@ -155,7 +156,7 @@ def test_a_seed_for_each_sample_leaves_the_main_process_alone(make: Any) -> None
     assert len({*once}) == len(once)  # the same seed again and again would repeat them
 
 
-def test_datasets_that_read_whole_batches_still_do(make: Any) -> None:
+def test_datasets_that_read_whole_batches_still_do(make: MakeRunner) -> None:
     class Columns(Noisy):
         calls = 0
 
@@ -177,7 +178,7 @@ def show_worker(worker_id: int) -> None:
     info.dataset.bias = 10.0 + info.num_workers  # type: ignore[attr-defined]
 
 
-def test_a_loader_that_the_user_built_keeps_its_parts(make: Any) -> None:
+def test_a_loader_that_the_user_built_keeps_its_parts(make: MakeRunner) -> None:
     dataset = Noisy()
     sampler = SequentialSampler(dataset)
 
@@ -199,7 +200,9 @@ def test_a_loader_that_the_user_built_keeps_its_parts(make: Any) -> None:
     assert all((batch[0][:, 3] == 12).all() for batch in train(make, told))
 
 
-def test_without_a_generator_of_its_own_the_order_is_torchs(make: Any, data: Any) -> None:
+def test_without_a_generator_of_its_own_the_order_is_torchs(
+    make: MakeRunner, data: MakeData
+) -> None:
     """With one, it is the very order of a plain loop over the same loader."""
 
     def loader() -> Any:
@@ -295,7 +298,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_cut_anywhere_the_batches_are_the_same(make: Any, name: str, tmp_path: Path) -> None:
+def test_cut_anywhere_the_batches_are_the_same(make: MakeRunner, name: str, tmp_path: Path) -> None:
     """Resumed from the checkpoint of any iteration, all later batches and weights are equal."""
     saving = dict(type="checkpoint", every="1 iterations", keep_last=None, asynchronous=False)
     torch.manual_seed(1)
@@ -327,7 +330,7 @@ def test_cut_anywhere_the_batches_are_the_same(make: Any, name: str, tmp_path: P
             assert torch.equal(value, resumed.bare_model.state_dict()[key]), cut
 
 
-def test_a_generator_that_training_and_validation_share(make: Any) -> None:
+def test_a_generator_that_training_and_validation_share(make: MakeRunner) -> None:
     def run(**options: Any) -> tuple[Any, list[Any]]:
         own, batches = generator_of_my_own(), Batches()
         runner = make(
@@ -347,7 +350,9 @@ def test_a_generator_that_training_and_validation_share(make: Any) -> None:
         assert same(rest, expected[cut:]), cut
 
 
-def test_with_a_seed_everything_is_seeded_before_the_model_is_built(make: Any, toy: Any) -> None:
+def test_with_a_seed_everything_is_seeded_before_the_model_is_built(
+    make: MakeRunner, toy: type[Toy]
+) -> None:
     draws = []
 
     def build() -> Any:
@@ -361,7 +366,7 @@ def test_with_a_seed_everything_is_seeded_before_the_model_is_built(make: Any, t
     assert draws[0][0] == random.random()
 
 
-def test_without_one_torchs_is_used_and_nothing_is_seeded(make: Any) -> None:
+def test_without_one_torchs_is_used_and_nothing_is_seeded(make: MakeRunner) -> None:
     random.seed(1)
     expected = random.random()
     random.seed(1)
@@ -371,7 +376,7 @@ def test_without_one_torchs_is_used_and_nothing_is_seeded(make: Any) -> None:
     assert torch.initial_seed() == 0
 
 
-def test_validation_sees_the_same_each_time(make: Any) -> None:
+def test_validation_sees_the_same_each_time(make: MakeRunner) -> None:
     seen: list[Any] = []
 
     class Watch(Plugin):
@@ -383,7 +388,7 @@ def test_validation_sees_the_same_each_time(make: Any) -> None:
     assert same(seen[:3], seen[3:])
 
 
-def test_deterministic_algorithms_are_switched_on_and_back(make: Any) -> None:
+def test_deterministic_algorithms_are_switched_on_and_back(make: MakeRunner) -> None:
     before = torch.get_deterministic_debug_mode()
     runner = make(plugins=[dict(type="seed", deterministic=True)])
     assert torch.are_deterministic_algorithms_enabled()
@@ -394,7 +399,7 @@ def test_deterministic_algorithms_are_switched_on_and_back(make: Any) -> None:
     runner.close()
 
 
-def test_another_seed_than_that_of_the_state_is_refused(make: Any) -> None:
+def test_another_seed_than_that_of_the_state_is_refused(make: MakeRunner) -> None:
     state = make(plugins=[dict(type="seed", seed=1)]).state_dict()
     with pytest.raises(ValueError, match="trained with seed 1, and this run has seed=2"):
         make(plugins=[dict(type="seed", seed=2)]).load_state_dict(state)
@@ -416,7 +421,9 @@ def test_another_seed_than_that_of_the_state_is_refused(make: Any) -> None:
         (lambda: (batch for batch in LOADERS["a list"]()), "generator is left as it is"),
     ],
 )
-def test_what_cannot_be_exact_is_said(make: Any, loader: Any, said: str, capsys: Any) -> None:
+def test_what_cannot_be_exact_is_said(
+    make: MakeRunner, loader: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = dict(plugins=["seed", "logging"], train_cfg=dict(max_iters=3))
     make(train_dataloader=loader(), **options).train()
     assert said in capsys.readouterr().out
@@ -432,12 +439,12 @@ def test_what_cannot_be_exact_is_said(make: Any, loader: Any, said: str, capsys:
         (dict(deterministic="always"), "deterministic.*'always'"),
     ],
 )
-def test_bad_options_are_refused(make: Any, options: Any, message: str) -> None:
+def test_bad_options_are_refused(make: MakeRunner, options: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make(plugins=[dict(type="seed", **options)])
 
 
-def test_a_wrapper_without_seek_gets_another_order_each_epoch(make: Any) -> None:
+def test_a_wrapper_without_seek_gets_another_order_each_epoch(make: MakeRunner) -> None:
     class Wrapping(Plugin):
         def setup_dataloader(self, dataloader: Any) -> Any:
             class Wrapper:
@@ -460,7 +467,7 @@ def test_a_wrapper_without_seek_gets_another_order_each_epoch(make: Any) -> None
     assert same(plain, train(make, loader(), Wrapping()))
 
 
-def test_a_pass_by_hand_leaves_the_running_one_as_it_is(make: Any) -> None:
+def test_a_pass_by_hand_leaves_the_running_one_as_it_is(make: MakeRunner) -> None:
     def run(by_hand: bool, **options: Any) -> tuple[Any, list[Any]]:
         batches = Batches()
         runner = make(
@@ -519,6 +526,6 @@ class Endless(DataLoader[Any]):
     ],
     ids=["numpy", "a tensor", "iterators", "tensors", "a subclass", "its own __iter__", "spawned"],
 )
-def test_what_torch_takes_is_taken(make: Any, loader: Any) -> None:
+def test_what_torch_takes_is_taken(make: MakeRunner, loader: Any) -> None:
     cfg = dict(train_cfg=dict(max_iters=2))
     assert len(train(make, loader(), **cfg)) == 2

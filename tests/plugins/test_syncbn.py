@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def test_another_implementation_is_refused() -> None:
         convert_sync_batchnorm(nn.BatchNorm2d(3), implementation="mmcv")
 
 
-def build(tmp_path: Any, model: nn.Module) -> Runner:
+def build(tmp_path: Path, model: nn.Module) -> Runner:
     return Runner(
         model,
         tmp_path,
@@ -156,7 +157,7 @@ def build(tmp_path: Any, model: nn.Module) -> Runner:
     )
 
 
-def test_on_one_rank_it_is_inert(tmp_path: Any) -> None:
+def test_on_one_rank_it_is_inert(tmp_path: Path) -> None:
     with build(tmp_path, nn.Sequential(nn.BatchNorm1d(3))) as runner:
         assert type(runner.bare_model[0]) is nn.BatchNorm1d
 
@@ -174,7 +175,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
-def test_on_cpu_ranks_it_says_that_torch_cannot(tmp_path: Any) -> None:
+def test_on_cpu_ranks_it_says_that_torch_cannot(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -199,7 +200,7 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.gpu
-def test_over_two_gpus_it_is_batch_norm_over_the_joint_batch(tmp_path: Any) -> None:
+def test_over_two_gpus_it_is_batch_norm_over_the_joint_batch(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     with socket.socket() as probe:

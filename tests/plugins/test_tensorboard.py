@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hookengine import Histogram, Image, Table, read_records
+from tests.fixtures import MakeRunner
 
 ROOT = Path(__file__).parents[2]
 COUNTERS = ("phase", "epoch", "iter", "step", "timestamp", "media")
@@ -91,7 +92,7 @@ def hparams(folder: Path) -> list[Any]:
     return found
 
 
-def train(make: Any, *plugins: Any, **options: Any) -> Any:
+def train(make: MakeRunner, *plugins: Any, **options: Any) -> Any:
     options.setdefault("validate", True)
     log = dict(type="logging", interval=2)
     runner = make(plugins=[log, *plugins, "tensorboard"], **options)
@@ -100,14 +101,14 @@ def train(make: Any, *plugins: Any, **options: Any) -> Any:
     return runner
 
 
-def test_each_scalar_is_there_with_its_step_and_time(make: Any) -> None:
+def test_each_scalar_is_there_with_its_step_and_time(make: MakeRunner) -> None:
     runner = train(make, dict(type="clip", max_norm=1.0))
     assert is_whole(runner.run_dir)
     assert ("train/grad_norm", 10) in scalars(runner.run_dir)
     assert ("val/accuracy", 10) in scalars(runner.run_dir)
 
 
-def test_a_record_is_one_event(make: Any) -> None:
+def test_a_record_is_one_event(make: MakeRunner) -> None:
     runner = train(make)
     assert len(files(runner.run_dir)) == 1
     first, *rest = events(runner.run_dir)
@@ -150,7 +151,7 @@ class Hands:
         image.zero_()
 
 
-def test_what_hooks_hand_over_arrives(make: Any, capsys: Any) -> None:
+def test_what_hooks_hand_over_arrives(make: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
     runner = train(make, Hands())
     accumulator: Any = read(runner.run_dir)
     (image,) = accumulator.Images("train/image")
@@ -189,7 +190,7 @@ def test_what_hooks_hand_over_arrives(make: Any, capsys: Any) -> None:
 # -- hyperparameters ----------------------------------------------------------------------------
 
 
-def test_the_hyperparameters_and_the_metrics_are_told(make: Any) -> None:
+def test_the_hyperparameters_and_the_metrics_are_told(make: MakeRunner) -> None:
     runner = train(make, dict(type="clip", max_norm=0.5))
     experiment, start, end = hparams(runner.run_dir)
     metrics = [metric.name.tag for metric in experiment.experiment.metric_infos]
@@ -204,14 +205,14 @@ def test_the_hyperparameters_and_the_metrics_are_told(make: Any) -> None:
     assert end.session_end_info.status == 1  # success
 
 
-def test_a_run_that_is_never_evaluated_has_hyperparameters_too(make: Any) -> None:
+def test_a_run_that_is_never_evaluated_has_hyperparameters_too(make: MakeRunner) -> None:
     runner = train(make, validate=False)
     _, start, end = hparams(runner.run_dir)
     assert start.session_start_info.hparams["optimizer/lr"].number_value == 0.1
     assert end.session_end_info.status == 1
 
 
-def test_a_run_that_fails_says_so_until_it_is_trained_again(make: Any) -> None:
+def test_a_run_that_fails_says_so_until_it_is_trained_again(make: MakeRunner) -> None:
     def broken(runner: Any) -> None:
         if runner.progress.iter == 7 and not runner.progress.stopped:
             raise LookupError("no")
@@ -232,7 +233,7 @@ def test_a_run_that_fails_says_so_until_it_is_trained_again(make: Any) -> None:
     assert hparams(again.run_dir)[-1].session_end_info.status == 1
 
 
-def test_without_records_there_is_no_file(make: Any) -> None:
+def test_without_records_there_is_no_file(make: MakeRunner) -> None:
     runner = make(plugins=["tensorboard"])
     runner.train()
     runner.close()
@@ -242,7 +243,7 @@ def test_without_records_there_is_no_file(make: Any) -> None:
 # -- folders ------------------------------------------------------------------------------------
 
 
-def test_one_runner_after_another_moves_the_earlier_run_aside(make: Any) -> None:
+def test_one_runner_after_another_moves_the_earlier_run_aside(make: MakeRunner) -> None:
     for number in range(3):
         runner = train(make, name="run", train_cfg=dict(max_epochs=number + 1))
         assert is_whole(runner.run_dir)
@@ -254,7 +255,7 @@ def test_one_runner_after_another_moves_the_earlier_run_aside(make: Any) -> None
     assert last_steps == [5, 10]
 
 
-def test_train_and_test_of_one_runner_are_one_file(make: Any) -> None:
+def test_train_and_test_of_one_runner_are_one_file(make: MakeRunner) -> None:
     runner = make(plugins=["logging", "tensorboard"], validate=True, test=True)
     runner.train()
     runner.test()
@@ -265,7 +266,9 @@ def test_train_and_test_of_one_runner_are_one_file(make: Any) -> None:
     assert len(hparams(runner.run_dir)) == 3
 
 
-def test_a_folder_that_takes_no_file_costs_nothing(make: Any, capsys: Any) -> None:
+def test_a_folder_that_takes_no_file_costs_nothing(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(plugins=["logging", "tensorboard"], name="run")
     runner.run_dir.mkdir(parents=True)
     (runner.run_dir / "events.out.tfevents.0.here.0.0").write_bytes(b"")
@@ -279,7 +282,7 @@ def test_a_folder_that_takes_no_file_costs_nothing(make: Any, capsys: Any) -> No
 # -- a run that goes on -------------------------------------------------------------------------
 
 
-def state_after(make: Any, iteration: int, upto: int) -> Any:
+def state_after(make: MakeRunner, iteration: int, upto: int) -> Any:
     """A run that was left after ``upto``, in its folder; its state after ``iteration``."""
     runner = make(
         name="run", plugins=[dict(type="logging", interval=1), "tensorboard"], validate=True
@@ -298,7 +301,7 @@ def state_after(make: Any, iteration: int, upto: int) -> Any:
     return states[iteration]
 
 
-def resumed(make: Any, state: Any) -> Any:
+def resumed(make: MakeRunner, state: Any) -> Any:
     runner = make(
         name="run", plugins=[dict(type="logging", interval=1), "tensorboard"], validate=True
     )
@@ -309,7 +312,7 @@ def resumed(make: Any, state: Any) -> Any:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 2000, 10**9])
-def test_a_file_that_was_cut_short_is_made_up_for(make: Any, cut: int) -> None:
+def test_a_file_that_was_cut_short_is_made_up_for(make: MakeRunner, cut: int) -> None:
     state = state_after(make, 6, upto=8)
     folder = make(name="run").run_dir
     (file,) = files(folder)
@@ -324,7 +327,9 @@ def test_a_file_that_was_cut_short_is_made_up_for(make: Any, cut: int) -> None:
             assert there[key][1] == pytest.approx(value, rel=1e-6)
 
 
-def test_a_run_that_was_left_before_its_first_validation_has_hyperparameters(make: Any) -> None:
+def test_a_run_that_was_left_before_its_first_validation_has_hyperparameters(
+    make: MakeRunner,
+) -> None:
     runner = resumed(make, state_after(make, 2, upto=3))
     starts = [plain for plain in hparams(runner.run_dir) if plain.HasField("session_start_info")]
     assert [start.session_start_info.hparams["optimizer/lr"].number_value for start in starts] == [
@@ -398,7 +403,7 @@ def replay(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ})
 
 
-def replay_here(capsys: Any, *arguments: str) -> tuple[int, str]:
+def replay_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """The same in this process."""
     import typer
     from hookengine_logging.replay import main
@@ -411,7 +416,9 @@ def replay_here(capsys: Any, *arguments: str) -> tuple[int, str]:
     return int(str(ended.value.code)), str(capsys.readouterr().err)
 
 
-def test_a_run_is_replayed_into_an_empty_folder_and_only_once(make: Any, capsys: Any) -> None:
+def test_a_run_is_replayed_into_an_empty_folder_and_only_once(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(plugins=["logging", Hands()], validate=True, name="run")
     runner.train()
     runner.close()
@@ -433,7 +440,9 @@ def test_a_run_is_replayed_into_an_empty_folder_and_only_once(make: Any, capsys:
     assert len(files(folder / "tensorboard_1")) == 2
 
 
-def test_a_run_that_failed_is_replayed_as_one_that_failed(make: Any, capsys: Any) -> None:
+def test_a_run_that_failed_is_replayed_as_one_that_failed(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(plugins=["logging"], validate=True, name="run")
 
     @runner.on("after_train_iter")
@@ -459,7 +468,7 @@ def test_a_run_that_failed_is_replayed_as_one_that_failed(make: Any, capsys: Any
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    make: Any, capsys: Any, arguments: list[str], message: str
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     runner = make(plugins=["logging"], name="run")
     runner.train()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import Histogram, Plugin, Record, Runner, Sink
+from tests.fixtures import MakeRunner, Toy
 from tests.ranks import on_ranks
 
 
@@ -42,7 +43,7 @@ class Real(Plugin):
         self.steps.append(kept)
 
 
-def watched(make: Any, *plugins: Any, **options: Any) -> tuple[Any, Keeping]:
+def watched(make: MakeRunner, *plugins: Any, **options: Any) -> tuple[Any, Keeping]:
     sink = Keeping()
     watch = {k: options.pop(k) for k in ("what", "every", "bins") if k in options}
     runner = make(
@@ -71,7 +72,7 @@ def is_of(histogram: Histogram, tensor: Tensor) -> bool:
         ("all", {"gradients", "parameters"}),
     ],
 )
-def test_they_are_those_of_the_step(make: Any, what: str, kinds: set[str]) -> None:
+def test_they_are_those_of_the_step(make: MakeRunner, what: str, kinds: set[str]) -> None:
     real = Real()
     _, sink = watched(make, real, what=what, every=1, bins=7)
     assert [*sink.media] == [*range(1, 11)]
@@ -83,7 +84,7 @@ def test_they_are_those_of_the_step(make: Any, what: str, kinds: set[str]) -> No
             assert is_of(histogram, real.steps[iteration - 1][name]), (iteration, name)
 
 
-def test_gradients_are_of_the_whole_batch_and_clipped(make: Any) -> None:
+def test_gradients_are_of_the_whole_batch_and_clipped(make: MakeRunner) -> None:
     real = Real()
     plugins = [dict(type="accumulate", steps=2), dict(type="clip", max_norm=0.01), real]
     _, sink = watched(make, *plugins, every=2)
@@ -96,13 +97,13 @@ def test_gradients_are_of_the_whole_batch_and_clipped(make: Any) -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [1, 4, 7, 10]), (10, [1]), (1000, [1])])
 def test_they_are_taken_before_the_first_step_and_then_now_and_then(
-    make: Any, every: int, expected: list[int]
+    make: MakeRunner, every: int, expected: list[int]
 ) -> None:
     _, sink = watched(make, every=every)
     assert [*sink.media] == expected
 
 
-def test_a_run_that_goes_on_keeps_the_rhythm(make: Any) -> None:
+def test_a_run_that_goes_on_keeps_the_rhythm(make: MakeRunner) -> None:
     sink = Keeping()
     plugins = [dict(type="logging", interval=1), dict(type="watch", every=3), sink]
     runner = make(plugins=plugins)
@@ -119,7 +120,7 @@ def test_a_run_that_goes_on_keeps_the_rhythm(make: Any) -> None:
     assert [iteration for iteration in rest.media if iteration > 5] == [7, 10]
 
 
-def test_each_of_several_optimizers_has_its_own_parameters(make: Any) -> None:
+def test_each_of_several_optimizers_has_its_own_parameters(make: MakeRunner) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,8 +146,10 @@ def test_each_of_several_optimizers_has_its_own_parameters(make: Any) -> None:
     }
 
 
-def test_a_parameter_without_a_gradient_has_no_histogram_of_it(make: Any, toy: Any) -> None:
-    class Spare(toy):  # type: ignore[misc]
+def test_a_parameter_without_a_gradient_has_no_histogram_of_it(
+    make: MakeRunner,
+) -> None:
+    class Spare(Toy):
         def __init__(self) -> None:
             super().__init__()
             self.spare = nn.Parameter(torch.ones(3))
@@ -156,7 +159,7 @@ def test_a_parameter_without_a_gradient_has_no_histogram_of_it(make: Any, toy: A
     assert "gradients/spare" not in sink.media[1]
 
 
-def test_a_gradient_of_nans_is_counted_as_nothing(make: Any) -> None:
+def test_a_gradient_of_nans_is_counted_as_nothing(make: MakeRunner) -> None:
     class Spoils(Plugin):
         def before_optim_step(self, runner: Any) -> None:
             for parameter in runner.bare_model.parameters():
@@ -177,7 +180,9 @@ def test_a_gradient_of_nans_is_counted_as_nothing(make: Any) -> None:
     assert runner.progress.iter == 10
 
 
-def test_what_has_no_distribution_is_left_out_and_said_once(make: Any, capsys: Any) -> None:
+def test_what_has_no_distribution_is_left_out_and_said_once(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,14 +207,16 @@ def test_what_has_no_distribution_is_left_out_and_said_once(make: Any, capsys: A
     assert out.count("watch: parameters/empty is left out") == 1
 
 
-def test_weights_are_bit_identical_with_and_without(make: Any) -> None:
+def test_weights_are_bit_identical_with_and_without(make: MakeRunner) -> None:
     plain = make(plugins=["logging"])
     plain.train()
     runner, _ = watched(make, what="all", every=1)
     assert torch.equal(plain.bare_model.net.weight, runner.bare_model.net.weight)
 
 
-def test_nothing_is_read_from_the_device_between_records(make: Any, monkeypatch: Any) -> None:
+def test_nothing_is_read_from_the_device_between_records(
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero"):
         original = getattr(Tensor, name)
@@ -228,7 +235,7 @@ def test_nothing_is_read_from_the_device_between_records(make: Any, monkeypatch:
     assert "histogram" in (runner.run_dir / "metrics.jsonl").read_text()
 
 
-def test_it_does_nothing_where_nobody_listens(make: Any) -> None:
+def test_it_does_nothing_where_nobody_listens(make: MakeRunner) -> None:
     runner = make(plugins=[dict(type="watch", what="all", every=1)])
     runner.train()
     assert runner.progress.iter == 10

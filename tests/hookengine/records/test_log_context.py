@@ -7,6 +7,7 @@ from typing import Any
 
 from hookengine import Plugin, log_context
 from hookengine.records.log_context import running
+from tests.fixtures import MakeRunner
 
 
 class Speaks(Plugin):
@@ -18,7 +19,7 @@ class Speaks(Plugin):
         self.line = log_context(runner)(None, "info", {"event": "said"})
 
 
-def test_a_line_knows_run_epoch_iteration_and_plugin(make: Any) -> None:
+def test_a_line_knows_run_epoch_iteration_and_plugin(make: MakeRunner) -> None:
     runner = make(plugins=[speaks := Speaks()], name="spoken")
     runner.train()
     assert speaks.line == {
@@ -30,7 +31,7 @@ def test_a_line_knows_run_epoch_iteration_and_plugin(make: Any) -> None:
     }
 
 
-def test_a_function_is_a_plugin_and_the_users_own_code_is_none(make: Any) -> None:
+def test_a_function_is_a_plugin_and_the_users_own_code_is_none(make: MakeRunner) -> None:
     runner = make()
     lines = []
 
@@ -43,7 +44,7 @@ def test_a_function_is_a_plugin_and_the_users_own_code_is_none(make: Any) -> Non
     assert "plugin" not in log_context(runner)(None, "info", {})
 
 
-def test_what_a_line_was_bound_with_stays(make: Any) -> None:
+def test_what_a_line_was_bound_with_stays(make: MakeRunner) -> None:
     bound = {"run": "other", "plugin": "mine", "iteration": 7}
     line = log_context(make())(None, "info", dict(bound))
     assert {name: line[name] for name in bound} == bound

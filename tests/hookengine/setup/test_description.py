@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 
 from hookengine.setup.description import describe_run, describe_state
+from tests.fixtures import MakeRunner, Toy
 
 
-def test_a_run_is_described_as_json_holds_it(make: Any) -> None:
+def test_a_run_is_described_as_json_holds_it(make: MakeRunner) -> None:
     runner = make(validate=True, plugins=[dict(type="clip", max_norm=2.0)], name="described")
     described = json.loads(json.dumps(describe_run(runner)))
     assert described["name"] == "described"
@@ -28,7 +28,7 @@ def test_a_run_is_described_as_json_holds_it(make: Any) -> None:
     assert described["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_options_that_differ_between_groups_stand_apart(make: Any, toy: Any) -> None:
+def test_options_that_differ_between_groups_stand_apart(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
     groups = [dict(params=[model.net.weight], lr=0.5), dict(params=[model.net.bias])]
     runner = make(model=model, optim_wrapper=torch.optim.SGD(groups, lr=0.1))
@@ -38,7 +38,7 @@ def test_options_that_differ_between_groups_stand_apart(make: Any, toy: Any) -> 
     assert described["momentum"] == 0
 
 
-def test_a_state_says_what_it_belongs_to(make: Any) -> None:
+def test_a_state_says_what_it_belongs_to(make: MakeRunner) -> None:
     meta = describe_state(make(validate=True))
     assert meta["model"] == "Toy"
     assert meta["optimizers"] == {
@@ -51,7 +51,7 @@ def test_a_state_says_what_it_belongs_to(make: Any) -> None:
     assert (meta["plugins"], meta["world_size"]) == ([], 1)
 
 
-def test_without_training_there_are_no_optimizers(make: Any) -> None:
+def test_without_training_there_are_no_optimizers(make: MakeRunner) -> None:
     runner = make(validate=True, train_dataloader=None, train_cfg=None, optim_wrapper=None)
     assert describe_run(runner)["optimizers"] == {}
     assert describe_state(runner)["optimizers"] == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookengine import Plugin, Runner
 from hookengine.model import ExponentialMovingAverage, StochasticWeightAverage, load_weights
+from tests.fixtures import MakeRunner, Toy
 
 
 class States(Plugin):
@@ -37,7 +39,7 @@ def ema_of(values: list[Tensor], momentum: float) -> Tensor:
     return average
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(make: Any) -> None:
+def test_the_average_is_that_of_the_weights_after_each_step(make: MakeRunner) -> None:
     states = States()
     runner = make(plugins=["ema", states], validate=True)
     plain = make(validate=True)
@@ -66,7 +68,9 @@ class Refuses(Plugin):
         ([dict(type="compile", backend="eager")], list(range(10))),
     ],
 )
-def test_it_counts_real_steps_from_where_it_begins(make: Any, plugins: Any, updated: Any) -> None:
+def test_it_counts_real_steps_from_where_it_begins(
+    make: MakeRunner, plugins: Any, updated: Any
+) -> None:
     states = States()
     if not any(isinstance(p, dict) and p["type"] == "ema" for p in plugins):
         plugins = [*plugins, "ema"]
@@ -78,7 +82,7 @@ def test_it_counts_real_steps_from_where_it_begins(make: Any, plugins: Any, upda
     assert torch.equal(averaged.module.net.weight, expected)
 
 
-def test_a_window_that_is_closed_after_an_epoch_of_unknown_length_counts(make: Any) -> None:
+def test_a_window_that_is_closed_after_an_epoch_of_unknown_length_counts(make: MakeRunner) -> None:
     class Batches:
         def __iter__(self) -> Any:
             return iter([[torch.ones(1, 4), torch.zeros(1, dtype=torch.long)]] * 3)
@@ -90,7 +94,7 @@ def test_a_window_that_is_closed_after_an_epoch_of_unknown_length_counts(make: A
     assert runner.plugins["ema"].averaged.steps == 4
 
 
-def test_with_amp_skipped_steps_do_not_count(make: Any) -> None:
+def test_with_amp_skipped_steps_do_not_count(make: MakeRunner) -> None:
     states = States()
     amp = dict(type="amp", dtype="float16", init_scale=2.0**22)
     runner = make(plugins=["ema", amp, states])
@@ -103,7 +107,7 @@ def test_with_amp_skipped_steps_do_not_count(make: Any) -> None:
 
 
 @pytest.mark.parametrize("evaluate", ["averaged", "raw", "both"])
-def test_what_is_evaluated(make: Any, evaluate: str) -> None:
+def test_what_is_evaluated(make: MakeRunner, evaluate: str) -> None:
     ema = Ema(evaluate=evaluate, momentum=0.001)
     runner = make(plugins=[ema], validate=True, val_cfg=dict(loss=True))
     metrics = runner.train()
@@ -118,7 +122,9 @@ def test_what_is_evaluated(make: Any, evaluate: str) -> None:
         assert metrics == (averaged if evaluate == "averaged" else expected)
 
 
-def test_before_the_first_update_the_raw_weights_are_evaluated(make: Any, caplog: Any) -> None:
+def test_before_the_first_update_the_raw_weights_are_evaluated(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     for evaluate in ("averaged", "both"):
         runner = make(plugins=[Ema(evaluate=evaluate, begin_epoch=1)], validate=True)
         plain = make(validate=True)
@@ -133,7 +139,7 @@ def test_before_the_first_update_the_raw_weights_are_evaluated(make: Any, caplog
             runner.plugins["ema"].export("x.pth")
 
 
-def test_an_error_or_a_stop_in_validation_leaves_the_raw_weights(make: Any) -> None:
+def test_an_error_or_a_stop_in_validation_leaves_the_raw_weights(make: MakeRunner) -> None:
     seen = []
 
     class Fails(Plugin):
@@ -160,7 +166,9 @@ def test_an_error_or_a_stop_in_validation_leaves_the_raw_weights(make: Any) -> N
         [dict(type="compile", backend="eager")],
     ],
 )
-def test_a_run_that_is_cut_within_an_epoch_goes_on(make: Any, plugins: Any, tmp_path: Any) -> None:
+def test_a_run_that_is_cut_within_an_epoch_goes_on(
+    make: MakeRunner, plugins: Any, tmp_path: Path
+) -> None:
     def runner(cut: bool = False) -> Any:
         made = make(plugins=[Ema(gamma=4, begin_step=1), *plugins], validate=True)
         if cut:
@@ -187,7 +195,9 @@ def test_a_run_that_is_cut_within_an_epoch_goes_on(make: Any, plugins: Any, tmp_
     assert second.val_loop.metrics == straight.val_loop.metrics
 
 
-def test_a_checkpoint_without_averaged_weights(make: Any, caplog: Any) -> None:
+def test_a_checkpoint_without_averaged_weights(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     plain, runner = make(train_cfg=dict(max_epochs=1)), make(plugins=["ema"])
     plain.train()
     with pytest.raises(ValueError, match=r"(?s)no state of 'ema'.*allow=\['ema'\]"):
@@ -205,7 +215,7 @@ def test_a_checkpoint_without_averaged_weights(make: Any, caplog: Any) -> None:
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_the_averaged_weights_alone_are_exported(
-    make: Any, toy: Any, tmp_path: Any, suffix: str
+    make: MakeRunner, toy: type[Toy], tmp_path: Path, suffix: str
 ) -> None:
     runner = make(plugins=["ema"])
     runner.train()
@@ -220,7 +230,7 @@ def test_the_averaged_weights_alone_are_exported(
         ema.export(tmp_path / "weights.bin")
 
 
-def test_a_plain_module_keeps_its_names(make: Any) -> None:
+def test_a_plain_module_keeps_its_names(make: MakeRunner) -> None:
     runner = make(
         model=nn.Linear(4, 3), loss=nn.functional.cross_entropy, plugins=["ema"], validate=True
     )
@@ -228,7 +238,7 @@ def test_a_plain_module_keeps_its_names(make: Any) -> None:
     assert [*runner.state_dict()["ema_state_dict"]] == ["steps", "module.weight", "module.bias"]
 
 
-def test_the_copy_is_wrapped_as_the_model_is(make: Any) -> None:
+def test_the_copy_is_wrapped_as_the_model_is(make: MakeRunner) -> None:
     roles = []
 
     class Wraps(Plugin):
@@ -240,7 +250,7 @@ def test_the_copy_is_wrapped_as_the_model_is(make: Any) -> None:
     assert roles == [("train", runner.bare_model), ("average", averaged)]
 
 
-def test_any_averaged_class_by_type(make: Any) -> None:
+def test_any_averaged_class_by_type(make: MakeRunner) -> None:
     class Other(ExponentialMovingAverage):
         def __init__(self, model: nn.Module, tau: float, **options: Any) -> None:
             super().__init__(model, **options)
@@ -304,7 +314,7 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize(("begin", "updates"), [(0, 10), (4, 6)])
 def test_with_several_optimizers_an_iteration_in_which_any_steps_counts(
-    make: Any, begin: int, updates: int
+    make: MakeRunner, begin: int, updates: int
 ) -> None:
     runner = make(
         model=Pair(),
@@ -316,7 +326,7 @@ def test_with_several_optimizers_an_iteration_in_which_any_steps_counts(
     assert runner.plugins["ema"].averaged.steps == updates
 
 
-def test_a_window_closed_after_an_epoch_belongs_to_it(make: Any) -> None:
+def test_a_window_closed_after_an_epoch_belongs_to_it(make: MakeRunner) -> None:
     class Batches:
         def __iter__(self) -> Any:
             return iter([[torch.ones(1, 4), torch.zeros(1, dtype=torch.long)]] * 3)
@@ -329,7 +339,7 @@ def test_a_window_closed_after_an_epoch_belongs_to_it(make: Any) -> None:
     assert runner.plugins["ema"].averaged.steps == 0
 
 
-def test_two_averages_keep_apart(make: Any) -> None:
+def test_two_averages_keep_apart(make: MakeRunner) -> None:
     def runner(**slow: Any) -> Any:
         fast = Ema(momentum=0.1, evaluate="both")
         return make(plugins=[fast, Ema(plugin_name="slow", **slow)], validate=True)
@@ -347,14 +357,14 @@ def test_two_averages_keep_apart(make: Any) -> None:
         runner()
 
 
-def test_an_average_of_another_type_is_refused(make: Any) -> None:
+def test_an_average_of_another_type_is_refused(make: MakeRunner) -> None:
     state = make(plugins=["ema"]).state_dict()
     for other in (Ema(gamma=3), Ema(ema_type="StochasticWeightAverage")):
         with pytest.raises(ValueError, match="of a ExponentialMovingAverage, and this run has a"):
             make(plugins=[other]).load_state_dict(state)
 
 
-def test_a_checkpoint_that_was_cut_is_refused(make: Any) -> None:
+def test_a_checkpoint_that_was_cut_is_refused(make: MakeRunner) -> None:
     first, second = make(plugins=["ema"]), make(plugins=["ema"])
     first.train()
     state = first.state_dict()
@@ -407,7 +417,7 @@ class DDPStates(Plugin):
         self.weights.append(runner.bare_model.module.weight.detach().clone())
 
 
-def test_over_ranks_the_averages_are_the_same(tmp_path: Any) -> None:
+def test_over_ranks_the_averages_are_the_same(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

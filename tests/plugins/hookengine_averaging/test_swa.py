@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def loader(samples: int = 20, seed: int = 0) -> DataLoader[Any]:
     return DataLoader(TensorDataset(inputs, labels), batch_size=4)
 
 
-def build(tmp_path: Any, *plugins: Any, epochs: int = EPOCHS, **options: Any) -> Runner:
+def build(tmp_path: Path, *plugins: Any, epochs: int = EPOCHS, **options: Any) -> Runner:
     return Runner(
         Net(),
         tmp_path,
@@ -102,7 +103,7 @@ class Rates(Plugin):
 
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("begin", [3, 0.5])
-def test_it_is_torchs_recipe(tmp_path: Any, begin: Any, scheduled: bool) -> None:
+def test_it_is_torchs_recipe(tmp_path: Path, begin: Any, scheduled: bool) -> None:
     rates, swa = Rates(), Swa(begin=begin, lr=0.03, anneal_epochs=2)
     schedule = [dict(type="schedule", scheduler="CosineAnnealingLR")] * scheduled
     with build(tmp_path, swa, *schedule, rates) as runner:
@@ -119,7 +120,7 @@ def test_it_is_torchs_recipe(tmp_path: Any, begin: Any, scheduled: bool) -> None
         assert runner.val() == metrics
 
 
-def test_without_a_rate_the_schedule_goes_on(tmp_path: Any) -> None:
+def test_without_a_rate_the_schedule_goes_on(tmp_path: Path) -> None:
     rates = Rates()
     schedule = dict(type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5))
     with build(tmp_path, Swa(begin=2), schedule, rates) as runner:
@@ -129,7 +130,7 @@ def test_without_a_rate_the_schedule_goes_on(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 @pytest.mark.parametrize("mid", [0, 2])
-def test_a_run_that_is_cut_goes_on(tmp_path: Any, at: int, mid: int) -> None:
+def test_a_run_that_is_cut_goes_on(tmp_path: Path, at: int, mid: int) -> None:
     def runner(cut: bool = False) -> Runner:
         schedule = dict(type="schedule", scheduler="CosineAnnealingLR")
         made = build(tmp_path, Swa(begin=3, lr=0.03, anneal_epochs=2), schedule)
@@ -156,7 +157,7 @@ def test_a_run_that_is_cut_goes_on(tmp_path: Any, at: int, mid: int) -> None:
         made.close()
 
 
-def test_raw_weights_and_random_state_are_as_without_it(tmp_path: Any) -> None:
+def test_raw_weights_and_random_state_are_as_without_it(tmp_path: Path) -> None:
     states = []
     for plugins in ([], [Swa(begin=2)]):
         with build(tmp_path, *plugins) as runner:
@@ -168,7 +169,7 @@ def test_raw_weights_and_random_state_are_as_without_it(tmp_path: Any) -> None:
         assert torch.equal(states[1][1][name], value), name
 
 
-def test_with_amp_and_accumulation_it_goes_through(tmp_path: Any) -> None:
+def test_with_amp_and_accumulation_it_goes_through(tmp_path: Path) -> None:
     swa = Swa(begin=2, lr=0.03)
     with build(tmp_path, swa, "amp", dict(type="accumulate", steps=2)) as runner:
         metrics = runner.train()
@@ -177,7 +178,7 @@ def test_with_amp_and_accumulation_it_goes_through(tmp_path: Any) -> None:
         assert path.exists()
 
 
-def test_the_finished_average_is_in_the_last_state(tmp_path: Any) -> None:
+def test_the_finished_average_is_in_the_last_state(tmp_path: Path) -> None:
     states = []
     with build(tmp_path, Swa(begin=3)) as runner, build(tmp_path, Swa(begin=3)) as second:
         runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
@@ -187,7 +188,7 @@ def test_the_finished_average_is_in_the_last_state(tmp_path: Any) -> None:
         assert second.plugins["swa"].export(tmp_path / "x.pth").exists()
 
 
-def test_after_a_stop_it_can_be_finished(tmp_path: Any, caplog: Any) -> None:
+def test_after_a_stop_it_can_be_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with build(tmp_path, Swa(begin=2)) as runner:
         swa = runner.plugins["swa"]
         with pytest.raises(RuntimeError, match="nothing is averaged yet"):
@@ -202,7 +203,7 @@ def test_after_a_stop_it_can_be_finished(tmp_path: Any, caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("iterations", [28, 30])
-def test_a_run_by_iterations(tmp_path: Any, iterations: int) -> None:
+def test_a_run_by_iterations(tmp_path: Path, iterations: int) -> None:
     with Runner(
         Net(),
         tmp_path,
@@ -218,7 +219,7 @@ def test_a_run_by_iterations(tmp_path: Any, iterations: int) -> None:
         assert runner.plugins["swa"].averaged.steps == iterations // 5 - 3
 
 
-def test_a_state_from_before_can_be_loaded_into_a_run_that_is_past_it(tmp_path: Any) -> None:
+def test_a_state_from_before_can_be_loaded_into_a_run_that_is_past_it(tmp_path: Path) -> None:
     def runner() -> Runner:
         return build(tmp_path, Swa(begin=3, lr=0.03))
 
@@ -235,14 +236,14 @@ def test_a_state_from_before_can_be_loaded_into_a_run_that_is_past_it(tmp_path: 
                 assert torch.equal(mine[key][name], value), name
 
 
-def test_training_goes_on_with_the_same_average(tmp_path: Any) -> None:
+def test_training_goes_on_with_the_same_average(tmp_path: Path) -> None:
     with build(tmp_path, Swa(begin=0.5), epochs=4) as runner:
         runner.train()
         runner.train(max_epochs=8)
         assert runner.plugins["swa"].averaged.steps == 6
 
 
-def test_beside_a_plateau_every_step_has_the_rate_of_averaging(tmp_path: Any) -> None:
+def test_beside_a_plateau_every_step_has_the_rate_of_averaging(tmp_path: Path) -> None:
     rates = Rates()
     plateau = dict(
         type="schedule",
@@ -263,7 +264,7 @@ class Frozen(Net):
         return self
 
 
-def test_frozen_batch_norm_and_modes_and_generators_are_left_as_they_are(tmp_path: Any) -> None:
+def test_frozen_batch_norm_and_modes_and_generators_are_left_as_they_are(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     shuffled = DataLoader(loader().dataset, batch_size=4, shuffle=True, generator=generator)
     model = Frozen()
@@ -288,7 +289,7 @@ def test_frozen_batch_norm_and_modes_and_generators_are_left_as_they_are(tmp_pat
         assert averaged.net[1].momentum == 0.1
 
 
-def test_an_error_in_the_pass_leaves_the_statistics(tmp_path: Any) -> None:
+def test_an_error_in_the_pass_leaves_the_statistics(tmp_path: Path) -> None:
     with build(tmp_path, Swa(begin=3)) as runner:
         runner.train()
         swa = runner.plugins["swa"]
@@ -305,7 +306,7 @@ def test_an_error_in_the_pass_leaves_the_statistics(tmp_path: Any) -> None:
         assert swa.averaged.module.net[1].momentum == 0.1
 
 
-def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
+def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for begin in (0, -1, 1.5):
         with pytest.raises(TypeError, match="begin"):
             Swa(begin=begin)
@@ -329,7 +330,7 @@ def test_what_does_not_fit_is_said(tmp_path: Any, caplog: Any) -> None:
         runner.train()
 
 
-def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Any) -> None:
+def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Path) -> None:
     with build(tmp_path, Swa(begin=3)) as first, build(tmp_path, Swa(begin=3)) as second:
         first.train()
         state = first.state_dict()
@@ -338,7 +339,7 @@ def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Any) -> None:
             second.load_state_dict(state)
 
 
-def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Any) -> None:
+def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self, norm: bool) -> None:
             super().__init__()
@@ -361,7 +362,7 @@ def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Any) -> 
             Runner(Own(norm), tmp_path, **options).close()
 
 
-def test_beside_a_moving_average(tmp_path: Any) -> None:
+def test_beside_a_moving_average(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one swa is enough for a run"):
         build(tmp_path, Swa(begin=2), Swa(plugin_name="second"))
     with pytest.raises(ValueError, match="swa and 'ema' both choose the weights"):
@@ -371,7 +372,9 @@ def test_beside_a_moving_average(tmp_path: Any) -> None:
         assert {"ema_state_dict", "swa_state_dict"} <= runner.state_dict().keys()
 
 
-def test_a_checkpoint_without_averaged_weights(tmp_path: Any, caplog: Any) -> None:
+def test_a_checkpoint_without_averaged_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with build(tmp_path, epochs=4) as plain, build(tmp_path, Swa(begin=2)) as runner:
         plain.train()
         with pytest.raises(ValueError, match="no state of 'swa'"):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 
 def names(runner: Any) -> list[str]:
@@ -66,7 +67,7 @@ class Scores(Plugin):
     ],
 )
 def test_it_saves_at_its_rhythm_and_at_the_end(
-    make: Any, every: Any, cfg: Any, expected: list[str]
+    make: MakeRunner, every: Any, cfg: Any, expected: list[str]
 ) -> None:
     plugin = dict(type="checkpoint", every=every, keep_last=None)
     runner = make(plugins=[plugin], train_cfg=cfg)
@@ -75,7 +76,7 @@ def test_it_saves_at_its_rhythm_and_at_the_end(
     assert (runner.run_dir / "checkpoints" / "latest").resolve().name == expected[-1]
 
 
-def test_it_saves_on_request_and_where_training_is_stopped(make: Any) -> None:
+def test_it_saves_on_request_and_where_training_is_stopped(make: MakeRunner) -> None:
     runner = make(plugins=[dict(type="checkpoint", keep_last=None)])
 
     @runner.on("after_train_iter")
@@ -89,7 +90,7 @@ def test_it_saves_on_request_and_where_training_is_stopped(make: Any) -> None:
     assert names(runner) == ["iter_2", "epoch_1", "iter_8"]
 
 
-def test_it_never_saves_within_a_window_of_accumulation(make: Any) -> None:
+def test_it_never_saves_within_a_window_of_accumulation(make: MakeRunner) -> None:
     plugins = [
         dict(type="accumulate", steps=3),
         dict(type="checkpoint", every="1 iterations", keep_last=None),
@@ -102,7 +103,7 @@ def test_it_never_saves_within_a_window_of_accumulation(make: Any) -> None:
     assert iters == [3, 5, 8, 10]
 
 
-def test_the_last_one_includes_the_validation(make: Any) -> None:
+def test_the_last_one_includes_the_validation(make: MakeRunner) -> None:
     runner = make(plugins=["checkpoint"], validate=True)
     runner.train()
     assert names(runner) == ["epoch_2"]
@@ -111,7 +112,7 @@ def test_the_last_one_includes_the_validation(make: Any) -> None:
     assert manifest(runner.run_dir / "checkpoints" / "epoch_2")["metrics"].keys() == {"accuracy"}
 
 
-def test_the_epoch_is_saved_before_a_validation_that_fails(make: Any) -> None:
+def test_the_epoch_is_saved_before_a_validation_that_fails(make: MakeRunner) -> None:
     runner = make(plugins=["checkpoint"], validate=True)
 
     @runner.on("after_val_iter")
@@ -127,7 +128,7 @@ def test_the_epoch_is_saved_before_a_validation_that_fails(make: Any) -> None:
 # -- what ---------------------------------------------------------------------------------------
 
 
-def test_what_a_checkpoint_holds(make: Any, toy: Any) -> None:
+def test_what_a_checkpoint_holds(make: MakeRunner, toy: type[Toy]) -> None:
     class Kept(Plugin):
         def after_train_iter(self) -> None: ...
 
@@ -166,7 +167,7 @@ def test_what_a_checkpoint_holds(make: Any, toy: Any) -> None:
     assert written["finite"] is True
 
 
-def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: Any) -> None:
+def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: MakeRunner) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -190,7 +191,7 @@ def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: Any) -
         assert torch.equal(state[name], value)
 
 
-def test_a_state_that_only_code_could_restore_is_refused_before_training(make: Any) -> None:
+def test_a_state_that_only_code_could_restore_is_refused_before_training(make: MakeRunner) -> None:
     class Careless(Plugin):
         def after_train_iter(self) -> None: ...
 
@@ -204,7 +205,7 @@ def test_a_state_that_only_code_could_restore_is_refused_before_training(make: A
 
 
 def test_a_change_in_the_iteration_of_the_save_is_saved_wherever_the_plugin_stands(
-    make: Any,
+    make: MakeRunner,
 ) -> None:
     class Counter(Plugin):
         def __post_init__(self) -> None:
@@ -237,7 +238,7 @@ def test_a_change_in_the_iteration_of_the_save_is_saved_wherever_the_plugin_stan
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_written_is_the_state_of_the_save_not_of_later_iterations(
-    make: Any, device: str
+    make: MakeRunner, device: str
 ) -> None:
     """The copy is taken before training goes on; from a GPU into pinned memory, without a wait."""
     kept = {}
@@ -259,7 +260,7 @@ def test_what_is_written_is_the_state_of_the_save_not_of_later_iterations(
 
 
 @pytest.mark.parametrize("val_interval", [1, 2])
-def test_saving_never_changes_training(make: Any, val_interval: int) -> None:
+def test_saving_never_changes_training(make: MakeRunner, val_interval: int) -> None:
     def weights(*plugins: Any, validate: bool = True) -> Any:
         class Dropping(nn.Module):
             def __init__(self) -> None:
@@ -289,7 +290,7 @@ def test_saving_never_changes_training(make: Any, val_interval: int) -> None:
 # -- which are kept -----------------------------------------------------------------------------
 
 
-def test_the_last_and_the_best_are_kept(make: Any) -> None:
+def test_the_last_and_the_best_are_kept(make: MakeRunner) -> None:
     values = [0.5, 0.8, 0.7, 0.6]
     best = dict(type="checkpoint", keep_best="accuracy", keep_last=1)
     cfg = dict(max_epochs=4)
@@ -303,7 +304,7 @@ def test_the_last_and_the_best_are_kept(make: Any) -> None:
     assert load(folder / "epoch_4")["plugins"]["checkpoint"]["best"]["value"] == 0.8
 
 
-def test_less_is_better_where_it_is_stated_or_known(make: Any) -> None:
+def test_less_is_better_where_it_is_stated_or_known(make: MakeRunner) -> None:
     values = [0.5, 0.3, 0.7]
     options = dict(validate=True, train_cfg=dict(max_epochs=3))
     stated = dict(type="checkpoint", keep_best="accuracy", greater_is_better=False)
@@ -319,7 +320,7 @@ def test_less_is_better_where_it_is_stated_or_known(make: Any) -> None:
         make(plugins=[dict(type="checkpoint", keep_best="happiness")])
 
 
-def test_the_best_is_saved_where_nothing_else_is_due(make: Any) -> None:
+def test_the_best_is_saved_where_nothing_else_is_due(make: MakeRunner) -> None:
     best = dict(type="checkpoint", every=10, keep_best="accuracy")
     options = dict(validate=True, train_cfg=dict(max_epochs=3))
     runner = make(plugins=[best, Scores([0.5, 0.8, 0.7])], **options)
@@ -328,7 +329,7 @@ def test_the_best_is_saved_where_nothing_else_is_due(make: Any) -> None:
     assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_2"
 
 
-def test_the_best_survives_a_resume(make: Any) -> None:
+def test_the_best_survives_a_resume(make: MakeRunner) -> None:
     best = dict(type="checkpoint", keep_best="accuracy")
     values = [0.5, 0.8, 0.6, 0.7, 0.9]
 
@@ -352,14 +353,14 @@ def test_the_best_survives_a_resume(make: Any) -> None:
     assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_5"
 
 
-def test_keep_last(make: Any) -> None:
+def test_keep_last(make: MakeRunner) -> None:
     runner = make(plugins=[dict(type="checkpoint", keep_last=2)], train_cfg=dict(max_epochs=5))
     runner.train()
     assert names(runner) == ["epoch_4", "epoch_5"]
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner = make(
         plugins=["checkpoint", dict(type="logging", nonfinite="warn")],
@@ -386,7 +387,9 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
 # -- going on -----------------------------------------------------------------------------------
 
 
-def test_auto_goes_on_from_the_newest_run_in_its_folder(make: Any, capsys: Any) -> None:
+def test_auto_goes_on_from_the_newest_run_in_its_folder(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = dict(plugins=["checkpoint", "logging"], resume="auto")
     first = make(**options)
     first.train()
@@ -401,7 +404,7 @@ def test_auto_goes_on_from_the_newest_run_in_its_folder(make: Any, capsys: Any) 
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "state.pth", "latest", "checkpoints", "run", "str"])
-def test_a_path_of_any_form(make: Any, form: str) -> None:
+def test_a_path_of_any_form(make: MakeRunner, form: str) -> None:
     first = make(plugins=["checkpoint"])
     first.train()
     folder = first.run_dir / "checkpoints"
@@ -420,7 +423,7 @@ def test_a_path_of_any_form(make: Any, form: str) -> None:
     assert third.progress.epoch == 2
 
 
-def test_a_file_of_ones_own_saving(make: Any, tmp_path: Path) -> None:
+def test_a_file_of_ones_own_saving(make: MakeRunner, tmp_path: Path) -> None:
     first = make()
     first.train()
     torch.save(first.state_dict(), tmp_path / "mine.pth")
@@ -428,7 +431,7 @@ def test_a_file_of_ones_own_saving(make: Any, tmp_path: Path) -> None:
     assert second.progress.epoch == 2
 
 
-def test_an_older_checkpoint_begins_a_run_of_its_own(make: Any) -> None:
+def test_an_older_checkpoint_begins_a_run_of_its_own(make: MakeRunner) -> None:
     keeping = dict(type="checkpoint", keep_last=None)
     first = make(plugins=[keeping, "logging"], train_cfg=dict(max_epochs=3))
     first.train()
@@ -443,7 +446,7 @@ def test_an_older_checkpoint_begins_a_run_of_its_own(make: Any) -> None:
     assert (first.run_dir / "metrics.jsonl").read_text() == records
 
 
-def test_under_the_same_name_the_newer_ones_are_set_aside(make: Any) -> None:
+def test_under_the_same_name_the_newer_ones_are_set_aside(make: MakeRunner) -> None:
     options = dict(name="run", train_cfg=dict(max_epochs=3))
     first = make(plugins=[dict(type="checkpoint", keep_last=None)], **options)
     first.train()
@@ -462,7 +465,9 @@ def test_under_the_same_name_the_newer_ones_are_set_aside(make: Any) -> None:
     assert names(second) == ["epoch_3"]
 
 
-def test_checkpoints_of_an_earlier_run_in_the_folder_are_left_alone(make: Any, capsys: Any) -> None:
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_left_alone(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(plugins=["checkpoint"], name="run").train()
     second = make(plugins=["checkpoint", "logging"], name="run", train_cfg=dict(max_epochs=3))
     second.train()
@@ -470,7 +475,7 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_left_alone(make: Any, c
     assert "holds checkpoints of an earlier run, the newest is epoch_2" in capsys.readouterr().out
 
 
-def test_weights_alone(make: Any) -> None:
+def test_weights_alone(make: MakeRunner) -> None:
     first = make(plugins=["checkpoint"])
     first.train()
     path = first.run_dir / "checkpoints" / "epoch_2"
@@ -486,7 +491,9 @@ def test_weights_alone(make: Any) -> None:
         make(plugins=["checkpoint"], load_from="nowhere.pth")
 
 
-def test_all_that_differs_is_said_at_once_and_can_be_allowed(make: Any, data: Any) -> None:
+def test_all_that_differs_is_said_at_once_and_can_be_allowed(
+    make: MakeRunner, data: MakeData
+) -> None:
     class Kept(Plugin):
         def after_train_iter(self) -> None: ...
 
@@ -517,7 +524,7 @@ def test_all_that_differs_is_said_at_once_and_can_be_allowed(make: Any, data: An
     runner.train()
 
 
-def test_another_model_is_refused_with_the_way_to_its_weights(make: Any) -> None:
+def test_another_model_is_refused_with_the_way_to_its_weights(make: MakeRunner) -> None:
     loss = nn.functional.cross_entropy
     first = make(model=nn.Sequential(nn.Linear(4, 3)), loss=loss, plugins=["checkpoint"])
     first.train()
@@ -530,7 +537,7 @@ def test_another_model_is_refused_with_the_way_to_its_weights(make: Any) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
 
-def test_parameters_in_another_order_are_refused(make: Any) -> None:
+def test_parameters_in_another_order_are_refused(make: MakeRunner) -> None:
     def runner(order: int, **options: Any) -> Any:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         parameters = [*model.parameters()][::order]
@@ -547,7 +554,7 @@ def test_parameters_in_another_order_are_refused(make: Any) -> None:
 
 
 @pytest.mark.parametrize("how", [dict(resume="auto"), dict(load_from="x.pth")])
-def test_without_the_plugin_resume_is_refused(make: Any, how: Any) -> None:
+def test_without_the_plugin_resume_is_refused(make: MakeRunner, how: Any) -> None:
     with pytest.raises(ValueError, match="plugin that implements the event 'resume'"):
         make(**how)
 
@@ -563,12 +570,12 @@ def test_without_the_plugin_resume_is_refused(make: Any, how: Any) -> None:
         (dict(signals=["SIGTRM"]), "signals"),
     ],
 )
-def test_bad_options_are_refused(make: Any, options: Any, message: str) -> None:
+def test_bad_options_are_refused(make: MakeRunner, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make(plugins=[dict(type="checkpoint", **options)])
 
 
-def test_bad_arguments_of_the_runner(make: Any) -> None:
+def test_bad_arguments_of_the_runner(make: MakeRunner) -> None:
     with pytest.raises(TypeError, match="resume takes 'auto' or the path"):
         make(plugins=["checkpoint"], resume=3)
     with pytest.raises(TypeError, match="load_from takes a path"):
@@ -577,7 +584,7 @@ def test_bad_arguments_of_the_runner(make: Any) -> None:
         make(plugins=["checkpoint"], resume="nowhere")
 
 
-def test_host_memory_holds_one_copy_which_is_used_again(make: Any) -> None:
+def test_host_memory_holds_one_copy_which_is_used_again(make: MakeRunner) -> None:
     saving = dict(type="checkpoint", every="2 iterations")
     runner = make(plugins=[saving])
     pointers = set()
@@ -601,7 +608,7 @@ def test_it_imports_neither_distributed_checkpoint_nor_wandb() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_copy_under_another_name(make: Any, tmp_path: Path) -> None:
+def test_a_copy_under_another_name(make: MakeRunner, tmp_path: Path) -> None:
     import shutil
 
     first = make(plugins=["checkpoint"])
@@ -612,7 +619,7 @@ def test_a_copy_under_another_name(make: Any, tmp_path: Path) -> None:
     assert torch.equal(runner.bare_model.net.weight, first.bare_model.net.weight)
 
 
-def test_those_of_an_earlier_run_stay_after_a_resume_too(make: Any) -> None:
+def test_those_of_an_earlier_run_stay_after_a_resume_too(make: MakeRunner) -> None:
     make(plugins=["checkpoint"], name="run", train_cfg=dict(max_epochs=3)).train()
     make(plugins=["checkpoint"], name="run", train_cfg=dict(max_epochs=1)).train()
     runner = make(plugins=["checkpoint"], name="run", resume="auto")
@@ -621,7 +628,7 @@ def test_those_of_an_earlier_run_stay_after_a_resume_too(make: Any) -> None:
     assert names(runner) == ["epoch_3", "epoch_2"]
 
 
-def test_a_resume_that_fails_moves_nothing(make: Any) -> None:
+def test_a_resume_that_fails_moves_nothing(make: MakeRunner) -> None:
     class Failing(Plugin):
         fails: bool = True
 
@@ -645,7 +652,7 @@ def test_a_resume_that_fails_moves_nothing(make: Any) -> None:
 
 
 def test_weights_that_were_trained_on_since_their_validation_are_not_the_best(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plugins = [
         dict(type="checkpoint", keep_best="accuracy"),
@@ -659,7 +666,7 @@ def test_weights_that_were_trained_on_since_their_validation_are_not_the_best(
     assert manifest(best)["progress"]["iter"] == 5
 
 
-def test_a_finished_run_that_is_started_again_returns_its_metrics(make: Any) -> None:
+def test_a_finished_run_that_is_started_again_returns_its_metrics(make: MakeRunner) -> None:
     options: dict[str, Any] = dict(
         plugins=["checkpoint", "logging"], validate=True, test=True, name="run", resume="auto"
     )
@@ -675,7 +682,7 @@ def test_a_finished_run_that_is_started_again_returns_its_metrics(make: Any) -> 
     assert [json.loads(x)["phase"] for x in again] == [json.loads(x)["phase"] for x in records]
 
 
-def test_a_validation_by_hand_stays_in_the_history(make: Any) -> None:
+def test_a_validation_by_hand_stays_in_the_history(make: MakeRunner) -> None:
     def run(epochs: int, **options: Any) -> list[Any]:
         plugins = ["checkpoint", "logging", dict(type="accumulate", steps=1)]
         cfg = dict(max_epochs=epochs)
@@ -697,7 +704,7 @@ def test_a_validation_by_hand_stays_in_the_history(make: Any) -> None:
     assert run(2, resume="auto").count(("val", 4)) == 1
 
 
-def test_to_validate_an_older_checkpoint_changes_nothing(make: Any) -> None:
+def test_to_validate_an_older_checkpoint_changes_nothing(make: MakeRunner) -> None:
     options: dict[str, Any] = dict(validate=True, name="run", train_cfg=dict(max_epochs=3))
     first = make(plugins=[dict(type="checkpoint", keep_last=None), "logging"], **options)
     first.train()
@@ -722,7 +729,7 @@ def test_to_validate_an_older_checkpoint_changes_nothing(make: Any) -> None:
     ],
     ids=lambda scheduler: scheduler["type"],
 )
-def test_the_states_of_torchs_schedulers_can_be_saved(make: Any, scheduler: Any) -> None:
+def test_the_states_of_torchs_schedulers_can_be_saved(make: MakeRunner, scheduler: Any) -> None:
     options = dict(type="schedule", scheduler=scheduler)
     if scheduler["type"] == "ReduceLROnPlateau":
         options["metric"] = "accuracy"
@@ -732,7 +739,7 @@ def test_the_states_of_torchs_schedulers_can_be_saved(make: Any, scheduler: Any)
     assert "schedule" in state["plugins"]
 
 
-def test_a_new_optimizer_goes_on_at_the_same_share_of_its_rate(make: Any) -> None:
+def test_a_new_optimizer_goes_on_at_the_same_share_of_its_rate(make: MakeRunner) -> None:
     schedule = dict(type="schedule", scheduler=dict(type="ExponentialLR", gamma=0.5))
     first = make(plugins=["checkpoint", schedule])
     first.train()
@@ -745,7 +752,9 @@ def test_a_new_optimizer_goes_on_at_the_same_share_of_its_rate(make: Any) -> Non
         assert runner.optim_wrapper.get_lr()[0] == pytest.approx(rate * 0.25)
 
 
-def test_another_learning_rate_is_said(make: Any, capsys: Any) -> None:
+def test_another_learning_rate_is_said(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = make(plugins=["checkpoint", "logging"])
     first.train()
     other = dict(optimizer=dict(type="SGD", lr=0.2))
@@ -754,7 +763,7 @@ def test_another_learning_rate_is_said(make: Any, capsys: Any) -> None:
     assert said in capsys.readouterr().out
 
 
-def test_a_misspelt_name_in_allow_is_refused(make: Any) -> None:
+def test_a_misspelt_name_in_allow_is_refused(make: MakeRunner) -> None:
     first = make(plugins=["checkpoint"])
     first.train()
     with pytest.raises(KeyError, match=r"optimiser.*optimizer"):

@@ -20,6 +20,8 @@ from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.writing import publishing
 from torch import nn
 
+from tests.fixtures import MakeRunner
+
 
 @contextmanager
 def full_disk() -> Iterator[None]:
@@ -48,7 +50,7 @@ BIG: dict[str, Any] = dict(model=Big, loss=nn.functional.cross_entropy)
 
 
 @pytest.fixture
-def trained(make: Any) -> Any:
+def trained(make: MakeRunner) -> Any:
     """A run of two epochs with both of its checkpoints."""
     plugins = [dict(type="checkpoint", keep_last=None), "seed", "logging"]
     runner = make(plugins=plugins, name="run")
@@ -57,7 +59,7 @@ def trained(make: Any) -> Any:
     return runner
 
 
-def resume(make: Any, **options: Any) -> Any:
+def resume(make: MakeRunner, **options: Any) -> Any:
     plugins = ["checkpoint", "seed", "logging"]
     options = dict(name="run", resume="auto", train_cfg=dict(max_epochs=3), **options)
     return make(plugins=plugins, **options)
@@ -66,7 +68,9 @@ def resume(make: Any, **options: Any) -> Any:
 # -- writing ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_does_not_end_training(make: Any, capsys: Any) -> None:
+def test_a_full_disk_does_not_end_training(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is told, the checkpoint before stays whole, and the next save succeeds."""
     runner = make(plugins=["checkpoint", "logging"], train_cfg=dict(max_epochs=4), **BIG)
     contexts: list[Any] = []
@@ -94,7 +98,7 @@ def test_a_full_disk_does_not_end_training(make: Any, capsys: Any) -> None:
     assert not [*saved.path.parent.glob(".*")]  # nothing half written is left
 
 
-def test_where_the_last_one_fails_training_ends_with_the_error(make: Any) -> None:
+def test_where_the_last_one_fails_training_ends_with_the_error(make: MakeRunner) -> None:
     runner = make(plugins=["checkpoint"], **BIG)
     with full_disk(), pytest.raises(OSError, match=r"last checkpoint could not be saved.*room"):
         runner.train()
@@ -107,7 +111,7 @@ def test_where_the_last_one_fails_training_ends_with_the_error(make: Any) -> Non
         runner.plugins["checkpoint"].save(runner)
 
 
-def test_the_best_is_what_it_was_where_its_save_fails(make: Any) -> None:
+def test_the_best_is_what_it_was_where_its_save_fails(make: MakeRunner) -> None:
     plugins = [dict(type="checkpoint", keep_best="accuracy")]
     runner = make(plugins=plugins, validate=True, train_cfg=dict(max_epochs=1), **BIG)
     with full_disk(), pytest.raises(OSError, match="could not be saved"):
@@ -118,7 +122,7 @@ def test_the_best_is_what_it_was_where_its_save_fails(make: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["a file", "read-only"])
-def test_a_folder_that_cannot_be_written(make: Any, what: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(make: MakeRunner, what: str, tmp_path: Path) -> None:
     folder = tmp_path / "work_dir" / "run"
     folder.mkdir(parents=True)
     if what == "a file":
@@ -141,7 +145,7 @@ def test_a_folder_that_cannot_be_written(make: Any, what: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("what", ["checkpoints", "run"])
-def test_a_folder_removed_under_the_run_is_made_again(make: Any, what: str) -> None:
+def test_a_folder_removed_under_the_run_is_made_again(make: MakeRunner, what: str) -> None:
     runner = make(plugins=["checkpoint"], train_cfg=dict(max_epochs=3))
 
     @runner.on("before_train_epoch")
@@ -157,7 +161,9 @@ def test_a_folder_removed_under_the_run_is_made_again(make: Any, what: str) -> N
     verify(saved)
 
 
-def test_a_planted_symlink_is_neither_followed_nor_replaced(make: Any, tmp_path: Path) -> None:
+def test_a_planted_symlink_is_neither_followed_nor_replaced(
+    make: MakeRunner, tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("mine")
@@ -171,7 +177,7 @@ def test_a_planted_symlink_is_neither_followed_nor_replaced(make: Any, tmp_path:
     assert [saved.name for saved in published(folder)] == ["epoch_2"]
 
 
-def test_a_folder_of_checkpoints_on_another_disk(make: Any, tmp_path: Path) -> None:
+def test_a_folder_of_checkpoints_on_another_disk(make: MakeRunner, tmp_path: Path) -> None:
     """``checkpoints`` may be a symbolic link; the run goes on in it."""
     (tmp_path / "big").mkdir()
     (tmp_path / "work_dir" / "run").mkdir(parents=True)
@@ -233,7 +239,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_newest_is_passed_over_and_said(
-    make: Any, trained: Any, what: str, capsys: Any
+    make: MakeRunner, trained: Any, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = trained.run_dir / "checkpoints" / "epoch_2"
     DAMAGE[what](newest)
@@ -249,7 +255,9 @@ def test_a_damaged_newest_is_passed_over_and_said(
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_one_that_is_asked_for_is_refused(make: Any, trained: Any, what: str) -> None:
+def test_a_damaged_one_that_is_asked_for_is_refused(
+    make: MakeRunner, trained: Any, what: str
+) -> None:
     path = trained.run_dir / "checkpoints" / "epoch_2"
     DAMAGE[what](path)
     with pytest.raises(DamagedError, match="epoch_2"):
@@ -261,7 +269,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(make: Any, trained: Any, wha
 
 @pytest.mark.parametrize("name", ["run", None])
 def test_where_all_are_damaged_it_does_not_begin_anew_silently(
-    make: Any, trained: Any, name: Any
+    make: MakeRunner, trained: Any, name: Any
 ) -> None:
     for saved in published(trained.run_dir / "checkpoints"):
         flip(saved.path / "state.pth", 0.4)
@@ -269,7 +277,7 @@ def test_where_all_are_damaged_it_does_not_begin_anew_silently(
         make(plugins=["checkpoint", "seed"], resume="auto", name=name)
 
 
-def test_malice_with_a_manifest_that_fits_is_not_run(make: Any, trained: Any) -> None:
+def test_malice_with_a_manifest_that_fits_is_not_run(make: MakeRunner, trained: Any) -> None:
     """Who writes the state can write the manifest too."""
     from hookengine_checkpoint import files, writing
 
@@ -284,7 +292,7 @@ def test_malice_with_a_manifest_that_fits_is_not_run(make: Any, trained: Any) ->
     assert not [*path.parent.rglob("pwned")]
 
 
-def test_a_file_of_ones_own_with_a_flipped_bit_is_refused(make: Any, tmp_path: Path) -> None:
+def test_a_file_of_ones_own_with_a_flipped_bit_is_refused(make: MakeRunner, tmp_path: Path) -> None:
     runner = make()
     torch.save(runner.state_dict(), tmp_path / "mine.pth")
     content = (tmp_path / "mine.pth").read_bytes()
@@ -294,7 +302,7 @@ def test_a_file_of_ones_own_with_a_flipped_bit_is_refused(make: Any, tmp_path: P
         make(plugins=["checkpoint"], resume=tmp_path / "mine.pth")
 
 
-def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_no_state(make: MakeRunner, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(DamagedError, match="is not the state of a Runner"):
         make(plugins=["checkpoint"], resume=tmp_path / "list.pth")
@@ -303,7 +311,7 @@ def test_a_file_that_is_no_state(make: Any, tmp_path: Path) -> None:
         make(plugins=["checkpoint"], resume=tmp_path / "weights.pth")
 
 
-def test_a_checkpoint_of_a_later_format_is_refused(make: Any, trained: Any) -> None:
+def test_a_checkpoint_of_a_later_format_is_refused(make: MakeRunner, trained: Any) -> None:
     from hookengine_checkpoint import files, writing
 
     path = trained.run_dir / "checkpoints" / "epoch_2"
@@ -319,7 +327,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(make: Any, trained: Any) -> N
         make(plugins=["checkpoint", "seed"], resume=path)
 
 
-def test_what_a_kill_has_left_half_written_goes(make: Any, tmp_path: Path) -> None:
+def test_what_a_kill_has_left_half_written_goes(make: MakeRunner, tmp_path: Path) -> None:
     folder = tmp_path / "work_dir" / "run" / "checkpoints"
     for name in (".epoch_7.saving", ".epoch_6.leaving", ".shards.saving"):
         (folder / name).mkdir(parents=True)

@@ -12,6 +12,8 @@ import pytest
 from hookengine_checkpoint.files import published, verify
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
 
+from tests.fixtures import MakeRunner
+
 SCRIPT = """
 import os, signal, sys, threading
 import torch
@@ -83,7 +85,7 @@ def only(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def end(tmp_path_factory: Any) -> str:
+def end(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What a run prints that no signal reaches."""
     done = run(tmp_path_factory.mktemp("straight"), "SIGTERM", "never")
     assert done.returncode == 0, done.stderr
@@ -161,7 +163,9 @@ def test_two_signals_of_one_wish_are_one() -> None:
         signals.restore()
 
 
-def test_an_error_ends_the_run_with_that_error_and_the_handlers_are_put_back(make: Any) -> None:
+def test_an_error_ends_the_run_with_that_error_and_the_handlers_are_put_back(
+    make: MakeRunner,
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
     runner = make(plugins=["checkpoint"])
 
@@ -176,7 +180,9 @@ def test_an_error_ends_the_run_with_that_error_and_the_handlers_are_put_back(mak
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_at_a_prompt_ctrl_c_leaves_one_there(make: Any, monkeypatch: Any) -> None:
+def test_at_a_prompt_ctrl_c_leaves_one_there(
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     runner = make(plugins=["checkpoint"])
 
@@ -193,7 +199,7 @@ def test_at_a_prompt_ctrl_c_leaves_one_there(make: Any, monkeypatch: Any) -> Non
     assert runner.progress.iter == 10
 
 
-def test_outside_of_the_main_thread_there_is_nothing_to_take(make: Any) -> None:
+def test_outside_of_the_main_thread_there_is_nothing_to_take(make: MakeRunner) -> None:
     import threading
 
     runner = make(plugins=["checkpoint"])

@@ -68,12 +68,12 @@ def train(folder: Path, epochs: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: Any) -> Any:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return on_ranks(2, train, tmp_path_factory.mktemp("straight"), 3, {})[0]["end"]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: Any) -> tuple[Path, Any]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run of two ranks that ended after one epoch, and what it ended with."""
     folder = tmp_path_factory.mktemp("saved")
     return folder, on_ranks(2, train, folder, 1, {})[0]["end"]

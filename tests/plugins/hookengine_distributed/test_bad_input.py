@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from hookengine import BaseModel, Runner, dist
 from hookengine.model import MMDistributedDataParallel
+from tests.fixtures import MakeRunner
 from tests.ranks import on_ranks
 
 
@@ -220,12 +221,12 @@ def outcomes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: Any) -> list[dict[str, str]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return on_ranks(2, outcomes, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_all_ranks_see_is_the_same_error_on_all(both: Any, name: str) -> None:
+def test_what_all_ranks_see_is_the_same_error_on_all(both: list[dict[str, str]], name: str) -> None:
     for rank, ended in enumerate(both):
         assert re.search(SAME[name][1], ended[name]), ended[name]
         assert f"on rank {rank} of 2" in ended[name]
@@ -317,7 +318,7 @@ def test_what_one_rank_sees_ends_the_other_with_it(
 
 
 def test_a_missing_backend_names_those_that_are_there(
-    make: Any, monkeypatch: pytest.MonkeyPatch
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))
@@ -329,7 +330,7 @@ def test_a_missing_backend_names_those_that_are_there(
 
 
 def test_a_port_in_use_is_named_with_the_way_out(
-    make: Any, monkeypatch: pytest.MonkeyPatch
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))

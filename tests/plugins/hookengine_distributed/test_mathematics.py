@@ -201,13 +201,15 @@ def train(folder: Path, batch: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: Any) -> tuple[list[Any], dict[str, Any]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     return on_ranks(2, train, folder, 4), train(tmp_path_factory.mktemp("one"), 8)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_are_one_process_with_batches_twice_as_large(both: Any, name: str) -> None:
+def test_two_ranks_are_one_process_with_batches_twice_as_large(
+    both: tuple[list[Any], dict[str, Any]], name: str
+) -> None:
     ranks, one = both
     for rank in ranks:
         assert rank[name]["steps"] == one[name]["steps"]

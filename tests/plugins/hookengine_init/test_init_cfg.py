@@ -67,7 +67,7 @@ def test_the_configuration_is_not_changed() -> None:
     assert cfg == dict(type="Constant", val=1, layer=["Conv2d"], override=[dict(name="reg")])
 
 
-def test_an_initializer_that_was_registered(monkeypatch: Any) -> None:
+def test_an_initializer_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fives(BaseInit):
         def __call__(self, module: nn.Module) -> None:
             for parameter in module.parameters():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner, Sequential
+from tests.fixtures import MakeData, MakeRunner, ToyAccuracy
 
 ON = dict(defaults=("init",))
 
@@ -38,7 +39,7 @@ class Net(BaseModel):
         return scores, labels
 
 
-def test_it_is_on_by_default_and_can_be_switched_off(make: Any) -> None:
+def test_it_is_on_by_default_and_can_be_switched_off(make: MakeRunner) -> None:
     assert "init" in DEFAULT_PLUGINS
     model = Net()
     before = model.head.weight.clone()
@@ -49,7 +50,7 @@ def test_it_is_on_by_default_and_can_be_switched_off(make: Any) -> None:
     assert model.is_init
 
 
-def test_the_weights_are_those_of_the_configuration(make: Any) -> None:
+def test_the_weights_are_those_of_the_configuration(make: MakeRunner) -> None:
     torch.manual_seed(0)
     model = Net()
     state = torch.get_rng_state()
@@ -59,7 +60,7 @@ def test_the_weights_are_those_of_the_configuration(make: Any) -> None:
     assert torch.equal(model.head.weight, torch.empty(3, 4).normal_())
 
 
-def test_it_comes_before_conversion_wrapping_optimizers_and_loading(make: Any) -> None:
+def test_it_comes_before_conversion_wrapping_optimizers_and_loading(make: MakeRunner) -> None:
     class Watch(Plugin):
         def initialize_model(self, model: Any) -> None:
             seen.append(("initialize", model.is_init, next(model.parameters()).device.type))
@@ -83,7 +84,7 @@ def test_it_comes_before_conversion_wrapping_optimizers_and_loading(make: Any) -
     assert all(torch.equal(state[name], trained[name]) for name in trained)
 
 
-def test_weights_that_were_there_before_the_runner_stay(make: Any) -> None:
+def test_weights_that_were_there_before_the_runner_stay(make: MakeRunner) -> None:
     source = Net()
     model = Net()
     model.load_state_dict(source.state_dict())
@@ -91,7 +92,7 @@ def test_weights_that_were_there_before_the_runner_stay(make: Any) -> None:
     assert torch.equal(model.head.weight, source.head.weight)
 
 
-def test_a_second_runner_does_not_initialise_trained_weights(make: Any) -> None:
+def test_a_second_runner_does_not_initialise_trained_weights(make: MakeRunner) -> None:
     class Mine(Net):
         def init_weights(self) -> None:  # calls no super().init_weights()
             nn.init.ones_(self.head.weight)
@@ -104,7 +105,7 @@ def test_a_second_runner_does_not_initialise_trained_weights(make: Any) -> None:
 
 
 def test_a_runner_that_does_not_train_leaves_the_model_alone(
-    tmp_path: Path, data: Any, accuracy: Any
+    tmp_path: Path, data: MakeData, accuracy: type[ToyAccuracy]
 ) -> None:
     model = Net()
     before = model.head.weight.clone()
@@ -118,7 +119,7 @@ def test_a_runner_that_does_not_train_leaves_the_model_alone(
 
 
 def test_evaluating_a_model_whose_pretrained_weights_were_not_loaded_is_warned_of(
-    tmp_path: Path, data: Any, accuracy: Any, capsys: Any
+    tmp_path: Path, data: MakeData, accuracy: type[ToyAccuracy], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(Net().state_dict(), tmp_path / "net.pth")
     evaluation = dict(val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path)
@@ -136,7 +137,7 @@ def test_evaluating_a_model_whose_pretrained_weights_were_not_loaded_is_warned_o
         assert ("the init_cfg names pretrained weights" in capsys.readouterr().out) == warned
 
 
-def test_a_plain_module_is_never_initialised(make: Any) -> None:
+def test_a_plain_module_is_never_initialised(make: MakeRunner) -> None:
     class LikeTimm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -151,7 +152,9 @@ def test_a_plain_module_is_never_initialised(make: Any) -> None:
     make(model=LikeTimm(), loss=F.cross_entropy, **ON)
 
 
-def test_the_parts_of_a_plain_module_that_wait_are_told_of(make: Any, capsys: Any) -> None:
+def test_the_parts_of_a_plain_module_that_wait_are_told_of(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = nn.Sequential(Sequential(nn.Linear(4, 3), init_cfg=dict(type="Normal", layer="Linear")))
     make(model=model, loss=F.cross_entropy, defaults=("init", "logging"))
     assert "the init_cfg of '0' waits for its init_weights()" in capsys.readouterr().out
@@ -161,7 +164,9 @@ def test_the_parts_of_a_plain_module_that_wait_are_told_of(make: Any, capsys: An
     assert "waits" not in capsys.readouterr().out
 
 
-def test_keep_leaves_named_parts_as_they_are(make: Any, capsys: Any) -> None:
+def test_keep_leaves_named_parts_as_they_are(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Pretrained(nn.Linear):
         def init_weights(self) -> None:
             raise AssertionError("was to be kept")
@@ -183,7 +188,9 @@ def test_keep_leaves_named_parts_as_they_are(make: Any, capsys: Any) -> None:
         make(model=Net(), plugins=[dict(type="init", keep=["bakbone"])], **ON)
 
 
-def test_foreign_init_weights_are_listed(make: Any, capsys: Any) -> None:
+def test_foreign_init_weights_are_listed(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Foreign(nn.Linear):
         def init_weights(self) -> None:
             nn.init.zeros_(self.weight)
@@ -196,7 +203,9 @@ def test_foreign_init_weights_are_listed(make: Any, capsys: Any) -> None:
     assert "name it in keep=(...) of the plugin 'init'" in text
 
 
-def test_the_model_s_own_init_weights_is_called_and_named(make: Any, capsys: Any) -> None:
+def test_the_model_s_own_init_weights_is_called_and_named(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Mine(Net):
         def init_weights(self) -> None:
             super().init_weights()
@@ -210,7 +219,7 @@ def test_the_model_s_own_init_weights_is_called_and_named(make: Any, capsys: Any
     assert text.count("weights of Mine") == 1
 
 
-def test_a_seeded_initialization_depends_on_the_seed_alone(make: Any) -> None:
+def test_a_seeded_initialization_depends_on_the_seed_alone(make: MakeRunner) -> None:
     class Draws(Net):
         def init_weights(self) -> None:
             super().init_weights()
@@ -242,7 +251,7 @@ def test_a_seeded_initialization_depends_on_the_seed_alone(make: Any) -> None:
 
 
 def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Net()
     model.many = nn.Sequential(*[nn.Linear(1, 1) for _ in range(30)])
@@ -259,12 +268,14 @@ def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
     assert options == {"keep": [], "seed": None}
 
 
-def test_a_model_without_any_init_cfg_says_nothing(make: Any, capsys: Any) -> None:
+def test_a_model_without_any_init_cfg_says_nothing(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(model=Net(None), defaults=("init", "logging"))
     assert "weights of" not in capsys.readouterr().out
 
 
-def test_a_mistake_names_the_plugin_and_the_event(make: Any) -> None:
+def test_a_mistake_names_the_plugin_and_the_event(make: MakeRunner) -> None:
     with pytest.raises(ValueError, match="layer='Conv2d' matches nothing in Net") as caught:
         make(model=Net(dict(type="Normal", layer="Conv2d")), **ON)
     assert any("'init'" in note and "initialize_model" in note for note in caught.value.__notes__)
@@ -315,7 +326,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
 
-def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: Any) -> None:
+def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

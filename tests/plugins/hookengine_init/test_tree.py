@@ -66,7 +66,7 @@ def weight(module: Any) -> float:
     return float(value)
 
 
-def report(capsys: Any) -> dict[str, str]:
+def report(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What the console's table says, by the parameter's name."""
     rows = {}
     for line in capsys.readouterr().out.splitlines():
@@ -113,7 +113,9 @@ def test_a_child_with_a_hand_written_init_weights_is_called_once() -> None:
     assert custom.weight_of_its_own.tolist() == [6, 6]
 
 
-def test_one_that_is_no_direct_child_is_left_and_said_so(capsys: Any) -> None:
+def test_one_that_is_no_direct_child_is_left_and_said_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     net = Net(constant(1), wrapped=nn.Sequential(Custom()))
     net.init_weights()
     assert net.wrapped[0].calls == 0
@@ -133,7 +135,7 @@ def test_a_subclass_may_override_it_and_call_super() -> None:
     assert net.mine.fc.bias.tolist() == [8, 8]
 
 
-def test_model_wrappers_are_seen_through(monkeypatch: Any) -> None:
+def test_model_wrappers_are_seen_through(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrapper(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
@@ -169,7 +171,7 @@ def test_pretrained_comes_last(tmp_path: Path) -> None:
 
 
 def test_what_loads_comes_last_also_under_a_name_of_ones_own(
-    tmp_path: Path, monkeypatch: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Mine(PretrainedInit): ...
 
@@ -214,7 +216,9 @@ def test_an_initializer_of_ones_own_beside_what_loads_is_called_once(tmp_path: P
     assert weight(net.inner.fc) == 2
 
 
-def test_what_torch_compile_has_wrapped_is_initialised_once(capsys: Any) -> None:
+def test_what_torch_compile_has_wrapped_is_initialised_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     fills = []
 
     class Counting(ConstantInit):
@@ -238,7 +242,7 @@ def test_what_torch_compile_has_wrapped_is_initialised_once(capsys: Any) -> None
     assert len(fills) == 4
 
 
-def test_a_second_call_warns_and_does_nothing(capsys: Any) -> None:
+def test_a_second_call_warns_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     net = Net(constant(1), custom=Custom())
     net.init_weights()
     net.first.weight.data.fill_(4)
@@ -294,7 +298,7 @@ def test_it_is_a_function_too() -> None:
 # -- what stays ---------------------------------------------------------------------------------
 
 
-def test_loaded_tensors_are_never_initialised(capsys: Any) -> None:
+def test_loaded_tensors_are_never_initialised(capsys: pytest.CaptureFixture[str]) -> None:
     trained = Net(inner=Block(), custom=Custom())
     trained.custom.weight_of_its_own.data.fill_(1)
     state = trained.state_dict()
@@ -449,7 +453,9 @@ def test_what_was_loaded_is_back_after_an_error() -> None:
 # -- the report ---------------------------------------------------------------------------------
 
 
-def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(capsys: Any) -> None:
+def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     net = Net(constant(1, override=dict(name="b", type="Xavier")), b=nn.Linear(2, 3), c=Custom())
     net.init_weights()
     text = capsys.readouterr().out
@@ -477,12 +483,16 @@ def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(capsys: Any)
         ),
     ],
 )
-def test_the_initializer_is_named_with_its_options(cfg: Any, said: str, capsys: Any) -> None:
+def test_the_initializer_is_named_with_its_options(
+    cfg: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Block(dict(cfg, layer="Linear")).init_weights()
     assert report(capsys) == {"fc.weight": said, "fc.bias": said}
 
 
-def test_a_constant_that_was_there_already_keeps_who_set_it(capsys: Any) -> None:
+def test_a_constant_that_was_there_already_keeps_who_set_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """As the seed's chapter shows for the bias that Xavier sets to the 0 that Kaiming had set."""
     override = dict(name="first", type="Xavier")
     Net(dict(type="Kaiming", layer="Linear", override=override)).init_weights()
@@ -491,7 +501,7 @@ def test_a_constant_that_was_there_already_keeps_who_set_it(capsys: Any) -> None
     assert rows["first.bias"].startswith("KaimingInit")
 
 
-def test_what_nobody_changed_is_said_so(capsys: Any) -> None:
+def test_what_nobody_changed_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
     Net(custom=Custom()).init_weights()
     rows = report(capsys)
     same = "The value is the same before and after calling `init_weights` of Net"
@@ -500,7 +510,7 @@ def test_what_nobody_changed_is_said_so(capsys: Any) -> None:
     assert rows["custom.untouched"] == rows["first.weight"] == same
 
 
-def test_code_of_others_is_told_from_what_it_calls(capsys: Any) -> None:
+def test_code_of_others_is_told_from_what_it_calls(capsys: pytest.CaptureFixture[str]) -> None:
     class Mine(Block):
         def __init__(self) -> None:
             super().__init__(constant(2))
@@ -524,7 +534,7 @@ def test_code_of_others_is_told_from_what_it_calls(capsys: Any) -> None:
 
 
 def test_what_the_model_itself_does_afterwards_is_not_in_the_report_of_a_direct_call(
-    capsys: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Mine(Block):
         def init_weights(self) -> None:
@@ -537,7 +547,7 @@ def test_what_the_model_itself_does_afterwards_is_not_in_the_report_of_a_direct_
 
 
 def test_a_tensor_that_the_file_does_not_give_is_named_after_who_set_it(
-    tmp_path: Path, capsys: Any
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(5)}, tmp_path / "net.pth")
     pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
@@ -547,7 +557,7 @@ def test_a_tensor_that_the_file_does_not_give_is_named_after_who_set_it(
     assert rows["fc.bias"] == "ConstantInit: val=2, bias=0"
 
 
-def test_foreign_modules_of_one_class_share_a_line(capsys: Any) -> None:
+def test_foreign_modules_of_one_class_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     net = Net(many=nn.Sequential(Custom(), Custom(), Custom()))
     net.init_weights()
     lines = [line for line in capsys.readouterr().out.splitlines() if "Custom was not" in line]
@@ -555,7 +565,9 @@ def test_foreign_modules_of_one_class_share_a_line(capsys: Any) -> None:
     assert lines[0].startswith("  many.0, ..., many.2: init_weights() of Custom was not called")
 
 
-def test_layers_that_an_initializer_treats_by_itself_are_watched(capsys: Any) -> None:
+def test_layers_that_an_initializer_treats_by_itself_are_watched(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Own(ConstantInit):
         def init_layer(self, layer: nn.Module, write: Any = None) -> None:
             layer.weight.data.fill_(4)
@@ -573,7 +585,9 @@ def test_layers_that_an_initializer_treats_by_itself_are_watched(capsys: Any) ->
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.float8_e4m3fn, torch.complex64, torch.float64], ids=str
 )
-def test_changes_are_seen_in_every_dtype(dtype: torch.dtype, capsys: Any) -> None:
+def test_changes_are_seen_in_every_dtype(
+    dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Typed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -589,7 +603,7 @@ def test_changes_are_seen_in_every_dtype(dtype: torch.dtype, capsys: Any) -> Non
     assert rows["child.b"].startswith("The value is the same")
 
 
-def test_parameters_that_are_replaced_are_named_too(capsys: Any) -> None:
+def test_parameters_that_are_replaced_are_named_too(capsys: pytest.CaptureFixture[str]) -> None:
     class Replacing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -603,7 +617,9 @@ def test_parameters_that_are_replaced_are_named_too(capsys: Any) -> None:
     assert report(capsys)["child.weight"] == expected
 
 
-def test_an_initializer_of_ones_own_may_say_what_it_did(monkeypatch: Any, capsys: Any) -> None:
+def test_an_initializer_of_ones_own_may_say_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Quiet:
         def __call__(self, module: nn.Module) -> None:
             module.fc.weight.data.fill_(1)
@@ -621,7 +637,7 @@ def test_an_initializer_of_ones_own_may_say_what_it_did(monkeypatch: Any, capsys
         update_init_info(Block(), "x")
 
 
-def test_lazy_and_meta_parameters_do_not_disturb_it(capsys: Any) -> None:
+def test_lazy_and_meta_parameters_do_not_disturb_it(capsys: pytest.CaptureFixture[str]) -> None:
     class Lazy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -638,21 +654,23 @@ def test_lazy_and_meta_parameters_do_not_disturb_it(capsys: Any) -> None:
     assert "lazy.fc.weight    lazy    The value is the same" in capsys.readouterr().out
 
 
-def test_on_the_meta_device_nothing_is_said_to_be_initialised(capsys: Any) -> None:
+def test_on_the_meta_device_nothing_is_said_to_be_initialised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with torch.device("meta"):
         net = Net(constant(1))
     net.init_weights()
     assert report(capsys)["first.weight"].startswith("The value is the same")
 
 
-def test_shared_parameters_are_listed_once(capsys: Any) -> None:
+def test_shared_parameters_are_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
     net = Net(constant(1), tied=nn.Linear(2, 2))
     net.tied.weight = net.first.weight
     net.init_weights()
     assert set(report(capsys)) == {"first.weight", "first.bias", "tied.bias"}
 
 
-def test_the_report_of_a_vector_of_nan_is_not_a_change(capsys: Any) -> None:
+def test_the_report_of_a_vector_of_nan_is_not_a_change(capsys: pytest.CaptureFixture[str]) -> None:
     class Nan(nn.Module):
         def __init__(self) -> None:
             super().__init__()

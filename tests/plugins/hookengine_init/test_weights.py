@@ -145,7 +145,7 @@ def test_the_versions_that_modules_save_are_kept(tmp_path: Path, source: Net) ->
 
 
 @pytest.fixture
-def mmengine_checkpoint(tmp_path: Path, monkeypatch: Any, source: Net) -> Path:
+def mmengine_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Net) -> Path:
     """As MMEngine's Runner saves it: a history with bound methods, numpy's scalars and arrays."""
     name = "mmengine.logging.history_buffer"
 
@@ -277,7 +277,9 @@ def test_strict_refuses_what_one_side_lacks(source: Net) -> None:
     assert same(net, filled(1))
 
 
-def test_pretrained_warns_once_of_what_one_side_lacks(capsys: Any, source: Net) -> None:
+def test_pretrained_warns_once_of_what_one_side_lacks(
+    capsys: pytest.CaptureFixture[str], source: Net
+) -> None:
     state = source.state_dict()
     state["fc.weight"] = state.pop("head.bias")
     net = filled(1)
@@ -580,7 +582,7 @@ def test_a_file_without_weights_is_said_so(content: Any, said: str, tmp_path: Pa
 
 
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: Any) -> Iterator[tuple[str, Path]]:
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """A real server on the loopback, and the folder that it serves."""
     folder = tmp_path / "served"
     folder.mkdir()
@@ -634,7 +636,7 @@ def test_a_download_that_was_cut_off_is_not_kept(served: tuple[str, Path], sourc
     assert same(net, source)
 
 
-def test_torchvisions_names_are_its_urls(monkeypatch: Any, tmp_path: Path) -> None:
+def test_torchvisions_names_are_its_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def download(url: str, path: str, **options: Any) -> None:

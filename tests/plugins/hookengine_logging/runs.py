@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tests.fixtures import MakeRunner
+
 LOGGING = ("logging",)
 
 SCRIPT = """
@@ -20,7 +22,7 @@ runner = Runner(model, sys.argv[1], [(torch.ones(1, 1), torch.ones(1, 1))] * 6,
 """A script that builds a Runner over six iterations, in the folder given as its argument."""
 
 
-def logging_runner(make: Any, **options: Any) -> Any:
+def logging_runner(make: MakeRunner, **options: Any) -> Any:
     """Build a Runner with the plugin, which writes a record every 2 iterations by default."""
     interval = options.pop("interval", 2)
     plugins = [dict(type="logging", interval=interval), *options.pop("plugins", [])]

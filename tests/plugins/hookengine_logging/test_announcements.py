@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
@@ -18,7 +19,9 @@ class Silent(Plugin):
     def after_train_iter(self) -> None: ...
 
 
-def test_the_run_is_announced(make: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_the_run_is_announced(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOOKENGINE_DISABLE", "blocked")
 
     class Blocked(Silent, name="blocked"): ...
@@ -49,7 +52,7 @@ def test_the_run_is_announced(make: Any, capsys: Any, monkeypatch: Any) -> None:
     assert "plugins logging, silent (blocked: blocked)" in out
 
 
-def test_an_error_and_the_unfinished_interval_are_written(make: Any) -> None:
+def test_an_error_and_the_unfinished_interval_are_written(make: MakeRunner) -> None:
     class Broken(Plugin):
         def before_train_iter(self, runner: Any) -> None:
             if runner.progress.iter == 3:
@@ -63,7 +66,7 @@ def test_an_error_and_the_unfinished_interval_are_written(make: Any) -> None:
     assert "ERROR run ends with LookupError: no (raised by plugin 'broken'" in log
 
 
-def test_plugins_that_replace_a_value_are_named_in_order(make: Any) -> None:
+def test_plugins_that_replace_a_value_are_named_in_order(make: MakeRunner) -> None:
     class Auxiliary(Plugin):
         def after_forward(self, losses: Any) -> Any:
             return {**losses, "loss_aux": losses["loss"] * 0}
@@ -88,7 +91,9 @@ def test_plugins_that_replace_a_value_are_named_in_order(make: Any) -> None:
     assert "loss_aux" in written(runner)[0]
 
 
-def test_values_without_a_record_are_named_at_the_end(make: Any, capsys: Any) -> None:
+def test_values_without_a_record_are_named_at_the_end(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make, validate=True)
     runner.on("after_val")(lambda runner: runner.log({"late": 1.0, "note": "x"}))
     runner.train()
@@ -97,7 +102,9 @@ def test_values_without_a_record_are_named_at_the_end(make: Any, capsys: Any) ->
     assert "logged after the last train record, and so not recorded: late, note" in out
 
 
-def test_the_traceback_is_in_the_runs_log(make: Any, capsys: Any) -> None:
+def test_the_traceback_is_in_the_runs_log(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make)
 
     @runner.on("after_train_iter")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import SCRIPT, logging_runner
 
 
@@ -56,7 +57,9 @@ def test_warnings_are_logged_once_and_printed_once(tmp_path: Path) -> None:
     assert "afterwards" not in log + done.stdout
 
 
-def test_code_that_records_warnings_still_gets_them(make: Any, capsys: Any) -> None:
+def test_code_that_records_warnings_still_gets_them(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     def train() -> list[Any]:
         runners = [logging_runner(make), logging_runner(make)]
         warn_once(runners[0], "recorded")
@@ -90,7 +93,7 @@ def hooked() -> list[Any]:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
 def test_closing_all_runners_in_any_order_restores_everything(
-    make: Any, order: tuple[int, ...]
+    make: MakeRunner, order: tuple[int, ...]
 ) -> None:
     before = hooked()
     runners = [logging_runner(make) for _ in range(3)]
@@ -102,7 +105,9 @@ def test_closing_all_runners_in_any_order_restores_everything(
     assert hooked() == before
 
 
-def test_of_several_runners_the_one_that_runs_gets_the_warnings(make: Any, capsys: Any) -> None:
+def test_of_several_runners_the_one_that_runs_gets_the_warnings(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         first, second = (logging_runner(make, name=name) for name in ("first", "second"))
@@ -119,7 +124,7 @@ def test_of_several_runners_the_one_that_runs_gets_the_warnings(make: Any, capsy
     assert capsys.readouterr().out.count("of the") == 3
 
 
-def test_another_showwarning_is_left_in_place(make: Any) -> None:
+def test_another_showwarning_is_left_in_place(make: MakeRunner) -> None:
     seen: list[str] = []
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
@@ -140,7 +145,7 @@ def test_another_showwarning_is_left_in_place(make: Any) -> None:
 
 
 def test_a_function_that_wraps_showwarning_is_called_once(
-    make: Any, monkeypatch: Any, capsys: Any
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = logging_runner(make)
     monkeypatch.setattr(warnings, "_showwarnmsg_impl", lambda message: None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
-def test_an_evaluation_records_how_long_it_took(make: Any) -> None:
+def test_an_evaluation_records_how_long_it_took(make: MakeRunner) -> None:
     runner = logging_runner(make, validate=True, test=True)
     runner.train()
     runner.val()
@@ -20,7 +19,7 @@ def test_an_evaluation_records_how_long_it_took(make: Any) -> None:
     assert written(runner, "val")[-1]["seconds"] == -1.0  # a logged value wins
 
 
-def test_values_logged_after_a_validation_join_its_record(make: Any) -> None:
+def test_values_logged_after_a_validation_join_its_record(make: MakeRunner) -> None:
     runner = logging_runner(make, validate=True)
     runner.on("after_val")(lambda runner: runner.log({"wrong": runner.progress.iter}, phase="val"))
     runner.train()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
-def test_runs_without_a_name_never_share_a_folder(make: Any) -> None:
+def test_runs_without_a_name_never_share_a_folder(make: MakeRunner) -> None:
     runners = [logging_runner(make) for _ in range(3)]
     for runner in runners:
         runner.train()
@@ -21,7 +22,7 @@ def test_runs_without_a_name_never_share_a_folder(make: Any) -> None:
     assert len((again.run_dir / "metrics_1.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_resumed_run_writes_what_an_uninterrupted_run_writes(make: Any) -> None:
+def test_a_resumed_run_writes_what_an_uninterrupted_run_writes(make: MakeRunner) -> None:
     def without_times(runner: Any) -> list[dict[str, Any]]:
         timing = {
             "time",
@@ -62,7 +63,7 @@ def test_a_resumed_run_writes_what_an_uninterrupted_run_writes(make: Any) -> Non
         assert without_times(second) == without_times(uninterrupted)
 
 
-def test_a_record_written_at_a_stop_is_removed_by_a_resume(make: Any) -> None:
+def test_a_record_written_at_a_stop_is_removed_by_a_resume(make: MakeRunner) -> None:
     first = logging_runner(make, interval=5, name="run")
     states = []
 

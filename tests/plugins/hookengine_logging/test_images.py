@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
-def test_images_that_cannot_be_saved_are_reported_once(make: Any, capsys: Any) -> None:
+def test_images_that_cannot_be_saved_are_reported_once(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make, name="run")
     runner.run_dir.mkdir(parents=True)
     (runner.run_dir / "media").write_text("in the way")
@@ -24,7 +28,7 @@ def test_images_that_cannot_be_saved_are_reported_once(make: Any, capsys: Any) -
     assert all({*media} == {"image", "other", "text"} for media in kept)  # sinks get all of them
 
 
-def test_names_never_share_an_image_file(make: Any) -> None:
+def test_names_never_share_an_image_file(make: MakeRunner) -> None:
     runner = logging_runner(make, train_cfg=dict(max_iters=2))
     names = ["a/b", "a_b", "é" * 100, "e" * 100, "../../up", "."]
     values = {name: torch.full((1, 2), i / 255) for i, name in enumerate(names)}

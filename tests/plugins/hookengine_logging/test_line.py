@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
+import pytest
+
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner
 
 
-def test_console_lines_are_readable(make: Any, capsys: Any) -> None:
+def test_console_lines_are_readable(make: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
     runner = logging_runner(make, validate=True, interval=50)
     runner.train()
     out = capsys.readouterr().out

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import LOGGING
 
 
-def test_the_level_holds_for_console_and_file(make: Any, capsys: Any) -> None:
+def test_the_level_holds_for_console_and_file(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(defaults=LOGGING, plugins=[dict(type="logging", level="WARNING")])
     runner.logger.info("quiet")
     runner.logger.warning("loud", key=3)
@@ -46,7 +49,7 @@ class Other(Plugin):
     ],
 )
 def test_a_plugin_may_have_its_own_level(
-    make: Any, capsys: Any, own: str, heard: list[str]
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], own: str, heard: list[str]
 ) -> None:
     runner = make(plugins=[dict(type="logging", levels={"loud": own}), Loud(), Other()])
     runner.train()
@@ -55,7 +58,9 @@ def test_a_plugin_may_have_its_own_level(
         assert re.findall(r"other (\w+)", text) == ["info", "warning", "error"]
 
 
-def test_a_level_for_an_unknown_plugin_is_an_error_with_a_hint(make: Any, capsys: Any) -> None:
+def test_a_level_for_an_unknown_plugin_is_an_error_with_a_hint(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = warnings.showwarning
     match = r"'chekpoint', which is not a plugin\. Did you mean.*check"
     with pytest.raises(ValueError, match=match) as error:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from hookengine import Plugin
+from tests.fixtures import MakeRunner, Toy
 from tests.plugins.hookengine_logging.runs import LOGGING, logging_runner, written
 
 
-def with_terms(toy: Any, at: dict[int, dict[str, float]]) -> Any:
+def with_terms(toy: type[Toy], at: dict[int, dict[str, float]]) -> Any:
     """Build a toy with two terms of a loss, replaced in some iterations (from 1)."""
 
-    class WithTerms(toy):  # type: ignore[misc]
+    class WithTerms(Toy):
         seen = 0
 
         def train_step(self, data: Any, optim_wrapper: Any) -> Any:
@@ -29,7 +30,7 @@ def with_terms(toy: Any, at: dict[int, dict[str, float]]) -> Any:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_interval(
-    make: Any, toy: Any, value: float
+    make: MakeRunner, toy: type[Toy], value: float
 ) -> None:
     model = with_terms(toy, {7: {"loss": value}, 8: {"loss": value, "loss_box": value}})
     runner = logging_runner(make, model=model, interval=5, train_cfg=dict(max_epochs=4))
@@ -45,7 +46,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_interval(
     assert "the loss is not finite in iteration 7" in (runner.run_dir / "run.log").read_text()
 
 
-def test_an_interval_over_two_epochs_names_the_epoch_of_the_loss(make: Any, toy: Any) -> None:
+def test_an_interval_over_two_epochs_names_the_epoch_of_the_loss(
+    make: MakeRunner, toy: type[Toy]
+) -> None:
     model = with_terms(toy, {4: {"loss_box": float("nan")}})
     runner = logging_runner(make, model=model, interval=7, train_cfg=dict(max_iters=20))
     with pytest.raises(FloatingPointError, match=r"iteration 4, epoch 1: loss_box nan \(loss "):
@@ -53,7 +56,7 @@ def test_an_interval_over_two_epochs_names_the_epoch_of_the_loss(make: Any, toy:
     assert runner.progress.iter == 7
 
 
-def test_a_state_with_corrupted_weights_is_not_saved(make: Any, toy: Any) -> None:
+def test_a_state_with_corrupted_weights_is_not_saved(make: MakeRunner, toy: type[Toy]) -> None:
     states = []
 
     class Saves(Plugin):
@@ -67,14 +70,14 @@ def test_a_state_with_corrupted_weights_is_not_saved(make: Any, toy: Any) -> Non
     assert [iteration for iteration, _ in states] == [1, 2]
 
 
-def test_a_term_logged_only_sometimes_is_checked(make: Any, toy: Any) -> None:
+def test_a_term_logged_only_sometimes_is_checked(make: MakeRunner, toy: type[Toy]) -> None:
     model = with_terms(toy, {3: {"loss_g": 1.0}, 4: {"loss_g": float("nan")}})
     runner = logging_runner(make, model=model, interval=5)
     with pytest.raises(FloatingPointError, match="iteration 4, epoch 1: loss_g nan"):
         runner.train()
 
 
-def test_a_run_that_was_rolled_back_is_checked_again(make: Any, toy: Any) -> None:
+def test_a_run_that_was_rolled_back_is_checked_again(make: MakeRunner, toy: type[Toy]) -> None:
     model = with_terms(toy, {3: {"loss": float("nan")}, 9: {"loss": float("nan")}})
     runner = logging_runner(make, model=model, interval=2)
     state = runner.state_dict()
@@ -84,7 +87,7 @@ def test_a_run_that_was_rolled_back_is_checked_again(make: Any, toy: Any) -> Non
         runner.load_state_dict(state)
 
 
-def test_with_warn_training_continues_after_one_warning(make: Any, toy: Any) -> None:
+def test_with_warn_training_continues_after_one_warning(make: MakeRunner, toy: type[Toy]) -> None:
     model = with_terms(toy, {3: {"loss": float("nan")}, 8: {"loss": float("nan")}})
     options = dict(type="logging", interval=2, nonfinite="warn")
     runner = make(model=model, defaults=LOGGING, plugins=[options])

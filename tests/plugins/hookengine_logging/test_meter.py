@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fixtures import MakeRunner, Toy
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
-def test_values_passed_to_runner_log_join_the_next_record(make: Any) -> None:
+def test_values_passed_to_runner_log_join_the_next_record(make: MakeRunner) -> None:
     runner = logging_runner(make, validate=True)
 
     @runner.on("after_train_iter")
@@ -38,7 +39,9 @@ def test_values_passed_to_runner_log_join_the_next_record(make: Any) -> None:
     assert written(runner, "val")[0]["seen"] == 1.0
 
 
-def test_values_of_every_kind_are_recorded(make: Any, capsys: Any) -> None:
+def test_values_of_every_kind_are_recorded(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make, train_cfg=dict(max_iters=2))
     values = {
         "nan": float("nan"),
@@ -62,7 +65,9 @@ def test_values_of_every_kind_are_recorded(make: Any, capsys: Any) -> None:
         runner.log(values, phase="eval")  # type: ignore[arg-type]
 
 
-def test_names_and_values_of_every_kind(make: Any, capsys: Any) -> None:
+def test_names_and_values_of_every_kind(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make, train_cfg=dict(max_iters=4))
     values: dict[Any, Any] = {
         "a\nb\x00c\x1b[31m": 1.0,
@@ -103,10 +108,12 @@ def test_names_and_values_of_every_kind(make: Any, capsys: Any) -> None:
     assert "\x00" not in out
 
 
-def test_outputs_that_are_not_numbers_are_neither_kept_nor_losses(make: Any, toy: Any) -> None:
+def test_outputs_that_are_not_numbers_are_neither_kept_nor_losses(
+    make: MakeRunner, toy: type[Toy]
+) -> None:
     images: list[Any] = []
 
-    class Shows(toy):  # type: ignore[misc]
+    class Shows(Toy):
         def train_step(self, data: Any, optim_wrapper: Any) -> Any:
             outputs = super().train_step(data, optim_wrapper)
             image = torch.zeros(4, 4)

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import SCRIPT, logging_runner, written
 
 
-def test_a_failing_disk_loses_no_record(make: Any, capsys: Any) -> None:
+def test_a_failing_disk_loses_no_record(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make)
     path = runner.run_dir / "metrics.jsonl"
     runner.on("before_train")(lambda: path.mkdir())  # cannot be opened as a file
@@ -49,7 +54,9 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_complete_lines(tmp_
     assert "cannot write" in done.stdout
 
 
-def test_a_disk_that_fails_to_the_end_is_reported_at_the_end(make: Any, capsys: Any) -> None:
+def test_a_disk_that_fails_to_the_end_is_reported_at_the_end(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = logging_runner(make)
     runner.on("before_train")(lambda runner: (runner.run_dir / "metrics.jsonl").mkdir())
     runner.train()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import Plugin, Record, Runner, Sink
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import SCRIPT
 from tests.ranks import on_ranks
 
@@ -67,14 +68,16 @@ class Talking(Sink):
             runner.logger.info("on a thread", thread=threading.current_thread().name)
 
 
-def test_every_line_is_json_with_its_context(make: Any, capsys: Any) -> None:
+def test_every_line_is_json_with_its_context(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     plugins = [dict(type="logging", renderer="json", interval=5), Speaking(), Talking()]
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         check_json_lines_of(make(plugins=plugins, validate=True, name="mine"), capsys)
 
 
-def check_json_lines_of(runner: Any, capsys: Any) -> None:
+def check_json_lines_of(runner: Any, capsys: pytest.CaptureFixture[str]) -> None:
     @runner.on("after_train_iter")
     def function(runner: Any) -> None:
         if runner.progress.iter == 7:
@@ -114,7 +117,9 @@ def check_json_lines_of(runner: Any, capsys: Any) -> None:
     assert [line for line in filed if not line["event"].startswith("torch.nn")] == printed
 
 
-def test_an_exception_is_one_json_line(make: Any, capsys: Any) -> None:
+def test_an_exception_is_one_json_line(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(plugins=[dict(type="logging", renderer="json")])
     try:
         raise LookupError("two\nlines")
@@ -127,7 +132,7 @@ def test_an_exception_is_one_json_line(make: Any, capsys: Any) -> None:
 
 @pytest.mark.parametrize("renderer", ["console", "json"])
 def test_a_text_that_the_console_cannot_encode_is_escaped(
-    make: Any, capsys: Any, renderer: str
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], renderer: str
 ) -> None:
     runner = make(plugins=[dict(type="logging", renderer=renderer)])
     runner.logger.info("file \udcff.png", name="\ud800")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner
 
 
@@ -15,7 +16,7 @@ def run_json(runner: Any) -> dict[str, Any]:
     return fields
 
 
-def test_run_json_says_how_the_run_ended(make: Any) -> None:
+def test_run_json_says_how_the_run_ended(make: MakeRunner) -> None:
     seen = []
     runner = logging_runner(make)
     runner.on("after_train_iter")(lambda runner: seen.append(run_json(runner)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hookengine import Plugin
+from tests.fixtures import MakeData, MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
 
@@ -22,7 +23,7 @@ class Losses(Plugin):
         self.values.append(outputs["loss"].item())
 
 
-def test_training_is_averaged_over_intervals_and_epochs(make: Any) -> None:
+def test_training_is_averaged_over_intervals_and_epochs(make: MakeRunner) -> None:
     losses = Losses()
     runner = logging_runner(make, plugins=[losses], validate=True)
     runner.train()
@@ -44,13 +45,15 @@ def test_training_is_averaged_over_intervals_and_epochs(make: Any) -> None:
     assert val[-1]["accuracy"] == runner.val_loop.metrics["accuracy"]
 
 
-def test_an_iteration_based_run_is_written_by_iterations(make: Any) -> None:
+def test_an_iteration_based_run_is_written_by_iterations(make: MakeRunner) -> None:
     runner = logging_runner(make, interval=4, train_cfg=dict(max_iters=11))
     runner.train()
     assert [r["iter"] for r in written(runner)] == [4, 8, 11]
 
 
-def test_a_run_of_unknown_length_has_no_eta_and_loses_nothing(make: Any, data: Any) -> None:
+def test_a_run_of_unknown_length_has_no_eta_and_loses_nothing(
+    make: MakeRunner, data: MakeData
+) -> None:
     class Unknown:
         def __iter__(self) -> Any:
             return iter([data(4).tensors] * 3)
@@ -61,7 +64,9 @@ def test_a_run_of_unknown_length_has_no_eta_and_loses_nothing(make: Any, data: A
     assert "eta" not in written(runner)[0]
 
 
-def test_no_value_is_read_from_the_device_between_records(make: Any, monkeypatch: Any) -> None:
+def test_no_value_is_read_from_the_device_between_records(
+    make: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         original = getattr(Tensor, name)
@@ -78,7 +83,7 @@ def test_no_value_is_read_from_the_device_between_records(make: Any, monkeypatch
     assert {iteration for iteration, _ in reads} == {0, 5, 10}
 
 
-def test_each_of_several_optimizers_has_its_rate(make: Any) -> None:
+def test_each_of_several_optimizers_has_its_rate(make: MakeRunner) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -138,7 +143,7 @@ class Unsized:
 )
 @pytest.mark.parametrize("by_epoch", [True, False])
 def test_a_record_has_the_learning_rate_that_was_used(
-    make: Any, data: Any, options: dict[str, Any], by_epoch: bool
+    make: MakeRunner, data: MakeData, options: dict[str, Any], by_epoch: bool
 ) -> None:
     options = dict(options)
     used, stop = Used(), options.pop("stop", None)
@@ -158,7 +163,7 @@ def test_a_record_has_the_learning_rate_that_was_used(
         assert record["lr"] == used.rates[record["iter"] - 1], record["iter"]
 
 
-def test_losses_come_first_and_steps_are_shown_if_they_are_not_iterations(make: Any) -> None:
+def test_losses_come_first_and_steps_are_shown_if_they_are_not_iterations(make: MakeRunner) -> None:
     plugins = [dict(type="clip", max_norm=1), dict(type="accumulate", steps=2)]
     runner = logging_runner(make, interval=1, plugins=plugins)
     runner.train()

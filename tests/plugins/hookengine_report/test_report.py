@@ -29,6 +29,7 @@ from hookengine_report.summary import best_values, differences, seconds_by_phase
 from hookengine_report.text import duration, iteration_texts, number, tick_texts
 
 from hookengine import Histogram, Image, Table
+from tests.fixtures import MakeRunner
 
 HOSTILE = "<script>alert(1)</script>"
 LOGGING = ("logging",)
@@ -97,7 +98,7 @@ def pixels(png: bytes) -> Any:
     return np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def reporting(make: Any, **options: Any) -> Any:
+def reporting(make: MakeRunner, **options: Any) -> Any:
     report = options.pop("report", None) or Report()
     plugins = [dict(type="logging", interval=2), *options.pop("plugins", []), report]
     return make(defaults=LOGGING, plugins=plugins, **options)
@@ -111,7 +112,7 @@ def of_command(*arguments: str | Path, cwd: Path | None = None) -> Any:
 # -- the plugin ---------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_run_leaves_a_page_with_its_numbers_and_a_picture(make: Any) -> None:
+def test_the_end_of_a_run_leaves_a_page_with_its_numbers_and_a_picture(make: MakeRunner) -> None:
     runner = reporting(make, validate=True, val_cfg=dict(loss=True), name="first")
     runner.train()
     html = drawn(runner.run_dir)
@@ -134,14 +135,14 @@ def test_the_end_of_a_run_leaves_a_page_with_its_numbers_and_a_picture(make: Any
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
 
 
-def test_the_page_says_how_the_run_ended(make: Any) -> None:
+def test_the_page_says_how_the_run_ended(make: MakeRunner) -> None:
     runner = reporting(make)
     runner.on("after_train_iter")(lambda runner: runner.stop("a <plateau>"))
     runner.train()
     assert {"stopped", "Stopped", ": a <plateau>"} <= {*drawn(runner.run_dir).texts}
 
 
-def test_a_run_that_raised_is_drawn_too(make: Any) -> None:
+def test_a_run_that_raised_is_drawn_too(make: MakeRunner) -> None:
     runner = reporting(make)
 
     @runner.on("after_train_iter")
@@ -156,14 +157,14 @@ def test_a_run_that_raised_is_drawn_too(make: Any) -> None:
     assert [x for x, _ in html.curves()["training"]] == [2, 4, 5, 7]
 
 
-def test_each_call_of_train_draws_anew(make: Any) -> None:
+def test_each_call_of_train_draws_anew(make: MakeRunner) -> None:
     runner = reporting(make)
     runner.train()
     runner.train(max_epochs=3)
     assert drawn(runner.run_dir).curves()["training"][-1][0] == 15
 
 
-def test_a_run_that_goes_on_is_drawn_every_so_many_validations(make: Any) -> None:
+def test_a_run_that_goes_on_is_drawn_every_so_many_validations(make: MakeRunner) -> None:
     runner = reporting(make, report=Report(every=2), validate=True, train_cfg=dict(max_epochs=4))
     report = runner.plugins["report"]
     seen = []
@@ -177,7 +178,9 @@ def test_a_run_that_goes_on_is_drawn_every_so_many_validations(make: Any) -> Non
     assert seen == [False, False, True, True]
 
 
-def test_a_run_without_a_log_is_told_what_is_missing(make: Any, caplog: Any) -> None:
+def test_a_run_without_a_log_is_told_what_is_missing(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
     report = Report()
     runner = make(plugins=[report])
     runner.train()
@@ -187,7 +190,9 @@ def test_a_run_without_a_log_is_told_what_is_missing(make: Any, caplog: Any) -> 
         write_report([runner.run_dir], runner.run_dir)
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_training(make: Any, capsys: Any) -> None:
+def test_a_folder_that_cannot_be_written_does_not_end_training(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = reporting(make)
     runner.on("before_train")(lambda runner: (runner.run_dir / "report.html").mkdir())
     runner.train()
@@ -196,7 +201,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(make: Any, capsys
     assert not list(runner.run_dir.glob(".*")), "nothing half written is left"
 
 
-def test_drawing_leaves_the_weights_as_they_are(make: Any) -> None:
+def test_drawing_leaves_the_weights_as_they_are(make: MakeRunner) -> None:
     plain = make(validate=True)
     plain.train()
     watched = reporting(make, report=Report(every=1), validate=True)
@@ -205,7 +210,7 @@ def test_drawing_leaves_the_weights_as_they_are(make: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_what_hooks_have_logged_is_shown(make: Any) -> None:
+def test_what_hooks_have_logged_is_shown(make: MakeRunner) -> None:
     runner = reporting(make, validate=True)
 
     @runner.on("after_train_iter")
@@ -228,7 +233,7 @@ def test_what_hooks_have_logged_is_shown(make: Any) -> None:
     assert any(a.get("class") == "bars s0" and a["d"].count("Z") == 5 for _, a in html.tags)
 
 
-def test_the_best_checkpoint_and_the_newest_are_named(make: Any) -> None:
+def test_the_best_checkpoint_and_the_newest_are_named(make: MakeRunner) -> None:
     runner = make(
         defaults=("logging", "checkpoint"),
         plugins=[dict(type="checkpoint", keep_best="accuracy"), Report()],
@@ -281,7 +286,7 @@ def test_what_users_name_stays_text(tmp_path: Path, count: int) -> None:
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
 
 
-def test_the_page_refers_to_nothing_outside(make: Any) -> None:
+def test_the_page_refers_to_nothing_outside(make: MakeRunner) -> None:
     runner = reporting(make, validate=True)
     runner.train()
     source = (runner.run_dir / "report.html").read_text()
@@ -296,7 +301,7 @@ def test_the_page_refers_to_nothing_outside(make: Any) -> None:
     assert "'sha256-" in policy
 
 
-def test_light_and_dark_are_one_drawing(make: Any) -> None:
+def test_light_and_dark_are_one_drawing(make: MakeRunner) -> None:
     runner = reporting(make)
     runner.train()
     source = (runner.run_dir / "report.html").read_text()
@@ -548,7 +553,7 @@ def test_the_picture_does_not_depend_on_the_settings_of_the_user(tmp_path: Path)
 # -- several runs -------------------------------------------------------------------------------
 
 
-def test_runs_are_compared_in_the_same_plots(make: Any, tmp_path: Path) -> None:
+def test_runs_are_compared_in_the_same_plots(make: MakeRunner, tmp_path: Path) -> None:
     folders = []
     for name, lr, clipped in (("slow", 0.01, False), ("fast", 0.5, True)):
         runner = make(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from hookengine import Image, Sink, Table
+from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_wandb import wandb_file
 from tests.plugins.hookengine_wandb.server import Server
 
@@ -62,7 +63,7 @@ def rows_where(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
     return [(phase, row["iter"]) for phase, row in zip(phases, rows, strict=True)]
 
 
-def test_each_record_is_a_row_with_the_same_values(make: Any) -> None:
+def test_each_record_is_a_row_with_the_same_values(make: MakeRunner) -> None:
     runner = make(
         defaults=DEFAULTS,
         validate=True,
@@ -83,7 +84,7 @@ def test_each_record_is_a_row_with_the_same_values(make: Any) -> None:
     assert {"train/loss", "train/lr", "train/grad_norm"} <= rows[0].keys()
 
 
-def test_a_run_is_described_and_its_axes_are_told(make: Any) -> None:
+def test_a_run_is_described_and_its_axes_are_told(make: MakeRunner) -> None:
     runner = make(
         defaults=DEFAULTS,
         validate=True,
@@ -117,7 +118,7 @@ def test_a_run_is_described_and_its_axes_are_told(make: Any) -> None:
     assert axes == {"train/*": "iter", "val/*": "epoch", "test/*": "epoch"}
 
 
-def test_the_evaluations_of_a_run_by_iterations_are_drawn_over_iterations(make: Any) -> None:
+def test_the_evaluations_of_a_run_by_iterations_are_drawn_over_iterations(make: MakeRunner) -> None:
     runner = make(
         defaults=DEFAULTS, train_cfg=dict(max_iters=3), validate=True, plugins=[offline()]
     )
@@ -148,7 +149,7 @@ class Hand:
         )
 
 
-def test_what_hooks_hand_over_arrives(make: Any, capsys: Any) -> None:
+def test_what_hooks_hand_over_arrives(make: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
     runner = make(defaults=DEFAULTS, validate=True, plugins=[Hand(), offline()])
     runner.train()
     runner.close()
@@ -172,7 +173,7 @@ def test_what_hooks_hand_over_arrives(make: Any, capsys: Any) -> None:
     assert "sink 'wandb'" not in out
 
 
-def test_histograms_of_gradients_and_parameters(make: Any) -> None:
+def test_histograms_of_gradients_and_parameters(make: MakeRunner) -> None:
     watch = dict(type="watch", what="all", every=5, bins=8)
     runner = make(defaults=DEFAULTS, plugins=[watch, offline()])
     runner.train()
@@ -182,7 +183,7 @@ def test_histograms_of_gradients_and_parameters(make: Any) -> None:
         assert [sum(row[f"train/{name}/net.weight/values"]) for row in rows] == [12, 12]
 
 
-def test_the_summary_tells_the_best_and_how_it_ended(make: Any) -> None:
+def test_the_summary_tells_the_best_and_how_it_ended(make: MakeRunner) -> None:
     runner = make(defaults=DEFAULTS, validate=True, plugins=[offline()])
     runner.train()
     runner.close()
@@ -202,7 +203,7 @@ def test_the_summary_tells_the_best_and_how_it_ended(make: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "code"), [(ValueError("no"), 1), (KeyboardInterrupt(), 130), (SystemExit(75), 75)]
 )
-def test_an_error_is_recorded(make: Any, error: BaseException, code: int) -> None:
+def test_an_error_is_recorded(make: MakeRunner, error: BaseException, code: int) -> None:
     runner = make(defaults=DEFAULTS, plugins=[offline()])
 
     @runner.on("after_train_iter")
@@ -220,7 +221,7 @@ def test_an_error_is_recorded(make: Any, error: BaseException, code: int) -> Non
 
 
 @pytest.mark.parametrize(("which", "number"), [("all", 4), ("best", 2), (None, 0)])
-def test_checkpoints_become_artifacts_on_request(make: Any, which: Any, number: int) -> None:
+def test_checkpoints_become_artifacts_on_request(make: MakeRunner, which: Any, number: int) -> None:
     runner = make(
         defaults=DEFAULTS,
         validate=True,
@@ -242,7 +243,7 @@ def test_checkpoints_become_artifacts_on_request(make: Any, which: Any, number: 
 
 
 def test_without_a_key_the_run_is_offline_and_the_log_says_how_to_upload(
-    make: Any, capsys: Any
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner = make(defaults=DEFAULTS, plugins=["wandb"])
     runner.train()
@@ -254,7 +255,7 @@ def test_without_a_key_the_run_is_offline_and_the_log_says_how_to_upload(
     assert rows_where(wandb_file.history(one_file(runner.run_dir))) == where(local(runner.run_dir))
 
 
-def test_disabled_leaves_nothing(make: Any, monkeypatch: Any) -> None:
+def test_disabled_leaves_nothing(make: MakeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     runner = make(defaults=DEFAULTS, plugins=["wandb"])
     runner.train()
@@ -262,7 +263,7 @@ def test_disabled_leaves_nothing(make: Any, monkeypatch: Any) -> None:
     assert files(runner.run_dir) == []
 
 
-def test_weights_are_the_same_with_and_without(make: Any) -> None:
+def test_weights_are_the_same_with_and_without(make: MakeRunner) -> None:
     plain = make(defaults=DEFAULTS, validate=True)
     plain.train()
     logged = make(
@@ -275,7 +276,7 @@ def test_weights_are_the_same_with_and_without(make: Any) -> None:
 
 
 def test_a_run_that_the_script_has_begun_is_used_and_left_open(
-    make: Any, tmp_path: Path, monkeypatch: Any
+    make: MakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = """
 import wandb, sys
@@ -363,7 +364,7 @@ def values(rows: list[dict[str, Any]]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: Any) -> Path:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left alone."""
     folder = tmp_path_factory.mktemp("straight")
     run(folder)
@@ -371,7 +372,7 @@ def straight(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed_once(tmp_path_factory: Any) -> Path:
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work_dir of a run that was killed when all that there was so far was in the sinks."""
     folder: Path = tmp_path_factory.mktemp("killed")
     run(folder, kill=17, state="written")
@@ -481,7 +482,7 @@ def test_a_run_that_was_offline_at_first_is_whole_when_it_goes_on_online(
 
 
 def test_a_server_that_cannot_be_reached_costs_nothing(
-    tmp_path: Path, make: Any, server: Server, capsys: Any
+    tmp_path: Path, make: MakeRunner, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.broken.set()
     runner = make(defaults=DEFAULTS, plugins=[dict(type="wandb", init_timeout=1)])
@@ -494,7 +495,7 @@ def test_a_server_that_cannot_be_reached_costs_nothing(
 
 
 def test_a_server_that_breaks_in_the_middle_ends_with_the_run(
-    make: Any, server: Server, capsys: Any
+    make: MakeRunner, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner = make(defaults=DEFAULTS, plugins=[dict(type="wandb", finish_timeout=1)])
 
@@ -517,7 +518,9 @@ def test_a_server_that_breaks_in_the_middle_ends_with_the_run(
     assert rows_where(there.history) == where(local(runner.run_dir))
 
 
-def test_the_process_that_speaks_with_wandb_may_die(make: Any, capsys: Any) -> None:
+def test_the_process_that_speaks_with_wandb_may_die(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = make(defaults=DEFAULTS, plugins=[dict(type="logging", interval=1), offline()])
 
     @runner.on("after_train_iter")
