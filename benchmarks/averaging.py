@@ -28,7 +28,8 @@ class Tiny(nn.Module):
 
 def _by_hand(model: nn.Module) -> Callable[[], None]:
     average = copy.deepcopy(model).requires_grad_(False)
-    averages, values = [*average.parameters()], [*model.parameters()]
+    averages: list[torch.Tensor] = [*average.parameters()]
+    values: list[torch.Tensor] = [*model.parameters()]
     copies, buffers = [*average.buffers()], [*model.buffers()]
 
     def update() -> None:

@@ -99,7 +99,7 @@ def _version() -> None:
 
 
 def _iterator() -> None:
-    loader = copy.copy(DataLoader([1, 2]))  # type: ignore[arg-type]
+    loader: Any = copy.copy(DataLoader([1, 2]))  # type: ignore[arg-type]
     vars(loader)["_iterator"] = None
     assert len(list(loader)) == 2
     assert vars(DataLoader([1]))["_iterator"] is None  # type: ignore[arg-type]
@@ -233,7 +233,8 @@ def _used_and_own() -> tuple[set[str], set[str]]:
 def _in_torch() -> set[str]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    owners = (nn.Linear(1, 1), torch.zeros(1), DataLoader([1]), optimizer, scheduler)  # type: ignore[arg-type]
+    loader: Any = DataLoader([1])  # type: ignore[arg-type]
+    owners = (nn.Linear(1, 1), torch.zeros(1), loader, optimizer, scheduler)
     return {name for owner in owners for name in dir(owner)}
 
 

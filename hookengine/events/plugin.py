@@ -65,11 +65,11 @@ class Plugin(_Options):
 
     if TYPE_CHECKING:  # to pydantic it is no field
         plugin_name: str = "plugin"
+        """The name under which a plugin is switched off, ordered, blamed and saved.
+
+        It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
     else:
         plugin_name: ClassVar[str] = "plugin"
-    """The name under which a plugin is switched off, ordered, blamed and saved.
-
-    It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of the plugins that are called before this one."""
     before: ClassVar[tuple[str, ...]] = ()

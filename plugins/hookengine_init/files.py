@@ -222,7 +222,7 @@ def _local(checkpoint: str | os.PathLike[str]) -> tuple[Path, str | None]:
 def _torchvision_url(name: str) -> str:
     """The URL of torchvision's weights: ``resnet50``, or ``resnet50.IMAGENET1K_V2``."""
     try:
-        from torchvision import models  # type: ignore[import-untyped]
+        from torchvision import models
     except ImportError as error:
         raise ImportError(
             f"torchvision://{name} needs torchvision: pip install torchvision"

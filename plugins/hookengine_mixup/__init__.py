@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from hookengine import Plugin
 

@@ -139,6 +139,7 @@ def by_hand(features: frozenset[str], dtype: str) -> dict[str, Any]:
             scaler.unscale_(optimizer)
             if k > 1 and held != expected:
                 for parameter in model.parameters():
+                    assert parameter.grad is not None
                     parameter.grad *= expected / held
             if "clip" in features:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.3)

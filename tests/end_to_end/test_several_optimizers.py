@@ -46,7 +46,7 @@ class GAN(BaseModel):
         for part in PARTS:
             self.discriminator.requires_grad_(part == "discriminator")
             with optim_wrapper[part].optim_context(self):
-                losses = {"loss": self.loss_of(part, real)}
+                losses: dict[str, Any] = {"loss": self.loss_of(part, real)}
             loss, parsed = self.parse_losses(losses)
             optim_wrapper[part].update_params(loss)
             log_vars[f"loss_{part}"] = parsed["loss"]

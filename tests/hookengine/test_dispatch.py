@@ -132,7 +132,7 @@ def test_transforms_are_a_fold(data: st.DataObject) -> None:
         return value
 
     assert outcome(lambda: getattr(manager.hooks, event)(*values.values())) == outcome(fold)
-    seen = values[argument]
+    seen: Any = values[argument]
     for (index, received), what in zip(log, ordered, strict=False):
         assert index == what["index"]
         if argument in received:
@@ -160,8 +160,9 @@ def test_contexts_are_those_that_are_not_none() -> None:
             method = (lambda r: lambda self: r)(result)
             plugin = type(f"P{index}", (), {"forward_context": method})()
             manager.add(plugin)
+        hooks: Any = manager.hooks
         expected = tuple(result for result in results if result is not None)
-        assert manager.hooks.forward_context(None, None, None, "train") == expected
+        assert hooks.forward_context(None, None, None, "train") == expected
 
 
 def test_closing_events_call_everybody_and_report_all_errors() -> None:
@@ -176,7 +177,7 @@ def test_closing_events_call_everybody_and_report_all_errors() -> None:
 
     manager = PluginManager([failing("a"), failing("b")], defaults=())
     with pytest.raises(BaseExceptionGroup) as caught:
-        manager.hooks.after_run(None)
+        manager.hooks.after_run(None)  # type: ignore[arg-type]
     assert called == ["a", "b"]
     assert [error.args for error in caught.value.exceptions] == [("a",), ("b",)]
 
@@ -202,7 +203,7 @@ def test_a_traceback_shows_the_generated_line(capsys: pytest.CaptureFixture[str]
 
     manager = PluginManager([Broken()], defaults=())
     try:
-        manager.hooks.before_run(None)
+        manager.hooks.before_run(None)  # type: ignore[arg-type]
     except ValueError:
         text = traceback.format_exc()
     assert "<hookengine event before_run>" in text

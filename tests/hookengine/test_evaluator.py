@@ -165,7 +165,7 @@ def test_a_torchmetric_takes_a_dict_as_keywords() -> None:
 
 
 def test_the_dataset_tells_its_metainfo(make: MakeRunner, data: MakeData) -> None:
-    dataset = data(10, seed=1)
+    dataset: Any = data(10, seed=1)
     dataset.metainfo = {"classes": ["a", "b", "c"]}
     metric = Mean()
     make(val_dataloader=DataLoader(dataset, batch_size=4), val_evaluator=metric)

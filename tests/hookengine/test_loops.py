@@ -389,4 +389,4 @@ def test_train_cfg_is_checked() -> None:
         with pytest.raises(ValueError, match=f"^train_cfg: .*{message}"):
             parse(TrainCfg, bad, "train_cfg")
     with pytest.raises(TypeError, match="train_cfg must be a dict"):
-        parse(TrainCfg, 3, "train_cfg")  # type: ignore[type-var]
+        parse(TrainCfg, 3, "train_cfg")  # type: ignore[arg-type]

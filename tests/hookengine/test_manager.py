@@ -190,7 +190,7 @@ def test_one_function_serves_two_events_with_options_of_its_own(make: MakeRunner
     with pytest.raises(KeyError, match="Did you mean 'after_train'"):
         runner.on("after_trian")(first)
     with pytest.raises(TypeError, match="expected a function"):
-        runner.on("after_train")(3)
+        runner.on("after_train")(3)  # type: ignore[type-var]
 
 
 def test_states_are_collected_by_name_and_given_back() -> None:
@@ -308,10 +308,10 @@ def test_an_observer_wraps_each_implementation_until_it_is_stopped() -> None:
     note = Note()
     manager = PluginManager([note], defaults=())
     stop = manager.observe(observer)
-    manager.hooks.before_train(None)
+    manager.hooks.before_train(None)  # type: ignore[arg-type]
     manager.configure()
     stop()
-    manager.hooks.before_train(None)
+    manager.hooks.before_train(None)  # type: ignore[arg-type]
     assert seen == [("before_train", "note"), ("configure", "note")]
     assert note.log == ["before_train", "configure", "before_train"]
 
@@ -430,7 +430,7 @@ def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: MakeRunner)
     assert log == ["one", "two"]
     with pytest.raises(TypeError, match=r'@runner\.on\("before_run"\)'):
 
-        @runner.on
+        @runner.on  # type: ignore[arg-type]
         def hook() -> None: ...
 
 

@@ -271,7 +271,7 @@ class Frame:
 
     def itertuples(self, index: bool = True) -> Any:
         assert not index
-        row = namedtuple("row", self.columns)
+        row = namedtuple("row", "name score")
         return iter([row("cat", np.float64(0.5)), row("dog", None)])
 
 

@@ -159,7 +159,7 @@ def test_every_way_of_moving_takes_the_preprocessors_along_at_any_nesting() -> N
     outer = nn.Sequential(nn.ModuleDict({"part": inner}))
     outer.to("meta")
     assert inner.data_preprocessor.device == torch.device("meta")
-    model = Modes()
+    model: Any = Modes()
     assert model.to("meta") is model
     assert model.data_preprocessor.device.type == "meta"
     model = Modes()
@@ -183,7 +183,7 @@ def test_another_vendors_method_takes_the_preprocessor_along(backend: str) -> No
 
 @pytest.mark.gpu
 def test_cuda_takes_the_preprocessor_along() -> None:
-    model = Modes().cuda()
+    model: Any = Modes().cuda()
     assert model.data_preprocessor.device.type == "cuda"
     (moved,), _, _ = model.val_step((torch.ones(1),))
     assert moved.device.type == "cuda"
@@ -293,7 +293,7 @@ def test_a_module_to_be_initialised_anew_forgets_at_every_depth() -> None:
 def test_init_cfg_is_a_copy_and_shows_in_the_repr() -> None:
     class Module(BaseModule): ...
 
-    cfg = dict(type="Constant", val=[1])
+    cfg: dict[str, Any] = dict(type="Constant", val=[1])
     module = Module(cfg)
     cfg["val"].append(2)
     assert module.init_cfg == dict(type="Constant", val=[1])
@@ -334,9 +334,9 @@ def test_type_checkers_see_the_names_that_plugins_offer() -> None:
 
 def test_an_unknown_name_of_the_module_is_answered() -> None:
     with pytest.raises(ImportError, match="BaseDataPreprocesor"):
-        from hookengine.model import BaseDataPreprocesor  # noqa: F401
+        from hookengine.model import BaseDataPreprocesor  # type: ignore[attr-defined]  # noqa: F401
     with pytest.raises(AttributeError, match="Did you mean 'BaseDataPreprocessor'"):
-        hookengine.model.BaseDataPreprocesor  # noqa: B018
+        hookengine.model.BaseDataPreprocesor  # type: ignore[attr-defined]  # noqa: B018
     assert not hasattr(hookengine.model, "__wrapped__")
 
 

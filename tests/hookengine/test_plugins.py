@@ -28,13 +28,13 @@ class Noise(Plugin):
 
 
 def test_annotated_fields_are_validated_options() -> None:
-    assert Noise(eta="0.5").eta == 0.5
+    assert Noise(eta="0.5").eta == 0.5  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="plugin 'noise': eta=-1: Input should be greater than 0"):
         Noise(eta=-1)
     with pytest.raises(TypeError, match=r"plugin 'noise': unknown option 'etta'\. Did you mean"):
-        Noise(etta=1)
+        Noise(etta=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="options by name"):
-        Noise(0.5)  # type: ignore[misc]
+        Noise(0.5)  # type: ignore[arg-type, call-arg]
 
 
 def test_options_have_a_json_schema() -> None:
@@ -137,7 +137,7 @@ def test_order_is_as_given_subject_to_what_is_declared() -> None:
     assert resolve_order(plugins_with(a={"after": ("c",)}, b={}, c={})) == ["c", "a", "b"]
     assert resolve_order(plugins_with(a={}, b={}, c={"before": ("a",)})) == ["c", "a", "b"]
     assert resolve_order(plugins_with(a={"after": ("absent",)}, b={})) == ["a", "b"]
-    assert resolve_order(plugins_with(a={"after": "b"}, b={})) == ["b", "a"]  # type: ignore[arg-type]
+    assert resolve_order(plugins_with(a={"after": "b"}, b={})) == ["b", "a"]  # type: ignore[dict-item]
 
 
 def test_a_cycle_prints_itself() -> None:

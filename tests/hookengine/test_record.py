@@ -60,7 +60,7 @@ def test_every_kind_of_medium_comes_back(tmp_path: Path) -> None:
     image = Image(torch.zeros(2, 2), caption="black")
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(image.png)
-    media = {
+    media: dict[str, Any] = {
         "image": image,
         "plain": Image(torch.zeros(2, 2)),
         "not saved": Image(torch.zeros(1, 1)),

@@ -55,8 +55,8 @@ def test_a_taken_name_is_refused_but_the_same_object_replaces_itself(registry: R
 def test_a_decorator_without_parentheses_is_answered(registry: Registry) -> None:
     with pytest.raises(TypeError, match="parentheses"):
 
-        @registry.register_module  # type: ignore[arg-type]
-        class Model: ...
+        @registry.register_module
+        class Model: ...  # type: ignore[call-overload]
 
 
 def test_an_unknown_name_is_answered_with_the_known_and_the_nearest(registry: Registry) -> None:

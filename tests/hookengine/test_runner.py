@@ -418,12 +418,13 @@ def test_state_is_plain_and_goes_on(make: MakeRunner, tmp_path: Path) -> None:
 def test_what_mmengines_users_pass_is_answered(make: MakeRunner) -> None:
     for name in ("param_scheduler", "default_hooks", "custom_hooks", "launcher", "cfg"):
         with pytest.raises(TypeError, match=rf"'{name}' comes from MMEngine. In hookengine, "):
-            make(**{name: {"type": "x"}})
+            make(**{name: {"type": "x"}})  # type: ignore[arg-type]
     for name in ("epoch", "max_iters", "message_hub", "register_hook", "save_checkpoint"):
         with pytest.raises(
             AttributeError, match=rf"the Runner has no '{name}': .* In hookengine, "
         ):
             getattr(make(), name)
+    options: Any
     for options, answer in [
         (
             dict(type="AmpOptimWrapper"),
@@ -688,6 +689,7 @@ def test_more_mistakes_are_answered(make: MakeRunner, data: MakeData) -> None:
             super().__init__()
             self.centre = nn.Parameter(torch.zeros(3))
 
+    options: Any
     for options, error, message in [
         (dict(train_dataloader=data()), TypeError, "single samples instead of batches. Wrap it"),
         (dict(model=Plain(), loss="cross_entropy"), TypeError, "loss must be callable"),

@@ -175,7 +175,7 @@ def trained_weights(make: MakeRunner, *plugins: Any) -> torch.Tensor:
 class Raising(Sink):
     """Raises wherever it can."""
 
-    def configure(self) -> None:
+    def configure(self) -> None:  # type: ignore[override]
         raise OSError("configure")
 
     def open(self, runner: Any) -> None:
@@ -187,7 +187,7 @@ class Raising(Sink):
     def after_val_epoch(self, metrics: Any) -> None:
         raise OSError("after_val_epoch")
 
-    def after_run(self) -> None:
+    def after_run(self) -> None:  # type: ignore[override]
         raise OSError("after_run")
 
     def close(self, runner: Any) -> None:
@@ -237,7 +237,7 @@ def test_a_sink_without_a_runner_warns_all_the_same(capsys: pytest.CaptureFixtur
     class Broken(Sink):
         def write(self) -> None: ...
 
-        def before_run(self) -> None:
+        def before_run(self) -> None:  # type: ignore[override]
             raise OSError("no")
 
     sink = Broken()
@@ -263,7 +263,7 @@ def test_an_interrupt_is_no_failure_of_the_sink() -> None:
     class Interrupted(Sink):
         def write(self) -> None: ...
 
-        def before_run(self) -> None:
+        def before_run(self) -> None:  # type: ignore[override]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

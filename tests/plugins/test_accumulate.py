@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, cast
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def big_batch(batches: list[Any]) -> list[Tensor]:
     model = Tagger()
     whole = {key: torch.cat([batch[key] for batch in batches]) for key in ("inputs", "labels")}
     model(**whole)["loss"].backward()
-    return [parameter.grad for parameter in model.parameters()]
+    return [cast(Tensor, parameter.grad) for parameter in model.parameters()]
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -261,7 +261,7 @@ def test_with_clipping_it_is_the_clipped_gradient_of_the_big_batch() -> None:
 class AfterClip(Plugin):
     """Sees what the optimizer gets."""
 
-    seen = []  # noqa: RUF012
+    seen: ClassVar[list[Tensor]] = []
 
     def optim_step(self, optim_wrapper: Any) -> None:
         type(self).seen = [p.grad.clone() for p in optim_wrapper.parameters()]
@@ -269,7 +269,7 @@ class AfterClip(Plugin):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_with_amp_it_is_as_close_to_the_big_batch_as_that_is_to_itself_in_float64(
-    dtype: str,
+    dtype: Literal["bfloat16", "float16"],
 ) -> None:
     """Within three roundings of the dtype, relative to the largest gradient."""
     batches = sentences([3, 1, 2, 2, 1])
@@ -283,7 +283,7 @@ def test_with_amp_it_is_as_close_to_the_big_batch_as_that_is_to_itself_in_float6
 class Exact(Amp, name="amp"):
     """The loss scale of amp in float64: what remains of mixed precision that can be exact."""
 
-    def forward_context(self) -> None:
+    def forward_context(self) -> None:  # type: ignore[override]
         return None
 
 
@@ -531,7 +531,7 @@ def test_a_tuple_takes_an_index(make: MakeRunner) -> None:
             return [*data_batch, torch.ones(len(data_batch[1]), dtype=torch.bool)]
 
     class Rest(Toy):
-        def forward(self, inputs: Any, labels: Any, mask: Any, mode: str = "tensor") -> Any:
+        def forward(self, inputs: Any, labels: Any, mask: Any, mode: str = "tensor") -> Any:  # type: ignore[override]
             return super().forward(inputs, labels, mode)
 
     accumulate = Accumulate(steps=2, weight="token", tokens=2)

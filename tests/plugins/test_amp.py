@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hookengine_amp import SKIPS_BEFORE_A_WARNING, Amp
-from torch import nn
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin, hookimpl
@@ -54,6 +53,7 @@ def by_hand(toy: type[Toy], data: Any, optimizer: Any, dtype: torch.dtype, steps
                 loss = F.cross_entropy(net(inputs), labels)
             scaler.scale(loss).backward()
             if done in (17, 18) and dtype is torch.float16:
+                assert net.weight.grad is not None
                 net.weight.grad = net.weight.grad * float("inf")
             scaler.step(optimizer)
             scaler.update()
@@ -66,7 +66,11 @@ def by_hand(toy: type[Toy], data: Any, optimizer: Any, dtype: torch.dtype, steps
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_fifty_steps_are_those_of_the_recipe(
-    make: MakeRunner, toy: type[Toy], data: MakeData, optimizer: str, dtype: str
+    make: MakeRunner,
+    toy: type[Toy],
+    data: MakeData,
+    optimizer: str,
+    dtype: Literal["float16", "bfloat16"],
 ) -> None:
     torch.manual_seed(0)
     model = toy()
@@ -103,9 +107,9 @@ def test_every_phase_runs_under_autocast(make: MakeRunner) -> None:
     seen = []
 
     class Watching(Toy):
-        def forward(self, *batch: Any, mode: str) -> Any:
-            seen.append((mode, torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
-            return super().forward(*batch, mode=mode)
+        def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
+            seen.append((mode, torch.is_autocast_enabled("cpu"), self.net(inputs).dtype))
+            return super().forward(inputs, labels, mode)
 
     runner = make(model=Watching(), plugins=["amp"], validate=True, test=True)
     runner.train()
@@ -258,10 +262,10 @@ def test_what_cannot_be_is_refused_before_training(make: MakeRunner, toy: type[T
     with pytest.raises(TypeError, match="growth_factor=1"):
         Amp(growth_factor=1)
     with pytest.raises(TypeError, match="dtype='fp8'"):
-        Amp(dtype="fp8")
+        Amp(dtype="fp8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="init_scale=inf"):
         Amp(init_scale=float("inf"))
-    assert Amp(dtype=torch.float16).dtype == "float16"
+    assert Amp(dtype=torch.float16).dtype == "float16"  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"unknown optimizer 'critic'"):
         make(plugins=[Amp(optimizer="critic")])
 
@@ -294,7 +298,7 @@ def test_on_a_gpu_it_is_the_recipe_too(
     )
     runner.train()
     torch.manual_seed(0)
-    net: nn.Module = toy().net.to(device)
+    net: Any = toy().net.to(device)
     by_torch = OPTIMIZERS[optimizer](net.parameters())
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=7)
     for done in range(50):

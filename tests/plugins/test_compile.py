@@ -157,7 +157,7 @@ def test_the_real_compiler_is_absent(
 
 def test_bad_options_are_refused() -> None:
     with pytest.raises(TypeError, match="mode='fast'"):
-        Compile(mode="fast")
+        Compile(mode="fast")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"unknown backend 'inductr'; known: .*inductor"):
         Compile(backend="inductr")
     with pytest.raises(TypeError, match="a mode or options"):
@@ -165,4 +165,4 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(TypeError, match=r"options=\{'nonsense': 1\}: .*nonsense"):
         Compile(options={"nonsense": 1})
     with pytest.raises(TypeError, match=r"backend.*=3"):
-        Compile(backend=3)
+        Compile(backend=3)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def test_when_it_stops(make: MakeRunner, name: str, values: Any, options: Any, e
 def test_the_reason_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) -> None:
     stop = EarlyStop(metric="loss", patience=2)
     runner = make(
-        plugins=[Scripted(name="loss", values=[2, 1, 3, 4]), stop],
+        plugins=[Scripted(name="loss", values=(2, 1, 3, 4)), stop],
         train_cfg=dict(max_epochs=4),
         validate=True,
     )
@@ -70,7 +70,7 @@ def test_the_reason_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) 
 
 def test_it_goes_on_where_the_run_was_cut(make: MakeRunner) -> None:
     def runner(epochs: int) -> Any:
-        plugins = [Scripted(values=[2, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=3)]
+        plugins = [Scripted(values=(2, 1, 1, 1, 1)), EarlyStop(metric="accuracy", patience=3)]
         return make(plugins=plugins, train_cfg=dict(max_epochs=epochs), validate=True)
 
     first, second = runner(3), runner(5)
@@ -81,7 +81,7 @@ def test_it_goes_on_where_the_run_was_cut(make: MakeRunner) -> None:
 
 
 def test_who_trains_on_after_a_stop_has_patience_anew(make: MakeRunner) -> None:
-    plugins = [Scripted(values=[2, 1, 1, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=2)]
+    plugins = [Scripted(values=(2, 1, 1, 1, 1, 1, 1)), EarlyStop(metric="accuracy", patience=2)]
     runner = make(plugins=plugins, train_cfg=dict(max_epochs=7), validate=True)
     for epochs in (3, 5, 7):
         runner.train()
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_after_the_stop_stops_again(make: MakeRunner) -> N
 
     def runner() -> Any:
         made = make(
-            plugins=[Scripted(values=[2, 1, 1, 1, 1]), EarlyStop(metric="accuracy", patience=2)],
+            plugins=[Scripted(values=(2, 1, 1, 1, 1)), EarlyStop(metric="accuracy", patience=2)],
             train_cfg=dict(max_epochs=5),
             validate=True,
         )
@@ -122,11 +122,11 @@ def test_what_cannot_be_is_refused(make: MakeRunner) -> None:
     with pytest.raises(TypeError, match="more or less of 'distance' better"):
         EarlyStop(metric="distance")
     with pytest.raises(TypeError, match="it needs metric="):
-        EarlyStop()
+        EarlyStop()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="patience=0"):
         EarlyStop(metric="loss", patience=0)
     with pytest.raises(TypeError, match="'monitor' comes from MMEngine"):
-        EarlyStop(monitor="loss")
+        EarlyStop(monitor="loss")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="this Runner does not validate"):
         make(plugins=[EarlyStop(metric="accuracy")])
     runner = make(plugins=[EarlyStop(metric="loss")], validate=True)

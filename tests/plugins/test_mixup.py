@@ -78,7 +78,8 @@ def test_it_is_torchvisions(make: MakeRunner, options: Any, transform: Any) -> N
 
 
 def test_some_batches_some_of_them_by_cutmix(make: MakeRunner) -> None:
-    loader = DataLoader([(torch.rand(1, 4, 4), i % 3) for i in range(600)], batch_size=2)
+    samples: Any = [(torch.rand(1, 4, 4), i % 3) for i in range(600)]
+    loader = DataLoader(samples, batch_size=2)
     batches = Batches()
     mixup = Mixup(mixup=1, cutmix=1, num_classes=3, prob=0.5, switch_prob=0.25)
     kinds = dict.fromkeys(mixup._transforms, 0)
@@ -143,7 +144,7 @@ def test_bad_options_are_refused() -> None:
         (dict(prob=0), "prob=0"),
     ):
         with pytest.raises(TypeError, match=message):
-            Mixup(**options)
+            Mixup(**options)  # type: ignore[arg-type]
 
 
 def test_images_stay_as_they_are_outside_of_it() -> None:

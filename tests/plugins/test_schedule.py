@@ -362,9 +362,9 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_beyond_its_end_a_schedule_stays_where_it_is(
     make: MakeRunner, caplog: pytest.LogCaptureFixture, name: str, by_epoch: bool
 ) -> None:
-    config = dict(type=name, max_lr=0.3) if name == "OneCycleLR" else dict(type=name)
+    config: dict[str, Any] = dict(type=name)
     if name == "OneCycleLR":
-        config["cycle_momentum"] = False
+        config |= dict(max_lr=0.3, cycle_momentum=False)
     rates = Rates()
     schedule = Schedule(scheduler=config, by_epoch=by_epoch)
     runner = make(plugins=[schedule, rates], train_cfg=dict(max_epochs=4))
@@ -394,7 +394,7 @@ def test_a_schedule_without_a_length_of_the_run_is_not_warned_of(
 def test_a_sequence_ends_where_its_last_does(
     make: MakeRunner, caplog: pytest.LogCaptureFixture, last: str
 ) -> None:
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "OneCycleLR": dict(max_lr=0.3, cycle_momentum=False, anneal_strategy="linear"),
         "ExponentialLR": dict(gamma=0.5),
     }
@@ -447,6 +447,7 @@ def test_the_state_of_another_scheduler_is_refused(make: MakeRunner) -> None:
     runner = make(plugins=[Schedule(scheduler=dict(type="StepLR", step_size=1))])
     with pytest.raises(ValueError, match="CosineAnnealingLR per epoch, and this run has StepLR"):
         runner.load_state_dict(state)
+    other: Any
     for other in (
         dict(scheduler="CosineAnnealingLR", by_epoch=False),
         dict(scheduler=["ConstantLR", "CosineAnnealingLR"], milestones=[1]),
@@ -473,7 +474,7 @@ def test_a_scheduler_that_cannot_be_saved_is_refused(make: MakeRunner) -> None:
             self.function = lambda: 1
             super().__init__(optimizer)
 
-        def get_lr(self) -> list[float]:
+        def get_lr(self) -> Any:
             return [0.1]
 
     with pytest.raises(TypeError, match=r"Odd.state_dict\(\) holds <function .* as 'function'"):
@@ -496,7 +497,7 @@ def test_the_plan_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) ->
 def test_by_default_what_moves_on_by_batch_does_so(make: MakeRunner) -> None:
     config = dict(type="OneCycleLR", max_lr=0.3, cycle_momentum=False)
     assert len({*run(make, Schedule(scheduler=config))}) == 20
-    torchs = dict(max_lr=0.3, cycle_momentum=False, total_steps=20)
+    torchs: dict[str, Any] = dict(max_lr=0.3, cycle_momentum=False, total_steps=20)
     by_function = Schedule(scheduler=lambda optimizer: lr_scheduler.OneCycleLR(optimizer, **torchs))
     assert len({*run(make, by_function)}) == 20
 
@@ -566,6 +567,7 @@ def test_what_cannot_be_is_refused_before_training(
 
 
 def test_what_needs_the_runs_length_says_so(make: MakeRunner) -> None:
+    options: Any
     for options, message in (
         (dict(scheduler="CosineAnnealingLR", by_epoch=False), "CosineAnnealingLR needs T_max"),
         (dict(scheduler="ConstantLR", warmup=0.1), "warmup=0.1 is a share of the run"),
@@ -594,7 +596,7 @@ def test_several_optimizers_have_a_schedule_each(make: MakeRunner) -> None:
 
     runner = make(
         model=Pair(),
-        train_dataloader=DataLoader([(torch.ones(4), 1)] * 4, batch_size=4),
+        train_dataloader=DataLoader([(torch.ones(4), 1)] * 4, batch_size=4),  # type: ignore[arg-type]
         optim_wrapper={n: dict(optimizer=dict(type="SGD", lr=1.0)) for n in ("a", "b")},
         plugins=[
             Schedule(scheduler=dict(type="ExponentialLR", gamma=0.5), optimizer="a"),

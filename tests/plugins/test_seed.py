@@ -106,7 +106,7 @@ def test_a_pass_from_a_later_batch_on_loads_nothing_before(make: MakeRunner) -> 
     dataset = Noisy()
     loader = DataLoader(dataset, batch_size=4, shuffle=True)
     runner = make(train_dataloader=loader, plugins=[dict(type="seed", seed=3)])
-    wrapped = runner.train_loop.dataloader
+    wrapped: Any = runner.train_loop.dataloader
     wrapped.seek(0, 0)
     list(wrapped)
     order, dataset.read = dataset.read, []
@@ -126,7 +126,7 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(make: MakeRunner,
         return DataLoader(dataset, batch_size=size, shuffle=True, num_workers=workers)
 
     def batches(workers: int, **options: Any) -> list[Any]:
-        limit = dict(train_cfg=dict(max_iters=8))
+        limit: dict[str, Any] = dict(train_cfg=dict(max_iters=8))
         collate = loader(workers)
         if kind == "single samples":
             collate.collate_fn = lambda sample: [part[None] for part in sample]
@@ -424,7 +424,7 @@ def test_another_seed_than_that_of_the_state_is_refused(make: MakeRunner) -> Non
 def test_what_cannot_be_exact_is_said(
     make: MakeRunner, loader: Any, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = dict(plugins=["seed", "logging"], train_cfg=dict(max_iters=3))
+    options: dict[str, Any] = dict(plugins=["seed", "logging"], train_cfg=dict(max_iters=3))
     make(train_dataloader=loader(), **options).train()
     assert said in capsys.readouterr().out
     make(train_dataloader=LOADERS["two workers"](), **options).train()
@@ -527,5 +527,4 @@ class Endless(DataLoader[Any]):
     ids=["numpy", "a tensor", "iterators", "tensors", "a subclass", "its own __iter__", "spawned"],
 )
 def test_what_torch_takes_is_taken(make: MakeRunner, loader: Any) -> None:
-    cfg = dict(train_cfg=dict(max_iters=2))
-    assert len(train(make, loader(), **cfg)) == 2
+    assert len(train(make, loader(), train_cfg=dict(max_iters=2))) == 2

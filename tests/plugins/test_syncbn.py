@@ -55,6 +55,7 @@ def test_the_round_trip_keeps_everything() -> None:
     assert {*options} == {n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)}
     assert type(model.instance) is nn.InstanceNorm2d
     assert model.block[1] is model.shared
+    step: Any
     for step in (lambda m: m, revert_sync_batchnorm):
         model = step(model)
         after = model.state_dict(keep_vars=True)
@@ -64,7 +65,7 @@ def test_the_round_trip_keeps_everything() -> None:
             assert after[name].dtype == value.dtype
         assert {name: module.training for name, module in model.named_modules()} == modes
         for name, expected in options.items():
-            m = model.get_submodule(name)
+            m: Any = model.get_submodule(name)
             assert (m.eps, m.momentum, m.affine, m.track_running_stats) == expected
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert not model.one.weight.requires_grad

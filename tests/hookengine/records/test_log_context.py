@@ -33,7 +33,7 @@ def test_a_line_knows_run_epoch_iteration_and_plugin(make: MakeRunner) -> None:
 
 def test_a_function_is_a_plugin_and_the_users_own_code_is_none(make: MakeRunner) -> None:
     runner = make()
-    lines = []
+    lines: list[Any] = []
 
     @runner.on("before_run")
     def greet(runner: Any) -> None:
@@ -46,7 +46,7 @@ def test_a_function_is_a_plugin_and_the_users_own_code_is_none(make: MakeRunner)
 
 def test_what_a_line_was_bound_with_stays(make: MakeRunner) -> None:
     bound = {"run": "other", "plugin": "mine", "iteration": 7}
-    line = log_context(make())(None, "info", dict(bound))
+    line: Any = log_context(make())(None, "info", dict(bound))
     assert {name: line[name] for name in bound} == bound
 
 

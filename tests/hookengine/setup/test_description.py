@@ -30,7 +30,10 @@ def test_a_run_is_described_as_json_holds_it(make: MakeRunner) -> None:
 
 def test_options_that_differ_between_groups_stand_apart(make: MakeRunner, toy: type[Toy]) -> None:
     model = toy()
-    groups = [dict(params=[model.net.weight], lr=0.5), dict(params=[model.net.bias])]
+    groups: list[dict[str, Any]] = [
+        dict(params=[model.net.weight], lr=0.5),
+        dict(params=[model.net.bias]),
+    ]
     runner = make(model=model, optim_wrapper=torch.optim.SGD(groups, lr=0.1))
     described = describe_run(runner)["optimizers"]["optimizer"]
     assert [group["lr"] for group in described["groups"]] == [0.5, 0.1]

@@ -300,7 +300,7 @@ def test_what_is_no_model_is_answered() -> None:
 
 
 def test_complex_parameters_are_averaged() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     averaged = ExponentialMovingAverage(model, momentum=0.5)
     averaged.update_parameters(model)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_with_amp_skipped_steps_do_not_count(make: MakeRunner) -> None:
 
 
 @pytest.mark.parametrize("evaluate", ["averaged", "raw", "both"])
-def test_what_is_evaluated(make: MakeRunner, evaluate: str) -> None:
+def test_what_is_evaluated(make: MakeRunner, evaluate: Literal["averaged", "raw", "both"]) -> None:
     ema = Ema(evaluate=evaluate, momentum=0.001)
     runner = make(plugins=[ema], validate=True, val_cfg=dict(loss=True))
     metrics = runner.train()
@@ -256,6 +256,7 @@ def test_any_averaged_class_by_type(make: MakeRunner) -> None:
             super().__init__(model, **options)
             self.tau = tau
 
+    kind: Any
     for kind in ("StochasticWeightAverage", StochasticWeightAverage):
         runner = make(plugins=[Ema(ema_type=kind, interval=2)])
         assert type(runner.plugins["ema"].averaged) is StochasticWeightAverage
@@ -399,7 +400,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         runner.train()
         expected = ema_of(states.weights, 0.1)
         assert len(states.weights) == runner.progress.step == 6
-        assert torch.equal(ema.averaged.module.module.weight, expected)
+        assert torch.equal(cast(Any, ema.averaged.module).module.weight, expected)
         gathered = [torch.zeros(3, 4) for _ in range(2)]
         torch_dist.all_gather(gathered, expected)
         assert torch.equal(*gathered)

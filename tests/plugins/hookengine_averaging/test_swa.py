@@ -81,7 +81,7 @@ def by_torch(begin: int, scheduled: bool) -> dict[str, Any]:
             swa_schedule.step()
         elif scheduled:
             schedule.step()
-    update_bn([inputs * 2 for inputs, _ in loader()], averaged.module.net)
+    update_bn([inputs * 2 for inputs, _ in loader()], averaged.module.get_submodule("net"))
     averaged.eval()
     total = 0.0
     with torch.no_grad():

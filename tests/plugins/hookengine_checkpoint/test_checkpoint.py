@@ -306,7 +306,7 @@ def test_the_last_and_the_best_are_kept(make: MakeRunner) -> None:
 
 def test_less_is_better_where_it_is_stated_or_known(make: MakeRunner) -> None:
     values = [0.5, 0.3, 0.7]
-    options = dict(validate=True, train_cfg=dict(max_epochs=3))
+    options: dict[str, Any] = dict(validate=True, train_cfg=dict(max_epochs=3))
     stated = dict(type="checkpoint", keep_best="accuracy", greater_is_better=False)
     runner = make(plugins=[stated, Scores(values)], **options)
     runner.train()
@@ -322,7 +322,7 @@ def test_less_is_better_where_it_is_stated_or_known(make: MakeRunner) -> None:
 
 def test_the_best_is_saved_where_nothing_else_is_due(make: MakeRunner) -> None:
     best = dict(type="checkpoint", every=10, keep_best="accuracy")
-    options = dict(validate=True, train_cfg=dict(max_epochs=3))
+    options: dict[str, Any] = dict(validate=True, train_cfg=dict(max_epochs=3))
     runner = make(plugins=[best, Scores([0.5, 0.8, 0.7])], **options)
     runner.train()
     assert names(runner) == ["epoch_2", "epoch_3"]
@@ -379,7 +379,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
     assert (runner.run_dir / "checkpoints" / "latest").resolve().name == "epoch_2"
     assert manifest(runner.run_dir / "checkpoints" / "epoch_4")["finite"] is False
     assert "the weights in epoch_3 are not finite (net." in capsys.readouterr().out
-    options = dict(train_cfg=dict(max_epochs=4), name="run", resume="auto")
+    options: dict[str, Any] = dict(train_cfg=dict(max_epochs=4), name="run", resume="auto")
     again = make(plugins=["checkpoint", "logging"], **options)
     assert again.progress.epoch == 2
 
@@ -390,7 +390,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
 def test_auto_goes_on_from_the_newest_run_in_its_folder(
     make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = dict(plugins=["checkpoint", "logging"], resume="auto")
+    options: dict[str, Any] = dict(plugins=["checkpoint", "logging"], resume="auto")
     first = make(**options)
     first.train()
     assert "there is no checkpoint in" in capsys.readouterr().out
@@ -447,7 +447,7 @@ def test_an_older_checkpoint_begins_a_run_of_its_own(make: MakeRunner) -> None:
 
 
 def test_under_the_same_name_the_newer_ones_are_set_aside(make: MakeRunner) -> None:
-    options = dict(name="run", train_cfg=dict(max_epochs=3))
+    options: dict[str, Any] = dict(name="run", train_cfg=dict(max_epochs=3))
     first = make(plugins=[dict(type="checkpoint", keep_last=None)], **options)
     first.train()
     older = first.run_dir / "checkpoints" / "epoch_1"

@@ -231,7 +231,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda p: (p / "manifest.json").unlink(),
     "a link instead of a file": lambda p: (
         (p / "state.pth").rename(p / "other.pth"),
-        (p / "state.pth").symlink_to(p / "other.pth"),
+        (p / "state.pth").symlink_to(p / "other.pth"),  # type: ignore[func-returns-value]
     ),
     "a malicious pickle": lambda p: malicious(p / "state.pth"),
 }

@@ -68,7 +68,8 @@ class FrozenLater(Used):
 
 class PastTheWrapper(Used):
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        losses = self.forward(*self.data_preprocessor(data, True), mode="loss")
+        inputs, labels = self.data_preprocessor(data, True)
+        losses = self.forward(inputs, labels, mode="loss")
         loss, log = self.parse_losses(losses)
         optim_wrapper.update_params(loss)
         return log
@@ -267,6 +268,7 @@ def test_after_an_error_nothing_goes_on(tmp_path: Path) -> None:
 def do_other_things(folder: Path) -> list[str]:
     """Ranks that call the Runner differently."""
     ends = []
+    options: Any
     for options in (dict(), dict(val_dataloader=loader(), val_cfg=dict(loss=True))):
         runner = Runner(
             Used(),

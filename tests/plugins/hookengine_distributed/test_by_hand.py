@@ -70,7 +70,8 @@ def flat(module: nn.Module) -> Tensor:
 
 def by_hand(folder: Path) -> dict[str, Any]:
     torch_dist.init_process_group("gloo")
-    rank, seen = torch_dist.get_rank(), {}
+    rank = torch_dist.get_rank()
+    seen: dict[str, Any] = {}
     torch.manual_seed(rank)  # DDP gives all the weights of rank 0
     model = Net()
     model.unused.requires_grad_(False)

@@ -102,7 +102,7 @@ def evaluate_all(folder: Path) -> list[Any]:
     return [evaluate(folder, *case) for case in CASES]
 
 
-CASES = [(24,), (21,), (10,), (3,), (1,), (21, "fsdp"), (3, "fsdp")]
+CASES: list[tuple[Any, ...]] = [(24,), (21,), (10,), (3,), (1,), (21, "fsdp"), (3, "fsdp")]
 
 
 @pytest.mark.parametrize("world", [2, 4])

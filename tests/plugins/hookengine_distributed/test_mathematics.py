@@ -301,7 +301,7 @@ def train_sharded(folder: Path) -> dict[str, Any]:
         val_evaluator=Accuracy(),
     )
     ends: dict[str, Any] = {}
-    kinds = {"ddp": dict(type="distributed")}
+    kinds: dict[str, dict[str, Any]] = {"ddp": dict(type="distributed")}
     kinds |= {n: dict(type="distributed", strategy="fsdp", options=o) for n, o in SHARDED.items()}
     for name, kind in kinds.items():
         torch.manual_seed(0)

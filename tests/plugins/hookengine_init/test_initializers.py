@@ -92,7 +92,7 @@ CASES: list[tuple[str, type, Callable[..., None], dict[str, Any], Callable[[Tens
 IDS = [f"{name}-{options}" for name, _, _, options, _ in CASES]
 
 
-def layers() -> list[nn.Module]:
+def layers() -> list[Any]:
     torch.manual_seed(1)
     return [nn.Linear(5, 7), nn.Conv2d(3, 8, 3, groups=1), nn.ConvTranspose1d(4, 6, 2)]
 
@@ -200,7 +200,7 @@ def test_a_bias_from_a_probability(probability: float) -> None:
     bias = bias_init_with_prob(probability)
     assert bias == pytest.approx(float(-np.log((1 - probability) / probability)))
     assert torch.sigmoid(torch.tensor(bias)).item() == pytest.approx(probability)
-    module = nn.Sequential(nn.Linear(2, 2))
+    module: Any = nn.Sequential(nn.Linear(2, 2))
     NormalInit(std=0.01, bias_prob=probability, layer="Linear")(module)
     assert torch.sigmoid(module[0].bias)[0].item() == pytest.approx(probability, rel=1e-5)
 
@@ -241,7 +241,7 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
         def fill(self, weight: Tensor) -> None:
             init.eye_(weight)
 
-    model = nn.Sequential(nn.Linear(3, 3))
+    model: Any = nn.Sequential(nn.Linear(3, 3))
     Eye(layer="Linear", bias=1)(model)
     assert torch.equal(model[0].weight, torch.eye(3))
     assert torch.equal(model[0].bias, torch.ones(3))
@@ -282,7 +282,7 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
         (lambda: XavierInit(distribution="gauss"), ValueError, "'uniform' or 'normal', got 'gau"),
         (lambda: KaimingInit(distribution="gauss"), ValueError, "'uniform' or 'normal'"),
         (lambda: xavier_init(nn.Linear(1, 1), distribution="x"), ValueError, "'uniform' or 'norm"),
-        (lambda: kaiming_init(nn.Linear(1, 1).weight), TypeError, "expected a module.*Parameter"),
+        (lambda: kaiming_init(nn.Linear(1, 1).weight), TypeError, "expected a module.*Parameter"),  # type: ignore[arg-type]
         (lambda: trunc_normal_init(nn.Linear(1, 1), a=2), ValueError, "a below b, got std=1, a=2"),
         (lambda: bias_init_with_prob(0), ValueError, "between 0 and 1, got 0"),
         (lambda: normal_init(nn.LazyLinear(3)), ValueError, "run a batch through"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner, Sequential
 from tests.fixtures import MakeData, MakeRunner, ToyAccuracy
 
-ON = dict(defaults=("init",))
+ON: dict[str, Any] = dict(defaults=("init",))
 
 
 class Net(BaseModel):
@@ -54,7 +54,7 @@ def test_the_weights_are_those_of_the_configuration(make: MakeRunner) -> None:
     torch.manual_seed(0)
     model = Net()
     state = torch.get_rng_state()
-    make(model=lambda: torch.set_rng_state(state) or model, **ON)
+    make(model=lambda: torch.set_rng_state(state) or model, **ON)  # type: ignore[func-returns-value]
     torch.set_rng_state(state)
     assert torch.equal(model.backbone.weight, torch.empty(4, 4).normal_())
     assert torch.equal(model.head.weight, torch.empty(3, 4).normal_())
@@ -109,7 +109,7 @@ def test_a_runner_that_does_not_train_leaves_the_model_alone(
 ) -> None:
     model = Net()
     before = model.head.weight.clone()
-    evaluation = dict(
+    evaluation: dict[str, Any] = dict(
         val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path, **ON
     )
     with Runner(model, **evaluation) as runner:
@@ -122,7 +122,9 @@ def test_evaluating_a_model_whose_pretrained_weights_were_not_loaded_is_warned_o
     tmp_path: Path, data: MakeData, accuracy: type[ToyAccuracy], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(Net().state_dict(), tmp_path / "net.pth")
-    evaluation = dict(val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path)
+    evaluation: dict[str, Any] = dict(
+        val_dataloader=[data().tensors], val_evaluator=accuracy(), work_dir=tmp_path
+    )
     cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "net.pth"))
     for prepare, warned in (
         (lambda model: None, True),

@@ -39,6 +39,8 @@ class Block(BaseModule):
 class Net(BaseModule):
     """Children by name."""
 
+    inner: Any
+
     def __init__(self, init_cfg: Any = None, **children: nn.Module) -> None:
         super().__init__(init_cfg)
         self.first = nn.Linear(2, 2)
@@ -227,11 +229,15 @@ def test_what_torch_compile_has_wrapped_is_initialised_once(
             super().fill(weight)
 
     own = dict(type=Counting, val=2, layer="Linear")
+
+    def compiled(module: nn.Module) -> Any:
+        return torch.compile(module, backend="eager")
+
     net = Net(
         constant(1),
-        compiled=torch.compile(Block(own), backend="eager"),
-        deep=nn.Sequential(torch.compile(Block(own), backend="eager")),
-        custom=torch.compile(Custom(), backend="eager"),
+        compiled=compiled(Block(own)),
+        deep=nn.Sequential(compiled(Block(own))),
+        custom=compiled(Custom()),
     )
     net.init_weights()
     assert len(fills) == 2
@@ -342,7 +348,7 @@ def test_children_without_parameters_are_initialised_beside_what_is_kept() -> No
 def test_what_user_code_takes_away_from_what_is_kept_does_not_disturb() -> None:
     class Removing(Block):
         def init_weights(self) -> None:
-            self.fc.bias = None
+            self.fc.bias = None  # type: ignore[assignment]
 
     net = Net(mine=Removing())
     net.load_state_dict({"mine.fc.bias": torch.ones(2)}, strict=False)
@@ -569,7 +575,7 @@ def test_layers_that_an_initializer_treats_by_itself_are_watched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Own(ConstantInit):
-        def init_layer(self, layer: nn.Module, write: Any = None) -> None:
+        def init_layer(self, layer: nn.Module, write: Any = None) -> Any:
             layer.weight.data.fill_(4)
 
     class OtherFill(ConstantInit):

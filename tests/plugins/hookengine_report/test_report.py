@@ -77,8 +77,8 @@ class Page(HTMLParser):
         return found
 
 
-def record(phase: str, iteration: int, epoch: int = 1, **values: Any) -> dict[str, Any]:
-    fields = {"phase": phase, "epoch": epoch, "iter": iteration, "step": iteration}
+def record(phase: str, iteration: int, **values: Any) -> dict[str, Any]:
+    fields = {"phase": phase, "epoch": 1, "iter": iteration, "step": iteration}
     return {**fields, "timestamp": 1000.0 + iteration, **values}
 
 
@@ -445,7 +445,7 @@ def test_the_time_of_a_run_that_went_on_is_that_of_its_records(tmp_path: Path) -
 def test_the_best_value_goes_by_the_direction_of_the_name(tmp_path: Path) -> None:
     rows = [(0.5, 2.0, 7.0), (0.9, "nan", 8.0), (0.9, 1.0, 9.0), ("inf", 3.0, 1.0)]
     records = [
-        record("val", 10 * i, i, accuracy=a, loss=b, flavour=c)
+        record("val", 10 * i, epoch=i, accuracy=a, loss=b, flavour=c)
         for i, (a, b, c) in enumerate(rows, start=1)
     ]
     best = best_values(read_run(write_run(tmp_path / "run", records)))
@@ -509,7 +509,7 @@ def test_numbers_are_written_for_people() -> None:
 
 @contextmanager
 def odd_settings() -> Iterator[None]:
-    settings = {
+    settings: Any = {
         "text.usetex": True,
         "axes.facecolor": "black",
         "axes.grid": True,
@@ -540,8 +540,8 @@ def odd_settings() -> Iterator[None]:
 
 
 def test_the_picture_does_not_depend_on_the_settings_of_the_user(tmp_path: Path) -> None:
-    records = [record("train", i, i, loss=1 / i, lr=0.1, time=1.0) for i in range(1, 9)]
-    records += [record("val", i, i, loss=2 / i, accuracy=i) for i in range(1, 9)]
+    records = [record("train", i, epoch=i, loss=1 / i, lr=0.1, time=1.0) for i in range(1, 9)]
+    records += [record("val", i, epoch=i, loss=2 / i, accuracy=i) for i in range(1, 9)]
     runs = [read_run(write_run(tmp_path / "run", records, train_cfg={"max_epochs": 8}))]
     before = dict(matplotlib.rcParams)
     plain = picture(runs)

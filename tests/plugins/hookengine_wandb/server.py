@@ -102,7 +102,7 @@ class Server:
             if path == "/graphql":
                 operation = re.search(r"\b(?:query|mutation)\s+(\w+)", body.get("query", ""))
                 name = operation[1] if operation else ""
-                method = getattr(self, f"_{name}", lambda variables: {})
+                method: Any = getattr(self, f"_{name}", lambda variables: {})
                 return {"data": method(body.get("variables") or {})}
             if stream := re.fullmatch(r"/files/[^/]+/([^/]+)/([^/]+)/file_stream", path):
                 self._run(stream[2], stream[1]).stream(body)
