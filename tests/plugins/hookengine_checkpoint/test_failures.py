@@ -20,7 +20,7 @@ from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.writing import publishing
 from torch import nn
 
-from tests.fixtures import MakeRunner
+from tests.fixtures import MakeRunner, ToyRunner
 
 
 @contextmanager
@@ -50,7 +50,7 @@ BIG: dict[str, Any] = dict(model=Big, loss=nn.functional.cross_entropy)
 
 
 @pytest.fixture
-def trained(make: MakeRunner) -> Any:
+def trained(make: MakeRunner) -> ToyRunner:
     """A run of two epochs with both of its checkpoints."""
     plugins = [dict(type="checkpoint", keep_last=None), "seed", "logging"]
     runner = make(plugins=plugins, name="run")
@@ -239,7 +239,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_newest_is_passed_over_and_said(
-    make: MakeRunner, trained: Any, what: str, capsys: pytest.CaptureFixture[str]
+    make: MakeRunner, trained: ToyRunner, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = trained.run_dir / "checkpoints" / "epoch_2"
     DAMAGE[what](newest)
@@ -256,7 +256,7 @@ def test_a_damaged_newest_is_passed_over_and_said(
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_one_that_is_asked_for_is_refused(
-    make: MakeRunner, trained: Any, what: str
+    make: MakeRunner, trained: ToyRunner, what: str
 ) -> None:
     path = trained.run_dir / "checkpoints" / "epoch_2"
     DAMAGE[what](path)
@@ -269,7 +269,7 @@ def test_a_damaged_one_that_is_asked_for_is_refused(
 
 @pytest.mark.parametrize("name", ["run", None])
 def test_where_all_are_damaged_it_does_not_begin_anew_silently(
-    make: MakeRunner, trained: Any, name: Any
+    make: MakeRunner, trained: ToyRunner, name: Any
 ) -> None:
     for saved in published(trained.run_dir / "checkpoints"):
         flip(saved.path / "state.pth", 0.4)
@@ -277,7 +277,7 @@ def test_where_all_are_damaged_it_does_not_begin_anew_silently(
         make(plugins=["checkpoint", "seed"], resume="auto", name=name)
 
 
-def test_malice_with_a_manifest_that_fits_is_not_run(make: MakeRunner, trained: Any) -> None:
+def test_malice_with_a_manifest_that_fits_is_not_run(make: MakeRunner, trained: ToyRunner) -> None:
     """Who writes the state can write the manifest too."""
     from hookengine_checkpoint import files, writing
 
@@ -311,7 +311,7 @@ def test_a_file_that_is_no_state(make: MakeRunner, tmp_path: Path) -> None:
         make(plugins=["checkpoint"], resume=tmp_path / "weights.pth")
 
 
-def test_a_checkpoint_of_a_later_format_is_refused(make: MakeRunner, trained: Any) -> None:
+def test_a_checkpoint_of_a_later_format_is_refused(make: MakeRunner, trained: ToyRunner) -> None:
     from hookengine_checkpoint import files, writing
 
     path = trained.run_dir / "checkpoints" / "epoch_2"

@@ -135,7 +135,7 @@ def test_another_showwarning_is_left_in_place(make: MakeRunner) -> None:
             seen.append(str(message))
             own(message, *rest)
 
-        warnings.showwarning = mine
+        warnings.showwarning = mine  # type: ignore[assignment]
         warn_once(runner, "heard")
         runner.train()
         runner.close()

@@ -12,7 +12,7 @@ from tests.fixtures import MakeRunner, Toy
 from tests.plugins.hookengine_logging.runs import LOGGING, logging_runner, written
 
 
-def with_terms(toy: type[Toy], at: dict[int, dict[str, float]]) -> Any:
+def with_terms(at: dict[int, dict[str, float]]) -> Any:
     """Build a toy with two terms of a loss, replaced in some iterations (from 1)."""
 
     class WithTerms(Toy):
@@ -30,9 +30,9 @@ def with_terms(toy: type[Toy], at: dict[int, dict[str, float]]) -> Any:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_interval(
-    make: MakeRunner, toy: type[Toy], value: float
+    make: MakeRunner, value: float
 ) -> None:
-    model = with_terms(toy, {7: {"loss": value}, 8: {"loss": value, "loss_box": value}})
+    model = with_terms({7: {"loss": value}, 8: {"loss": value, "loss_box": value}})
     runner = logging_runner(make, model=model, interval=5, train_cfg=dict(max_epochs=4))
     with pytest.raises(FloatingPointError) as error:
         runner.train()
@@ -46,39 +46,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_interval(
     assert "the loss is not finite in iteration 7" in (runner.run_dir / "run.log").read_text()
 
 
-def test_an_interval_over_two_epochs_names_the_epoch_of_the_loss(
-    make: MakeRunner, toy: type[Toy]
-) -> None:
-    model = with_terms(toy, {4: {"loss_box": float("nan")}})
+def test_an_interval_over_two_epochs_names_the_epoch_of_the_loss(make: MakeRunner) -> None:
+    model = with_terms({4: {"loss_box": float("nan")}})
     runner = logging_runner(make, model=model, interval=7, train_cfg=dict(max_iters=20))
     with pytest.raises(FloatingPointError, match=r"iteration 4, epoch 1: loss_box nan \(loss "):
         runner.train()
     assert runner.progress.iter == 7
 
 
-def test_a_state_with_corrupted_weights_is_not_saved(make: MakeRunner, toy: type[Toy]) -> None:
+def test_a_state_with_corrupted_weights_is_not_saved(make: MakeRunner) -> None:
     states = []
 
     class Saves(Plugin):
         def safe_point(self, runner: Any) -> None:
             states.append((runner.progress.iter, runner.state_dict()))
 
-    model = with_terms(toy, {3: {"loss": float("nan")}})
+    model = with_terms({3: {"loss": float("nan")}})
     runner = logging_runner(make, model=model, interval=50, plugins=[Saves()])
     with pytest.raises(FloatingPointError, match="iteration 3, epoch 1"):
         runner.train()
     assert [iteration for iteration, _ in states] == [1, 2]
 
 
-def test_a_term_logged_only_sometimes_is_checked(make: MakeRunner, toy: type[Toy]) -> None:
-    model = with_terms(toy, {3: {"loss_g": 1.0}, 4: {"loss_g": float("nan")}})
+def test_a_term_logged_only_sometimes_is_checked(make: MakeRunner) -> None:
+    model = with_terms({3: {"loss_g": 1.0}, 4: {"loss_g": float("nan")}})
     runner = logging_runner(make, model=model, interval=5)
     with pytest.raises(FloatingPointError, match="iteration 4, epoch 1: loss_g nan"):
         runner.train()
 
 
-def test_a_run_that_was_rolled_back_is_checked_again(make: MakeRunner, toy: type[Toy]) -> None:
-    model = with_terms(toy, {3: {"loss": float("nan")}, 9: {"loss": float("nan")}})
+def test_a_run_that_was_rolled_back_is_checked_again(make: MakeRunner) -> None:
+    model = with_terms({3: {"loss": float("nan")}, 9: {"loss": float("nan")}})
     runner = logging_runner(make, model=model, interval=2)
     state = runner.state_dict()
     for _ in range(2):
@@ -87,8 +85,8 @@ def test_a_run_that_was_rolled_back_is_checked_again(make: MakeRunner, toy: type
         runner.load_state_dict(state)
 
 
-def test_with_warn_training_continues_after_one_warning(make: MakeRunner, toy: type[Toy]) -> None:
-    model = with_terms(toy, {3: {"loss": float("nan")}, 8: {"loss": float("nan")}})
+def test_with_warn_training_continues_after_one_warning(make: MakeRunner) -> None:
+    model = with_terms({3: {"loss": float("nan")}, 8: {"loss": float("nan")}})
     options = dict(type="logging", interval=2, nonfinite="warn")
     runner = make(model=model, defaults=LOGGING, plugins=[options])
     runner.train()

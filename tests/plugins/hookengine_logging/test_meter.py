@@ -109,7 +109,7 @@ def test_names_and_values_of_every_kind(
 
 
 def test_outputs_that_are_not_numbers_are_neither_kept_nor_losses(
-    make: MakeRunner, toy: type[Toy]
+    make: MakeRunner,
 ) -> None:
     images: list[Any] = []
 

@@ -34,7 +34,7 @@ def test_run_json_says_how_the_run_ended(make: MakeRunner) -> None:
     runner.train(max_epochs=3)
     assert run_json(runner)["status"] == "stopped: it's enough"
 
-    @runner.on("after_train_iter")
+    @runner.on("after_train_iter")  # type: ignore[no-redef]
     def stop(runner: Any) -> None:  # noqa: F811  (it replaces the other one)
         assert run_json(runner)["status"] == "running"
         raise LookupError("no \ud800")
