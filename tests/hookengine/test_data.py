@@ -17,6 +17,7 @@ from tests.fixtures import MakeData
 
 IMAGES = torch.zeros(5, 3, 8, 8)
 LABELS = torch.zeros(5)
+DIGITS: Any = range(8)  # torch's types want a Dataset, torch any sequence
 Pair = namedtuple("Pair", "images labels")
 
 
@@ -112,27 +113,27 @@ class Renumbered:
 
 
 def test_samplers_are_listed_from_the_outermost_in() -> None:
-    plain = DataLoader(range(8), batch_size=4)
+    plain = DataLoader(DIGITS, batch_size=4)
     assert samplers_of(plain) == [plain.batch_sampler, plain.sampler]
-    unbatched = DataLoader(range(8), batch_size=None)
+    unbatched = DataLoader(DIGITS, batch_size=None)
     assert samplers_of(unbatched) == [unbatched.sampler]
     innermost = SequentialSampler(range(8))
     batches = BatchSampler(innermost, 4, drop_last=False)
     outermost = Renumbered(batch_sampler=batches, sampler=None)
-    nested = DataLoader(range(8), batch_sampler=outermost)  # type: ignore[arg-type]
+    nested = DataLoader(DIGITS, batch_sampler=outermost)  # type: ignore[arg-type]
     assert samplers_of(nested) == [outermost, batches, innermost]
 
 
 def test_samplers_that_wrap_one_another_are_listed_once() -> None:
     first, second = Renumbered(), Renumbered()
     first.sampler, second.sampler = second, first  # type: ignore[attr-defined]
-    loader = DataLoader(range(8), sampler=first)  # type: ignore[arg-type]
+    loader = DataLoader(DIGITS, sampler=first)  # type: ignore[arg-type]
     assert samplers_of(loader)[1:] == [first, second]
 
 
 def test_an_empty_sampler_is_a_sampler() -> None:
     empty = SequentialSampler([])
-    loader = DataLoader(range(8), sampler=Renumbered(sampler=empty))  # type: ignore[arg-type]
+    loader = DataLoader(DIGITS, sampler=Renumbered(sampler=empty))  # type: ignore[arg-type]
     assert samplers_of(loader)[-1] is empty
 
 
@@ -147,7 +148,7 @@ def test_an_iterable_dataset_has_no_samplers() -> None:
 def test_a_copied_dataloader_has_the_new_attributes_and_shares_the_others() -> None:
     class Named(DataLoader[int]):
         def __init__(self, name: str) -> None:
-            super().__init__(range(8), batch_size=4)
+            super().__init__(DIGITS, batch_size=4)
             self.name = name
 
     original = Named("digits")
@@ -162,7 +163,7 @@ def test_a_copied_dataloader_has_the_new_attributes_and_shares_the_others() -> N
 
 
 def test_a_copied_dataloader_has_workers_of_its_own() -> None:
-    original = DataLoader(range(8), num_workers=1, persistent_workers=True)
+    original = DataLoader(DIGITS, num_workers=1, persistent_workers=True)
     running = iter(original)
     copied = copy_dataloader(original, dataset=range(10, 18))
     assert torch.cat([*copied]).tolist() == [*range(10, 18)]
