@@ -106,3 +106,27 @@ def test_the_table_of_the_house_is_complete() -> None:
     }
     assert len(listed) == len(set(listed))
     assert set(listed) == there
+
+
+THIN = {"__init__.py", "__main__.py"}
+RE_EXPORTS = {"hookengine/optim.py", "hookengine/registry.py"}
+
+
+def test_the_tests_of_each_file_are_found_by_its_name() -> None:
+    for path in sorted((ROOT / "hookengine").glob("**/*.py")):
+        place = path.relative_to(ROOT)
+        if path.name not in THIN and str(place) not in RE_EXPORTS:
+            assert (ROOT / "tests" / place.parent / f"test_{path.name}").exists(), place
+    for path in sorted((ROOT / "plugins").glob("*/__init__.py")):
+        name = path.parent.name
+        folder = ROOT / "tests/plugins" / name
+        file = ROOT / "tests/plugins" / f"test_{name.removeprefix('hookengine_')}.py"
+        assert folder.is_dir() or file.exists(), name
+
+
+def test_the_files_of_the_plugins_are_listed() -> None:
+    rows = dict(re.findall(r"^\| `(hookengine_\w+)` \| (.*) \|$", CONTRIBUTING, re.MULTILINE))
+    for package in sorted((ROOT / "plugins").iterdir()):
+        files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+        listed = set(re.findall(r"`(\w+\.py)`", rows.get(package.name, "")))
+        assert listed == files, package.name

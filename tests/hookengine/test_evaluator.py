@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hookengine import BaseMetric, Evaluator, greater_is_better, metric_value
+from hookengine import (
+    BaseMetric,
+    Evaluator,
+    greater_is_better,
+    metric_value,
+)
 from tests.fixtures import MakeData, MakeRunner
 
 
@@ -192,3 +197,21 @@ def test_a_metric_is_taken_by_name_as_a_number() -> None:
         metric_value(metrics, "loss")
     with pytest.raises(TypeError, match=r"'table' is not a number: \[1, 2\]"):
         metric_value(metrics, "table")
+
+
+def test_validation_loss_is_summed_exactly_in_half_precision(make: MakeRunner) -> None:
+    class Half(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs.half()
+
+    batches = [(torch.full((2000, 1), 0.5), torch.zeros(2000, 1))] * 100
+    runner = make(
+        model=Half(),
+        loss=lambda output, target: output.float().mean().half() + 0 * target.sum(),
+        train_dataloader=None,
+        train_cfg=None,
+        optim_wrapper=None,
+        val_dataloader=batches,
+        val_cfg=dict(loss=True),
+    )
+    assert runner.val()["loss"] == 0.5

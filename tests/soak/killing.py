@@ -97,7 +97,7 @@ class Order(Plugin):
 
 def build(folder: Path, workers: int) -> Runner:
     """The run, which goes on where there is something to go on from."""
-    options = dict(batch_size=4, num_workers=workers)
+    options: dict[str, Any] = dict(batch_size=4, num_workers=workers)
     return Runner(
         Classifier,
         folder,

@@ -17,7 +17,7 @@ from hookengine.events import hookspecs
 from hookengine.events.hookspecs import EVENTS, SUBJECTS
 from tests.fixtures import MakeRunner
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=lambda event: event.name)
@@ -68,11 +68,15 @@ def recorder(log: list[str]) -> object:
 
 
 BUILD = "configure initialize_model convert_model wrap_model"
+
+
 ITERATION = (
     "before_train_iter should_step forward_context after_forward scale_loss backward "
     "finish_gradients before_optim_step optim_step after_optim_step after_train_iter "
     "agree safe_point"
 )
+
+
 VAL_ITERATION = "before_val_iter forward_context after_val_iter"
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookengine import Plugin, TrainCfg
-from hookengine.loop.config import parse
+from hookengine import Plugin
 from tests.fixtures import MakeData, MakeRunner, Toy
 
 
@@ -76,26 +75,6 @@ def test_both_units_train_alike(make: MakeRunner) -> None:
     assert by_epoch.progress.state_dict() == by_iter.progress.state_dict()
     for one, other in zip(weights(by_epoch), weights(by_iter), strict=True):
         assert torch.equal(one, other)
-
-
-def test_is_last_tells_the_last_batch_of_an_epoch_and_of_the_run(make: MakeRunner) -> None:
-    class Watch(Plugin):
-        def __post_init__(self) -> None:
-            self.before_: list[int] = []
-            self.after_: list[int] = []
-
-        def before_train_iter(self, runner: Any) -> None:
-            if runner.progress.is_last:
-                self.before_.append(runner.progress.iter + 1)
-
-        def after_train_iter(self, runner: Any) -> None:
-            if runner.progress.is_last:
-                self.after_.append(runner.progress.iter)
-
-    for cfg, expected in ((dict(max_epochs=2), [5, 10]), (dict(max_iters=7), [5, 7])):
-        watch = Watch()
-        make(train_cfg=cfg, plugins=[watch]).train()
-        assert watch.before_ == watch.after_ == expected
 
 
 def test_an_infinite_iterable_is_limited_by_max_iters(make: MakeRunner, data: MakeData) -> None:
@@ -373,20 +352,3 @@ def test_a_validation_that_was_owed_comes_first_after_a_resume(make: MakeRunner)
     last.progress.load_state_dict(owed[1])  # at the limit, but for its validation
     last.train()
     assert log == [(2, 10)]
-
-
-def test_train_cfg_is_checked() -> None:
-    assert parse(TrainCfg, dict(max_epochs=3), "train_cfg").by_epoch
-    assert parse(TrainCfg, dict(max_iters=3), "train_cfg").val_interval == 1000
-    for bad, message in [
-        (dict(max_epoch=3), "Did you mean 'max_epochs'"),
-        (dict(max_epochs=0), "max_epochs=0: Input should be greater than 0"),
-        (dict(), "needs max_epochs"),
-        (dict(max_epochs=1, max_iters=1), "max_epochs=1 and max_iters=1 are both set"),
-        (dict(by_epoch=True, max_iters=3), "by_epoch=True needs max_epochs"),
-        (dict(max_epochs=3, val_interval=0), "val_interval=0"),
-    ]:
-        with pytest.raises(ValueError, match=f"^train_cfg: .*{message}"):
-            parse(TrainCfg, bad, "train_cfg")
-    with pytest.raises(TypeError, match="train_cfg must be a dict"):
-        parse(TrainCfg, 3, "train_cfg")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,16 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was(make: MakeRunner) -
         runner.load_state_dict(other.bare_model.state_dict())
     assert torch.equal(runner.bare_model.net.weight, weight)
     assert runner.progress.iter == 0
+
+
+def test_state_is_plain_and_goes_on(make: MakeRunner, tmp_path: Path) -> None:
+    first = make(train_cfg=dict(max_epochs=1))
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second = make(train_cfg=dict(max_epochs=2))
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    straight = make(train_cfg=dict(max_epochs=2))
+    straight.train()
+    assert torch.equal(second.bare_model.net.weight, straight.bare_model.net.weight)
+    assert second.progress.step == 10

@@ -183,8 +183,6 @@ def test_a_caption_is_part_of_how_it_is_shown() -> None:
     assert repr(Image(torch.zeros(1, 1), "a cat")) == "Image(caption='a cat')"
 
 
-# -- histograms ---------------------------------------------------------------------------------
-
 numbers = st.floats(-1e30, 1e30, allow_subnormal=False) | st.integers(-50, 50).map(float)
 
 
@@ -248,9 +246,6 @@ def test_what_is_counted_already_is_taken() -> None:
     assert repr(histogram) == "Histogram(2 bins)"
     with pytest.raises(ValueError, match=r"N counts need N \+ 1 edges, got 2 counts and 2 edges"):
         Histogram.counted([2, 3], [0, 1])
-
-
-# -- tables, and what is what -------------------------------------------------------------------
 
 
 def test_the_cells_of_a_table_are_plain() -> None:

@@ -12,20 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hookengine.model
 from hookengine import (
     MODELS,
     BaseModel,
-    BaseModule,
-    ModuleDict,
-    ModuleList,
-    Registry,
-    Sequential,
 )
 from hookengine.events.dispatch import SILENT
 from hookengine.model import BaseDataPreprocessor
-from hookengine.model.stub import stub
 from tests.fixtures import MakeData, MakeRunner, Toy
+from tests.hookengine.model.blocks import tensors
 
 
 def test_forward_is_abstract() -> None:
@@ -66,10 +60,6 @@ def test_a_forward_that_returns_none_is_said_so() -> None:
 
     with pytest.raises(TypeError, match=r"Silent.forward\(mode='predict'\) returned None"):
         Silent().val_step(())
-
-
-def tensors(**values: Any) -> dict[str, Any]:
-    return {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
 
 
 def test_losses_are_summed_and_everything_is_logged() -> None:
@@ -190,131 +180,6 @@ def test_cuda_takes_the_preprocessor_along() -> None:
     assert model.cpu().data_preprocessor.device.type == "cpu"
 
 
-def test_init_weights_asks_the_plugin_or_says_that_there_is_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Module(BaseModule): ...
-
-    module = Module(init_cfg=dict(type="Constant", val=1))
-    assert module.init_cfg == dict(type="Constant", val=1)
-    assert not module.is_init
-    called: list[Any] = []
-    monkeypatch.setitem(MODELS._registered, "init_weights", called.append)
-    module.init_weights()
-    assert called == [module]
-    monkeypatch.setattr(Registry, "__contains__", lambda self, name: False)
-    with pytest.raises(RuntimeError, match=r"no installed plugin.*torch.nn.init"):
-        module.init_weights()
-
-
-class Block(BaseModule):
-    def __init__(self, **parts: nn.Module) -> None:
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-def loaded(module: Any) -> set[str]:
-    """Names of the tensors of a BaseModule that it knows as loaded."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name for name, tensor in tensors if any(tensor is t for t in module.loaded_tensors)}
-
-
-def test_a_module_knows_which_tensors_were_loaded_into_it() -> None:
-    whole = nn.Sequential(Block(), Block())
-    assert loaded(whole[0]) == set()
-    state = {name: value for name, value in whole.state_dict().items() if name != "1.fc.bias"}
-    whole.load_state_dict(state, strict=False)
-    assert loaded(whole[0]) == {"fc.weight", "fc.bias"}
-    assert loaded(whole[1]) == {"fc.weight"}
-    for twin in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole)), whole.double()):
-        assert loaded(twin[1]) == {"fc.weight"}
-
-
-def test_what_is_replaced_or_renamed_in_loading_counts_and_what_does_not_fit_does_not() -> None:
-    block = Block()
-    block.load_state_dict(Block().state_dict(), assign=True)
-    assert loaded(block) == {"fc.weight", "fc.bias"}
-
-    def rename(module: Any, state: Any, prefix: str, *_: Any) -> None:
-        state[prefix + "weight"] = state.pop(prefix + "old")
-
-    block = Block()
-    block.fc.register_load_state_dict_pre_hook(rename)
-    block.load_state_dict({"fc.old": torch.ones(2, 2)}, strict=False)
-    assert loaded(block) == {"fc.weight"}
-
-    block = Block(inner=Block())
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        block.load_state_dict({"inner.fc.bias": torch.ones(7), "inner.fc.weight": torch.ones(2, 2)})
-    assert loaded(block) == set()  # what a BaseModule within knows, it knows itself
-    assert loaded(block.inner) == {"fc.weight"}
-
-
-def test_shared_modules_on_the_meta_device_are_known_as_loaded_by_assignment() -> None:
-    for _ in range(20):  # a freed parameter's id may be taken by the next one
-        with torch.device("meta"):
-            block = Block()
-            block.twin = block.fc
-        block.load_state_dict(
-            {
-                f"{n}.{p}": torch.ones(2, 2)[0 if p == "bias" else slice(None)]
-                for n in ("fc", "twin")
-                for p in ("weight", "bias")
-            },
-            assign=True,
-        )
-        assert loaded(block) == {"fc.weight", "fc.bias"}
-
-
-def test_what_takes_the_place_of_a_loaded_tensor_is_not_loaded() -> None:
-    block = Block()
-    block.load_state_dict(Block().state_dict())
-    block.fc = nn.Linear(2, 2)
-    assert loaded(block) == set()
-
-
-def test_inference_tensors_load_as_in_any_module() -> None:
-    with torch.inference_mode():
-        block = Block()
-        block.load_state_dict(Block().state_dict())
-
-
-def test_a_module_to_be_initialised_anew_forgets_at_every_depth() -> None:
-    block = Block(inner=nn.Sequential(Block()))
-    block.load_state_dict(block.state_dict())
-    block.is_init = block.inner[0].is_init = True
-    block.is_init = False
-    assert not block.inner[0].is_init
-    assert loaded(block) == loaded(block.inner[0]) == set()
-
-
-def test_init_cfg_is_a_copy_and_shows_in_the_repr() -> None:
-    class Module(BaseModule): ...
-
-    cfg: dict[str, Any] = dict(type="Constant", val=[1])
-    module = Module(cfg)
-    cfg["val"].append(2)
-    assert module.init_cfg == dict(type="Constant", val=[1])
-    assert "init_cfg={'type': 'Constant', 'val': [1]}" in repr(module)
-    assert "init_cfg" not in repr(Module())
-
-
-def test_containers_have_an_init_cfg() -> None:
-    cfg = dict(type="Constant", val=1)
-    layers = [nn.Linear(2, 3), nn.Linear(3, 1)]
-    sequential = Sequential(*layers, init_cfg=cfg)
-    assert sequential(torch.ones(1, 2)).shape == (1, 1)
-    listed = ModuleList(layers, init_cfg=cfg)
-    named = ModuleDict({"a": layers[0]}, init_cfg=cfg)
-    assert (len(sequential), len(listed), list(named)) == (2, 2, ["a"])
-    for container in (sequential, listed, named):
-        assert isinstance(container, BaseModule)
-        assert container.init_cfg == cfg
-    assert set(sequential.state_dict()) == set(nn.Sequential(*layers).state_dict())
-
-
 def test_a_copied_or_pickled_model_does_not_speak_for_the_runner(
     make: MakeRunner, tmp_path: Path
 ) -> None:
@@ -323,21 +188,6 @@ def test_a_copied_or_pickled_model_does_not_speak_for_the_runner(
     twin = copy.deepcopy(runner.bare_model)
     assert twin._hooks is SILENT
     assert pickle.loads(pickle.dumps(runner.bare_model))._hooks is SILENT
-
-
-def test_type_checkers_see_the_names_that_plugins_offer() -> None:
-    path = Path(hookengine.model.__file__).with_suffix(".pyi")
-    assert path.read_text() == stub(), "run `make docs`"
-    offered = set(MODELS.own_entry_points())
-    assert offered <= set(hookengine.model.__all__) <= set(dir(hookengine.model))
-
-
-def test_an_unknown_name_of_the_module_is_answered() -> None:
-    with pytest.raises(ImportError, match="BaseDataPreprocesor"):
-        from hookengine.model import BaseDataPreprocesor  # type: ignore[attr-defined]  # noqa: F401
-    with pytest.raises(AttributeError, match="Did you mean 'BaseDataPreprocessor'"):
-        hookengine.model.BaseDataPreprocesor  # type: ignore[attr-defined]  # noqa: B018
-    assert not hasattr(hookengine.model, "__wrapped__")
 
 
 def test_the_seeds_toy_model_runs() -> None:

@@ -17,8 +17,12 @@ from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
 from hookengine.events.manager import PluginManager
 
 KINDS: dict[str, list[str]] = {}
+
+
 for _event in COMPILED:
     KINDS.setdefault(_event.kind.name, []).append(_event.name)
+
+
 # These two are told apart: they call everybody although one raises.
 PLAIN = [name for name in KINDS["event"] if not EVENTS[name].kind.closing]
 

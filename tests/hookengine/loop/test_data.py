@@ -11,13 +11,17 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from hookengine import batch_size, copy_dataloader, samplers_of
-from hookengine.loop.data import dataset_size, iterate_from, length_of
-from hookengine.setup.arguments import build_dataloader
-from tests.fixtures import MakeData
+from hookengine.loop.data import iterate_from
 
 IMAGES = torch.zeros(5, 3, 8, 8)
+
+
 LABELS = torch.zeros(5)
+
+
 DIGITS: Any = range(8)  # torch's types want a Dataset, torch any sequence
+
+
 Pair = namedtuple("Pair", "images labels")
 
 
@@ -43,40 +47,6 @@ Pair = namedtuple("Pair", "images labels")
 )
 def test_the_number_of_samples_in_a_batch(batch: Any, expected: int) -> None:
     assert batch_size(batch) == expected
-
-
-def test_a_dataloader_is_anything_iterable_or_the_arguments_of_one(data: MakeData) -> None:
-    loader = build_dataloader(dict(dataset=data(), batch_size=4), "train_dataloader")
-    assert isinstance(loader, DataLoader)
-    assert length_of(loader) == 5
-    assert dataset_size(loader) == 20
-    batches = [1, 2]
-    assert build_dataloader(batches, "train_dataloader") is batches
-    assert dataset_size(batches) is None
-    generator = (b for b in batches)
-    assert build_dataloader(generator, "train_dataloader") is generator
-    assert length_of(generator) is None
-
-    class Indexed:
-        def __getitem__(self, index: int) -> int:
-            return [1, 2][index]
-
-    assert list(build_dataloader(Indexed(), "train_dataloader")) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        (3, TypeError, "val_dataloader must be iterable"),
-        ([], ValueError, "val_dataloader is empty"),
-        (dict(batch_size=3), ValueError, "needs a 'dataset'"),
-        (dict(dataset=[1], batchsize=3), TypeError, "val_dataloader: .*batchsize"),
-        (dict(dataset=[1], batch_size=3, drop_last=True), ValueError, "drop_last=True"),
-    ],
-)
-def test_what_is_no_dataloader_is_answered(given: Any, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        build_dataloader(given, "val_dataloader")
 
 
 def test_a_pass_starts_at_a_batch() -> None:

@@ -1,0 +1,220 @@
+"""Which plugins are on, changes in mid-run, states, and who is to blame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hookengine import Plugin, PluginManager
+from tests.fixtures import MakeRunner
+from tests.hookengine.events.notes import Note, named
+
+
+def test_who_is_added_in_mid_run_is_told_what_is_open(make: MakeRunner) -> None:
+    note = Note()
+    runner = make()
+
+    @runner.on("after_train_iter")
+    def add(runner: Any) -> None:
+        if runner.progress.iter == 2:
+            runner.plugins.add(note)
+
+    @runner.on("safe_point")
+    def remove(runner: Any) -> None:
+        if runner.progress.iter == 4:
+            runner.plugins.remove("note")
+
+    runner.train()
+    opened = ["configure", "before_run", "before_train", "before_train_epoch"]
+    assert note.log == [*opened, "after_train_iter", "after_train_iter", "unconfigure"]
+
+
+def test_a_plugin_with_build_events_is_refused_in_a_built_runner(make: MakeRunner) -> None:
+    runner = make()
+    with pytest.raises(ValueError, match=r"convert_model.*is built already"):
+        runner.plugins.add(named("late", convert_model=lambda self, model: None))
+    assert "late" not in runner.plugins
+
+
+def test_a_plugin_that_is_refused_changes_nothing(make: MakeRunner) -> None:
+    runner = make(plugins=[Note()])
+    with pytest.raises(TypeError, match="after_train_itr"):
+        runner.plugins.add(named("bad", after_train_itr=lambda self: None))
+    circular = named("circular", after_train_iter=lambda self: None)
+    circular.after, circular.before = ("note",), ("note",)
+    with pytest.raises(ValueError, match="cycle"):
+        runner.plugins.add(circular)
+    assert runner.plugins.order == ["note"]
+    runner.train()
+
+
+def test_a_function_of_the_same_name_replaces_the_one_before(make: MakeRunner) -> None:
+    runner = make()
+    log = []
+
+    def cell(text: str) -> None:
+        @runner.on("after_train_epoch")
+        def note() -> None:
+            log.append(text)
+
+    cell("old")
+    cell("new")
+    runner.train()
+    assert log == ["new", "new"]
+
+
+def test_one_function_serves_two_events_with_options_of_its_own(make: MakeRunner) -> None:
+    runner = make()
+    log = []
+
+    def first() -> None:
+        log.append("first")
+
+    runner.on("before_train")(lambda: log.append("lambda"))
+    runner.on("before_train", tryfirst=True)(first)
+    runner.on("after_train")(first)
+    runner.on("after_train", tryfirst=True)(lambda: log.append("lambda"))
+    runner.train()
+    assert log == ["first", "lambda", "lambda", "first"]
+    with pytest.raises(KeyError, match="Did you mean 'after_train'"):
+        runner.on("after_trian")(first)
+    with pytest.raises(TypeError, match="expected a function"):
+        runner.on("after_train")(3)  # type: ignore[type-var]
+
+
+def test_states_are_collected_by_name_and_given_back() -> None:
+    class Counter(Plugin):
+        count = 0
+
+        def after_run(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+        def rank_state_dict(self) -> dict[str, Any]:
+            return {"rank": self.count}
+
+        def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+            self.rank = state["rank"]
+
+    manager = PluginManager([counter := Counter(), Note()], defaults=())
+    counter.count = 5
+    states = manager.state_dict()
+    assert states == {"counter": {"count": 5}}
+    assert manager.rank_state_dict() == {"counter": {"rank": 5}}
+    other = PluginManager([restored := Counter(), Note()], defaults=())
+    other.load_state_dict(states)
+    other.load_rank_state_dict(manager.rank_state_dict())
+    assert (restored.count, restored.rank) == (5, 5)
+
+    with pytest.raises(ValueError, match="state of 'counter', which is not on"):
+        PluginManager([Note()], defaults=()).load_state_dict(states)
+    PluginManager([Note()], defaults=()).load_state_dict(states, allow=["counter"])
+    with pytest.raises(ValueError, match="no state of 'counter'"):
+        other.load_state_dict({})
+    other.load_state_dict({}, allow=["counter"])
+
+
+def test_unconfigure_is_told_once_in_reverse_and_in_spite_of_errors() -> None:
+    log: list[str] = []
+
+    class Closing(Plugin):
+        label: str
+        fails: bool = False
+
+        def configure(self) -> None:
+            pass
+
+        def unconfigure(self) -> None:
+            log.append(self.label)
+            if self.fails:
+                raise LookupError(self.label)
+
+    plugins = []
+    for label, fails in (("a", True), ("b", False), ("c", True)):
+        plugin = Closing(label=label, fails=fails)
+        plugin.plugin_name = label  # type: ignore[misc]
+        plugins.append(plugin)
+    manager = PluginManager(plugins, defaults=())
+    manager.configure()
+    with pytest.raises(BaseExceptionGroup) as caught:
+        manager.unconfigure()
+    assert [error.args[0] for error in caught.value.exceptions] == ["c", "a"]
+    manager.unconfigure()
+    assert log == ["c", "b", "a"]
+
+
+def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(
+    make: MakeRunner,
+) -> None:
+    def fail(self: Any) -> None:
+        raise LookupError("no")
+
+    runner = make()
+    told = []
+    undo = {"unconfigure": lambda self: told.append("unconfigure")}
+    with pytest.raises(LookupError) as caught:
+        runner.plugins.add(named("bad", configure=fail, after_train_iter=fail, **undo))
+    assert runner.plugins.order == []
+    assert told == ["unconfigure"]  # as one that fails in the construction
+    assert "plugin 'bad'" in caught.value.__notes__[0]
+    runner.plugins.add(named("bad", unconfigure=fail, after_train_iter=fail))
+    with pytest.raises(LookupError):
+        runner.plugins.remove("bad")
+    assert runner.plugins.order == []
+    runner.train()
+
+
+def test_a_replacement_that_is_refused_leaves_the_old_one(make: MakeRunner) -> None:
+    runner = make()
+
+    def cell(source: str) -> None:
+        namespace: dict[str, Any] = {}
+        exec(source, namespace)
+        runner.on("after_train_epoch")(namespace["note"])
+
+    cell("def note(runner): pass")
+    with pytest.raises(TypeError, match="Did you mean 'runner'"):
+        cell("def note(runer): pass")
+    assert runner.plugins.order == ["after_train_epoch:note"]
+    runner.plugins.remove("note")
+    assert runner.plugins.order == []
+
+
+def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: MakeRunner) -> None:
+    runner = make()
+    log: list[str] = []
+    runner.on("after_train")(lambda: log.append("one"))
+    runner.on("after_train")(lambda: log.append("two"))
+    runner.train()
+    assert log == ["one", "two"]
+    with pytest.raises(TypeError, match=r'@runner\.on\("before_run"\)'):
+
+        @runner.on  # type: ignore[arg-type]
+        def hook() -> None: ...
+
+
+def test_what_looks_misspelled_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(self: Any) -> None: ...
+
+    near = named("near", safe_points=hook, after_run=hook)
+    with pytest.warns(UserWarning, match="'safe_points' is not an event.*'safe_point'"):
+        PluginManager([near], defaults=())
+    late = named("late", after_run=hook)
+    late.after = ("loging", "some_plugin_that_may_be_installed")
+    with pytest.warns(UserWarning, match="unknown plugin 'loging'. Did you mean 'logging'"):
+        PluginManager([late])
+    monkeypatch.setenv("HOOKENGINE_DISABLE", "progres_bar")
+    with pytest.warns(UserWarning, match="HOOKENGINE_DISABLE: unknown plugin 'progres_bar'"):
+        PluginManager()
+
+
+def test_a_method_without_self_is_an_error() -> None:
+    def after_train_iter(runner: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="has no 'self'"):
+        PluginManager([named("x", after_train_iter=after_train_iter)], defaults=())

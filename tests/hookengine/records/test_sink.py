@@ -1,0 +1,275 @@
+"""Sinks may raise, hang and repeat; training does not notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hookengine import Record, Sink, read_records
+from tests.fixtures import MakeRunner
+from tests.hookengine.records.keeping import Keeping, record, trained_weights
+
+
+def test_records_arrive_in_order_on_the_sinks_own_thread(make: MakeRunner) -> None:
+    sink = Keeping()
+    runner = make(plugins=[sink])
+    for iteration in range(1, 4):
+        runner.hooks.write(runner, record(iteration, loss=0.5))
+    runner.close()
+    expected = [("train", iteration, {"loss": 0.5}) for iteration in range(1, 4)]
+    assert sink.log == ["open", *expected, "close"]
+    assert sink.threads == {"sink keeping"}
+
+
+def test_a_run_is_over_when_its_records_are_written(make: MakeRunner) -> None:
+    sink = Keeping()
+    runner = make(plugins=[sink, dict(type="logging", interval=2)])
+    runner.train()
+    assert [(phase, iteration) for phase, iteration, _ in sink.log[1:]] == [
+        ("train", 2),
+        ("train", 4),
+        ("train", 5),
+        ("train", 7),
+        ("train", 9),
+        ("train", 10),
+    ]
+    assert {"loss", "lr", "time", "samples_per_second"} <= set(sink.log[1][2])
+
+
+def test_what_the_sink_held_when_it_was_opened_is_left_out(make: MakeRunner) -> None:
+    class Resumed(Keeping):
+        def open(self, runner: Any) -> None:
+            self.held.update(train=2)
+
+    sink = Resumed()
+    runner = make(plugins=[sink])
+    for iteration in (1, 2, 3, 3, 2):  # two plugins may write a record of one iteration
+        runner.hooks.write(runner, record(iteration))
+    runner.hooks.write(runner, record(1, phase="val"))
+    runner.close()
+    assert [entry[:2] for entry in sink.log[:-1]] == [("train", 3), ("train", 3), ("val", 1)]
+    assert sink.held == {"train": 2}
+
+
+def test_what_is_repeated_after_a_load_is_left_out(make: MakeRunner) -> None:
+    sink = Keeping()
+    runner = make(plugins=[sink, dict(type="logging", interval=1)], train_cfg=dict(max_iters=4))
+    states = []
+    runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+    runner.train()
+    runner.load_state_dict(states[1])
+    runner.train(max_iters=6)
+    runner.close()
+    assert [entry[1] for entry in sink.log[1:-1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_sink_serves_one_runner_after_another(make: MakeRunner) -> None:
+    sink = Keeping()
+    for _ in range(2):
+        sink.log.clear()
+        runner = make(plugins=[sink])
+        runner.hooks.write(runner, record(1))
+        runner.close()
+        assert sink.log == ["open", ("train", 1, {}), "close"]
+
+
+class Raising(Sink):
+    """Raises wherever it can."""
+
+    def configure(self) -> None:  # type: ignore[override]
+        raise OSError("configure")
+
+    def open(self, runner: Any) -> None:
+        raise OSError("open")
+
+    def write(self, runner: Any, record: Record) -> None:
+        raise OSError("write")
+
+    def after_val_epoch(self, metrics: Any) -> None:
+        raise OSError("after_val_epoch")
+
+    def after_run(self) -> None:  # type: ignore[override]
+        raise OSError("after_run")
+
+    def close(self, runner: Any) -> None:
+        raise OSError("close")
+
+
+def test_a_sink_that_raises_changes_nothing_and_warns_once(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = Raising()
+    assert torch.equal(trained_weights(make, sink), trained_weights(make))
+    # configure, open, 2 validations, after_run, close; nothing is written to what is not open
+    assert sink.failures == 1 + 1 + 2 + 1 + 1
+    assert sink.dropped == 12
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sink 'raising'" in line]
+    assert len(lines) == 2
+    assert "failed in configure; training continues" in lines[0]
+    assert "OSError: configure" in lines[0]
+    assert "6 failures, 12 dropped" in lines[1]
+    assert all(line[:2].isdigit() for line in lines)  # they went through the run's own logger
+
+
+def test_a_sink_without_a_runner_warns_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Sink):
+        def write(self) -> None: ...
+
+        def before_run(self) -> None:  # type: ignore[override]
+            raise OSError("no")
+
+    sink = Broken()
+    sink.before_run()
+    assert "sink 'broken' failed in before_run" in capsys.readouterr().out
+    assert sink.failures == 1
+
+
+def test_a_subclass_may_call_the_write_that_it_inherits(make: MakeRunner) -> None:
+    class Twice(Keeping):
+        def write(self, runner: Any, record: Record) -> None:
+            super().write(runner, record)
+            super().write(runner, record)
+
+    sink = Twice()
+    runner = make(plugins=[sink])
+    runner.hooks.write(runner, record(1))
+    runner.close()
+    assert sink.log == ["open", ("train", 1, {}), ("train", 1, {}), "close"]
+
+
+def test_what_is_left_out_is_told(make: MakeRunner) -> None:
+    class Resumed(Keeping):
+        def open(self, runner: Any) -> None:
+            self.held.update(train=2, val=1)
+
+        def skip(self, runner: Any, record: Record) -> None:
+            self.log.append(("skipped", record.phase, record.iter))
+            raise OSError("no")
+
+    sink = Resumed()
+    runner = make(plugins=[sink])
+    for iteration in (2, 3):
+        runner.hooks.write(runner, record(iteration))
+        runner.hooks.write(runner, record(iteration, phase="val"))
+    runner.close()
+    assert sink.log == [
+        ("skipped", "train", 2),
+        ("val", 2, {}),
+        ("train", 3, {}),
+        ("val", 3, {}),
+        "close",
+    ]
+    assert sink.failures == 1
+
+
+def test_a_sink_may_ask_for_the_record_alone(make: MakeRunner) -> None:
+    class Plain(Sink):
+        def __post_init__(self) -> None:
+            self.seen: list[int] = []
+
+        def write(self, record: Record) -> None:
+            self.seen.append(record.iter)
+
+    sink = Plain()
+    runner = make(plugins=[sink])
+    sink.replay(runner, [record(1)])
+    runner.hooks.write(runner, record(2))
+    runner.close()
+    assert sink.seen == [1, 2]
+
+
+def test_what_a_sink_that_cannot_open_misses_is_counted(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Closed(Keeping):
+        def open(self, runner: Any) -> None:
+            raise ConnectionError("no server")
+
+    sink = Closed()
+    runner = make(plugins=["logging", sink])
+    runner.hooks.write(runner, record(1))
+    runner.close()
+    assert sink.log == ["close"]
+    assert sink.dropped == 1
+    out = capsys.readouterr().out
+    assert "failed in open; training continues  error=ConnectionError: no server" in out
+
+
+def interrupted(make: MakeRunner, upto: int, state_at: int) -> Any:
+    """A run of ten iterations that has written ``upto`` of them; its state at another one."""
+    runner = make(name="run", plugins=[dict(type="logging", interval=1)], validate=True)
+    states = {}
+
+    @runner.on("safe_point")
+    def save(runner: Any) -> None:
+        if runner.progress.iter == state_at and not runner.progress.val_due:
+            states[state_at] = runner.state_dict()
+        if runner.progress.iter == upto:
+            runner.stop()
+
+    runner.train()
+    runner.close()
+    return states[state_at]
+
+
+@pytest.mark.parametrize("held", [{}, {"train": 2}, {"train": 4}, {"train": 6, "val": 5}])
+def test_a_sink_gets_what_it_lacks_of_a_run_that_goes_on_and_gets_it_once(
+    make: MakeRunner, held: dict[str, int]
+) -> None:
+    class Holding(Keeping):
+        def open(self, runner: Any) -> None:
+            assert self.continues
+            self.held.update(held)
+
+    state = interrupted(make, upto=6, state_at=4)
+    sink = Holding()
+    runner = make(name="run", plugins=[dict(type="logging", interval=1), sink], validate=True)
+    runner.load_state_dict(state)
+    runner.train()
+    runner.close()
+    written = [entry[:2] for entry in sink.log[:-1]]
+    order = [("train", i) for i in range(1, 6)] + [("val", 5)]
+    order += [("train", i) for i in range(6, 11)] + [("val", 10)]
+    assert written == [each for each in order if each[1] > held.get(each[0], 0)]
+
+
+def test_a_run_that_begins_anew_does_not_continue(make: MakeRunner) -> None:
+    interrupted(make, upto=6, state_at=4)
+
+    class Asks(Keeping):
+        def open(self, runner: Any) -> None:
+            self.log.append(self.continues)
+
+    sink = Asks()
+    runner = make(name="run", plugins=[dict(type="logging", interval=1), sink])
+    runner.train()
+    runner.close()
+    assert sink.log[0] is False
+    assert [entry[1] for entry in sink.log[1:-1]] == [*range(1, 11)]
+
+
+def test_a_sink_that_writes_nothing_is_refused() -> None:
+    class Empty(Sink):
+        def open(self, runner: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"the sink Empty has no write\(self, runner, record\)"):
+        Empty()
+
+
+def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: MakeRunner) -> None:
+    sink = Keeping()
+    runner = make(plugins=[dict(type="logging", interval=1)], validate=True)
+
+    @runner.on("after_train_iter")
+    def add(runner: Any) -> None:
+        if runner.progress.iter == 4:
+            runner.plugins.add(sink)
+
+    runner.train()
+    runner.close()
+    written = [(r.phase, r.iter) for r in read_records(runner.run_dir)]
+    assert [entry[:2] for entry in sink.log if entry not in ("open", "close")] == written
+    assert len(written) == 12
+    assert sink.dropped == 0
