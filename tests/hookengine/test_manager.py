@@ -256,7 +256,7 @@ def test_of_two_plugins_of_one_class_the_right_one_is_blamed(make: MakeRunner) -
                 raise LookupError("no")
 
     good, bad = Broken(), Broken(fails=True)
-    bad.plugin_name = "bad"  # type: ignore[misc]
+    bad.plugin_name = "bad"
     for order in ([good, bad], [bad, good]):
         with pytest.raises(LookupError) as caught:
             make(plugins=order).train()
@@ -334,7 +334,7 @@ def test_unconfigure_is_told_once_in_reverse_and_in_spite_of_errors() -> None:
     plugins = []
     for label, fails in (("a", True), ("b", False), ("c", True)):
         plugin = Closing(label=label, fails=fails)
-        plugin.plugin_name = label  # type: ignore[misc]
+        plugin.plugin_name = label
         plugins.append(plugin)
     manager = PluginManager(plugins, defaults=())
     manager.configure()

@@ -87,7 +87,7 @@ def test_the_name_is_given_or_the_class_in_snake_case() -> None:
     assert name_of(Plain()) == "plain"
     assert name_of(types.ModuleType("some_module")) == "some_module"
     second = Noise()
-    second.plugin_name = "second"  # type: ignore[misc]
+    second.plugin_name = "second"
     assert name_of(second) == "second"
 
 
@@ -105,7 +105,7 @@ def test_the_name_is_given_or_the_class_in_snake_case() -> None:
 def test_misspelled_events_and_arguments_are_refused(method: str, message: str) -> None:
     namespace: dict[str, object] = {}
     exec(f"class Misspelt:\n    def {method}: pass", namespace)
-    plugin = namespace["Misspelt"]()  # type: ignore[operator]
+    plugin = namespace["Misspelt"]()
     with pytest.raises(TypeError) as caught:
         check_methods("misspelled", plugin)
     assert message in str(caught.value)

@@ -290,7 +290,7 @@ def test_with_closes_once(make: MakeRunner) -> None:
 
 def test_an_exception_is_told_to_all_and_raised_on(make: MakeRunner) -> None:
     first, second = Life(fails_in=("third",)), Life()
-    second.plugin_name = "second"  # type: ignore[misc]
+    second.plugin_name = "second"
     runner = make(plugins=[first, second])
     with pytest.raises(LookupError, match="third"):
         runner.train()
@@ -302,7 +302,7 @@ def test_an_exception_is_told_to_all_and_raised_on(make: MakeRunner) -> None:
 def test_closing_events_reach_everybody_and_hide_no_error(make: MakeRunner) -> None:
     first = Life(fails_in=("third", "on_exception LookupError", "after_run"))
     second = Life()
-    second.plugin_name = "second"  # type: ignore[misc]
+    second.plugin_name = "second"
     runner = make(plugins=[first, second])
     with pytest.raises(LookupError, match="third") as caught:
         runner.train()
@@ -342,7 +342,7 @@ def test_a_failed_construction_unconfigures(make: MakeRunner) -> None:
         make(plugins=[life], model=Plain())
     assert life.log == ["configure", "unconfigure"]
     failing, never = Life(fails_in=("configure", "unconfigure")), Life()
-    never.plugin_name = "never"  # type: ignore[misc]
+    never.plugin_name = "never"
     with pytest.raises(LookupError, match="configure") as caught:
         make(plugins=[failing, never])
     assert failing.log == ["configure", "unconfigure"]
@@ -532,7 +532,7 @@ def test_the_device_is_the_one_that_is_asked_for(make: MakeRunner) -> None:
 def test_training_on_the_accelerator_is_the_default(make: MakeRunner, data: MakeData) -> None:
     runner = make(train_dataloader=DataLoader(data(), batch_size=4), validate=True)
     runner.train()
-    assert runner.device.type == torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    assert runner.device.type == torch.accelerator.current_accelerator().type
     assert runner.bare_model.net.weight.device.type == runner.device.type
 
 
