@@ -60,7 +60,7 @@ def loader(iterations: int) -> DataLoader[Any]:
 def by_hand(net: Timed, batches: int) -> None:
     """DDP as torch's tutorial has it."""
     data = loader(batches).dataset
-    sampler: Any = DistributedSampler(data, shuffle=False)  # type: ignore[arg-type]
+    sampler: Any = DistributedSampler(data, shuffle=False)
     model = DistributedDataParallel(net)
     optimizer = W1.optimizer(model)
     model.train()

@@ -96,7 +96,7 @@ def init_weights(rounds: int) -> None:
         bases["mmengine 0.10.7"] = MMBaseModule
 
     def one_module(base: Any, net: nn.Module) -> Any:
-        class Model(base):  # type: ignore[misc]
+        class Model(base):
             def __init__(self) -> None:
                 super().__init__(copy.deepcopy(INIT_CFG))
                 self.net = net
@@ -104,12 +104,12 @@ def init_weights(rounds: int) -> None:
         return Model()
 
     def many_modules(base: Any) -> Any:
-        class Layer(base):  # type: ignore[misc]
+        class Layer(base):
             def __init__(self) -> None:
                 super().__init__(dict(type="Kaiming", layer="Conv2d"))
                 self.conv = nn.Conv2d(4, 4, 3)
 
-        class Model(base):  # type: ignore[misc]
+        class Model(base):
             def __init__(self) -> None:
                 super().__init__()
                 for index in range(53):
@@ -133,7 +133,7 @@ def init_weights(rounds: int) -> None:
     for name, (make, factor) in cases.items():
 
         def prepare(base: Any, make: Callable[[Any], Any] = make) -> Callable[[], object]:
-            return make(base).init_weights  # type: ignore[no-any-return]
+            return make(base).init_weights
 
         def prepare_by_hand(make: Callable[[Any], Any] = make) -> Callable[[], object]:
             model = make(BaseModule)

@@ -180,7 +180,7 @@ def mmengine(work: Workload, net: Timed, iterations: int) -> None:
     from mmengine.optim import OptimWrapper
     from mmengine.runner import Runner as MMRunner
 
-    class Model(BaseModel):  # type: ignore[misc]
+    class Model(BaseModel):
         def __init__(self) -> None:
             super().__init__()
             self.net = net

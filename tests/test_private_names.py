@@ -31,8 +31,8 @@ def _tied() -> nn.Module:
 def _registries() -> None:
     model = _tied()
     assert list(model._modules) == ["0", "1"]
-    assert list(model[0]._parameters) == ["weight", "bias"]  # type: ignore[index]
-    assert "running_mean" in model[1]._buffers  # type: ignore[index]
+    assert list(model[0]._parameters) == ["weight", "bias"]
+    assert "running_mean" in model[1]._buffers
 
 
 def _non_persistent() -> None:
@@ -59,7 +59,7 @@ def _loading() -> None:
             super()._load_from_state_dict(*args, **kwargs)
 
     module = Loads(1, 1)
-    module.register_load_state_dict_pre_hook(lambda *_: None)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(lambda *_: None)
     assert len(module._load_state_dict_pre_hooks) == 1
     state = module.state_dict()
     assert "version" in state._metadata[""]  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def _call() -> None:
     assert Routed(1, 1)(torch.zeros(1)) == "routed"
     module = nn.Linear(1, 1)
     assert module._compiled_call_impl is None
-    module._compiled_call_impl = lambda *_: "compiled"  # type: ignore[assignment]
+    module._compiled_call_impl = lambda *_: "compiled"
     assert module(torch.zeros(1)) == "compiled"
 
 
@@ -133,7 +133,7 @@ def _engine() -> None:
             return grads[0]
 
     leaf = torch.ones(1, requires_grad=True)
-    Queues.apply(leaf).sum().backward()  # type: ignore[no-untyped-call]
+    Queues.apply(leaf).sum().backward()
     assert called == ["end"]
 
 

@@ -62,7 +62,7 @@ def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> Non
 def test_the_table_of_pairs_is_whole_and_names_tests_that_are_there() -> None:
     """The pairs of the page are those that are tested, and each test that it names exists."""
     source = (DOCS.parent / "tests" / "end_to_end" / "test_optimization.py").read_text()
-    features = re.findall(r'"(\w+)"', re.search(r"FEATURES = \((.*?)\)", source, re.DOTALL)[1])  # type: ignore[index]
+    features = re.findall(r'"(\w+)"', re.search(r"FEATURES = \((.*?)\)", source, re.DOTALL)[1])
     rows = re.findall(
         r"^\| `(\w+)`, `(\w+)` \| .+ \| (.+) \|$", page("optimization.md"), re.MULTILINE
     )

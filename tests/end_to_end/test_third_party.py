@@ -52,7 +52,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         monkeypatch.delitem(sys.modules, "greeter_package", raising=False)
         return folder
 
-    yield put  # type: ignore[misc]
+    yield put
     sys.modules.pop("greeter_package", None)
     PLUGINS.entry_points()
 

@@ -570,7 +570,7 @@ class Synchronise(Plugin):
     def wrap_model(self, model: nn.Module) -> None:
         self.ddp = model.net = DistributedDataParallel(model.net)
 
-        def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
+        def count(state, bucket):  # DDP reads annotations
             self.reductions += 1
             tensor = bucket.buffer().div_(torch_dist.get_world_size())
             return (

@@ -64,7 +64,7 @@ def test_any_nesting_is_moved(mover: BaseDataPreprocessor) -> None:
     assert moved["own"].device == META
     assert isinstance(moved["packed"], PackedSequence)
     assert moved["packed"].data.device == META
-    assert batch["list"][0] is one  # type: ignore[index]
+    assert batch["list"][0] is one
     assert mover(OrderedDict(x=one))["x"].device == META
     assert mover(one).device == META
 

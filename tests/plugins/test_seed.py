@@ -499,7 +499,7 @@ class Ticking(DataLoader[Any]):
     """Asks its dataset for something when a pass begins."""
 
     def __len__(self) -> int:
-        return len(self.batch_sampler.sampler) // 4  # type: ignore[union-attr]
+        return len(self.batch_sampler.sampler) // 4
 
     @property
     def ticked(self) -> int:
@@ -517,9 +517,9 @@ class Endless(DataLoader[Any]):
     "loader",
     [
         lambda: DataLoader(Noisy(), 4, sampler=np.random.permutation(20)),
-        lambda: DataLoader(Noisy(), 4, sampler=torch.randperm(20)),  # type: ignore[arg-type]
-        lambda: DataLoader(Noisy(), batch_sampler=[iter([0, 1]), iter([2, 3])], num_workers=1),  # type: ignore[arg-type,list-item]
-        lambda: DataLoader(Noisy(), batch_sampler=[torch.arange(4)] * 5, num_workers=1),  # type: ignore[arg-type,list-item]
+        lambda: DataLoader(Noisy(), 4, sampler=torch.randperm(20)),
+        lambda: DataLoader(Noisy(), batch_sampler=[iter([0, 1]), iter([2, 3])], num_workers=1),  # type: ignore[list-item]
+        lambda: DataLoader(Noisy(), batch_sampler=[torch.arange(4)] * 5, num_workers=1),  # type: ignore[list-item]
         lambda: Ticking(Noisy(), 4, num_workers=1),
         lambda: Endless(Noisy(), 4, num_workers=1),
         lambda: DataLoader(Noisy(), 4, num_workers=1, multiprocessing_context="spawn"),

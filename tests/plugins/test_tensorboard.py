@@ -32,8 +32,8 @@ HPARAMS = "_hparams_/"
 
 
 def read(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder), size_guidance=EVERYTHING)  # type: ignore[no-untyped-call]
-    accumulator.Reload()  # type: ignore[no-untyped-call]
+    accumulator = EventAccumulator(str(folder), size_guidance=EVERYTHING)
+    accumulator.Reload()
     return accumulator
 
 
@@ -45,8 +45,8 @@ def scalars(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """(wall time, value) by tag and step; each of them once."""
     accumulator = read(folder)
     found = {}
-    for tag in accumulator.Tags()["scalars"]:  # type: ignore[no-untyped-call]
-        for event in accumulator.Scalars(tag):  # type: ignore[no-untyped-call]
+    for tag in accumulator.Tags()["scalars"]:
+        for event in accumulator.Scalars(tag):
             if not tag.startswith(HPARAMS):
                 assert (tag, event.step) not in found
                 found[tag, event.step] = (event.wall_time, event.value)
@@ -78,7 +78,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def events(folder: Path) -> list[Any]:
-    return [e for file in files(folder) for e in LegacyEventFileLoader(str(file)).Load()]  # type: ignore[no-untyped-call]
+    return [e for file in files(folder) for e in LegacyEventFileLoader(str(file)).Load()]
 
 
 def hparams(folder: Path) -> list[Any]:

@@ -133,7 +133,7 @@ def test_train_step_preprocesses_for_training_and_steps(toy: type[Toy], data: Ma
 
 def test_the_data_preprocessor_is_built_from_what_is_given() -> None:
     assert type(Modes().data_preprocessor) is BaseDataPreprocessor
-    assert Modes(dict(non_blocking=True)).data_preprocessor._non_blocking  # type: ignore[union-attr]
+    assert Modes(dict(non_blocking=True)).data_preprocessor._non_blocking
     image = Modes(dict(type="ImgDataPreprocessor", mean=[0.5], std=[0.5])).data_preprocessor
     assert type(image).__name__ == "ImgDataPreprocessor"
     own = nn.Identity()

@@ -186,7 +186,7 @@ def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: MakeRu
     runner.train()
     state = load(runner.run_dir / "checkpoints" / "epoch_2")["state_dict"]
     assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
-    assert state._metadata["norm"]["version"] == 2  # type: ignore[attr-defined]
+    assert state._metadata["norm"]["version"] == 2
     for name, value in runner.bare_model.state_dict().items():
         assert torch.equal(state[name], value)
 

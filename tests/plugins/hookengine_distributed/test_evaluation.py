@@ -164,7 +164,7 @@ def test_where_the_plugin_shares_nothing_no_result_is_cut_off(tmp_path: Path) ->
 
 
 def buffers(runner: Runner) -> list[float]:
-    return runner.bare_model.net[1].running_mean.tolist()  # type: ignore[index,union-attr]
+    return runner.bare_model.net[1].running_mean.tolist()
 
 
 def train_with_own_buffers(folder: Path) -> dict[str, Any]:
