@@ -55,7 +55,7 @@ class Plugin(_Options):
     ::
 
         class Stopwatch(Plugin, name="stopwatch"):
-            every: int = Field(10, gt=0, description="iterations")
+            every: int = Field(default=10, gt=0, description="iterations")
 
             def after_train_iter(self, runner): ...
 

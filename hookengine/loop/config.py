@@ -23,11 +23,17 @@ class TrainCfg(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    by_epoch: bool | None = Field(None, description="unit; by default inferred from the limit")
-    max_epochs: int | None = Field(None, gt=0)
-    max_iters: int | None = Field(None, gt=0)
-    val_interval: int | None = Field(None, gt=0, description="default 1 epoch or 1000 iterations")
-    val_begin: int = Field(1, ge=0, description="no validation before this epoch or iteration")
+    by_epoch: bool | None = Field(
+        default=None, description="unit; by default inferred from the limit"
+    )
+    max_epochs: int | None = Field(default=None, gt=0)
+    max_iters: int | None = Field(default=None, gt=0)
+    val_interval: int | None = Field(
+        default=None, gt=0, description="default 1 epoch or 1000 iterations"
+    )
+    val_begin: int = Field(
+        default=1, ge=0, description="no validation before this epoch or iteration"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -80,7 +86,7 @@ class EvalCfg(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    loss: bool = Field(False, description="also report the losses of forward(mode='loss')")
+    loss: bool = Field(default=False, description="also report the losses of forward(mode='loss')")
 
     @model_validator(mode="before")
     @classmethod
