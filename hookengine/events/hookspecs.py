@@ -48,7 +48,7 @@ an event, unless it is a plain *event*; the kinds are explained below. ::
 ``runner.log(...)`` emits ``log``. The plugin that reduces the logged values emits ``write`` for the
 sinks. ``runner.state_dict()`` emits ``before_save_checkpoint``. The plugin that has written a
 checkpoint to disk emits ``after_save_checkpoint``. ``runner.load_state_dict()`` emits
-``after_load_checkpoint``, during which each sink asks for the ``history``.
+``after_load_checkpoint``, during which each sink emits ``history``.
 
 Kinds
 -----
@@ -59,10 +59,10 @@ decision
     If all of them return None, the kernel's default applies. Plugins that must be asked first use
     ``@hookimpl(tryfirst=True)``.
 veto
-    Every plugin is called. The answer is no if at least one returns False; None is no objection.
+    Every plugin is called. The answer is no if at least one returns False; None counts as yes.
 transform
     Plugins are called in order. Each may return a replacement for the named argument, which the
-    next plugin receives. None keeps the argument as it is.
+    next plugin receives. Returning None leaves the argument unchanged.
 contexts
     Every plugin is called and may return a context manager or None. The kernel enters all the
     context managers, in order.
@@ -126,7 +126,7 @@ closing = Kind("event", closing=True)
 
 
 def transform(argument: str) -> Kind:
-    """Mark an event whose implementations may replace ``argument``."""
+    """Return the kind of an event whose implementations may replace ``argument``."""
     return Kind("transform", argument=argument)
 
 
@@ -137,7 +137,7 @@ def hookimpl(*, tryfirst: bool = ..., trylast: bool = ...) -> Callable[[F], F]: 
 def hookimpl(
     function: F | None = None, /, *, tryfirst: bool = False, trylast: bool = False
 ) -> F | Callable[[F], F]:
-    """Set options on the implementation of an event. Without options, you do not need it.
+    """Set options on the implementation of an event. You need this decorator only for options.
 
     Args:
         tryfirst: Call this implementation before those of the other plugins. Several such
@@ -223,11 +223,12 @@ class Build(Protocol):
     ) -> Iterable[Any]:
         """Replace a dataloader, for example to change its sampler.
 
-        Another sampler needs a new dataloader: torch does not allow setting it on an existing one.
+        To change the sampler, create a new dataloader (``hookengine.copy_dataloader``): torch does
+        not allow setting it on an existing one.
 
         If a dataloader has a method ``seek(epoch, batch)``, the kernel calls it before each pass
-        of training, and the dataloader yields from that batch on. From any other dataloader, the
-        kernel fetches and drops the batches that were consumed before a resume.
+        of training, and the pass must start at that batch. From any other dataloader, the kernel
+        fetches and drops the batches that were already used before a resume.
 
         Set the attribute ``consecutive`` of a dataloader to True if each rank gets the batches that
         follow those of the previous rank. Evaluation then joins the results in that order.
@@ -235,14 +236,14 @@ class Build(Protocol):
 
     @event
     def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Add what belongs to one optimizer (schedulers, scalers). Called once per optimizer.
+        """Add what belongs to one optimizer (schedulers, scalers). Emitted once per optimizer.
 
-        ``runner.progress`` holds the lengths of the run by then, as far as they can be known.
+        By then, ``runner.progress`` holds the lengths of an epoch and of the run, if known.
         """
 
     @event
     def resume(self, runner: Runner) -> None:
-        """Load weights or resume with ``runner.load_state_dict``. Everything is built by now."""
+        """Load weights or resume with ``runner.load_state_dict``. Everything is built by then."""
 
 
 class Train(Protocol):
@@ -260,7 +261,7 @@ class Train(Protocol):
     def before_train_epoch(self, runner: Runner) -> None:
         """Prepare for a pass over the training dataloader.
 
-        If ``progress.batch > 0``, the run continues a pass that was interrupted.
+        If ``progress.batch > 0``, the run resumes an interrupted pass.
 
         The model is in training mode. What you change here, such as freezing layers, lasts for the
         epoch.
@@ -364,7 +365,7 @@ class Evaluation(Protocol):
 
     @event
     def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase) -> None:
-        """Do what must happen between the last batch of a model and its metrics.
+        """Act between the last batch of a model and the computation of its metrics.
 
         The model has seen all batches of this rank. After this event, the ranks gather the results
         that the metrics hold. The model is in evaluation mode, and gradients are disabled.
@@ -413,11 +414,11 @@ class Step(Protocol):
 
     @event
     def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Turn the raw gradients into those of the loss, for all later events.
+        """Turn the raw gradients into the gradients of the loss, which all later events see.
 
         Exchange gradients with other ranks, divide by the loss scale, or average over accumulated
         micro-batches. A plugin that exchanges gradients must run first (``tryfirst``, before
-        ``amp``), because an infinite gradient on one rank concerns all ranks.
+        ``amp``), because an infinite gradient on one rank affects all ranks.
         """
 
     @event
@@ -460,8 +461,8 @@ class State(Protocol):
     def agree(self, runner: Runner, requests: Mapping[str, str]) -> Mapping[str, str] | None:
         """Combine the requests of all ranks into one: ``{"stop": reason, "save": reason}``.
 
-        The kernel asks at every safe point. You may answer some safe points later and return ``{}``
-        until then: a request stays until the ranks agree on it. The kernel's default is the
+        The kernel emits this event at every safe point. You may return ``{}`` and answer at a later
+        safe point: a request stays until the ranks agree on it. The kernel's default is the
         requests of this rank.
         """
 
@@ -479,14 +480,14 @@ class Records(Protocol):
 
     @decision
     def history(self, runner: Runner) -> Iterable[Record] | None:
-        """Return the records of the run so far, oldest first. They are read once.
+        """Return the records of the run so far, oldest first. They are iterated over once.
 
-        The records go to a sink, which receives those that it does not hold yet. A sink asks:
+        A sink emits this event to write the records that it does not hold yet:
 
         - after a checkpoint is loaded; the records are then those up to the point where the run
           resumes,
         - when you add the sink in the middle of a run,
-        - on its own thread, when it has caught up after it could not keep up.
+        - on its own thread, when its queue has drained after it dropped records.
         """
 
 
@@ -501,7 +502,7 @@ class HookSpecs(Life, Build, Train, Val, Test, Evaluation, Step, State, Records,
 
 @dataclass(frozen=True)
 class Event:
-    """One event as data."""
+    """Describe one event: its name, kind, subject, signature and documentation."""
 
     name: str
     kind: Kind
