@@ -1,1 +1,1 @@
-"""Who answers what: the events, the plugins that answer them, and their order."""
+"""The events, the plugins that implement them, and the order in which plugins are called."""

@@ -20,7 +20,7 @@ from hookengine.events.registry import unknown
 class ActivePlugins(pluggy.PluginManager):
     """Plugins by name, in the order in which events call them.
 
-    The whole set is arranged again whenever it changes, so that the order never depends on when a
+    The whole set is sorted again whenever it changes, so that the order never depends on when a
     plugin was added.
     """
 
@@ -84,7 +84,7 @@ class ActivePlugins(pluggy.PluginManager):
         resolve(self._hooks, self.hook, self._observers)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Let ``observer`` wrap each implementation; return a function that removes it again."""
+        """Let ``observer`` wrap each implementation; return a function that removes it."""
         self._observers += (observer,)
         self._resolve()
 
@@ -95,7 +95,7 @@ class ActivePlugins(pluggy.PluginManager):
         return stop
 
     def calls(self) -> dict[str, list[str]]:
-        """Return, per implemented event, the names of its plugins in the order of the calls."""
+        """Return, per implemented event, the names of its plugins in the order they are called."""
         table = {}
         for event in EVENTS.values():
             impls = getattr(self.hook, event.name).get_hookimpls()

@@ -1,4 +1,4 @@
-"""Answer a name that means nothing here: what replaces it, or what was probably meant."""
+"""Explain unknown names and invalid options: what replaces them, and what is known."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hookengine.events.registry import ANSWERS, unknown
 
 
 def answer(name: str) -> str | None:
-    """Say what replaces a name of another framework here, or return None if nobody knows.
+    """Return a sentence that says what replaces a name of another framework, or None if unknown.
 
-    Asks each function in the entry-point group ``hookengine.answers``.
+    This function asks each function in the entry-point group ``hookengine.answers``.
     """
     answers = (find(name) for find in ANSWERS.objects())
     return next((text for text in answers if text is not None), None)
 
 
 def explain_arguments(where: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> str:
-    """Say, for each argument that ``where`` does not take, what replaces it or what is known."""
+    """Explain each argument that ``where`` does not accept: its replacement or the known names."""
     answers = []
     for key, value in given.items():
         name = value if key == "type" and isinstance(value, str) else key
@@ -32,7 +32,7 @@ def explain_arguments(where: str, given: Mapping[str, Any], known: Iterable[str]
 
 
 def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:
-    """Turn pydantic's report into one line: each bad option, its value and what was expected.
+    """Summarize pydantic's report in one line: each bad option, its value and what was expected.
 
     Args:
         error: The report.

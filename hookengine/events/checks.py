@@ -17,7 +17,7 @@ from hookengine.events.registry import unknown
 
 
 def check_methods(name: str, plugin: object) -> None:
-    """Refuse misspelled events, and arguments that an event does not have.
+    """Reject misspelled events, and arguments that an event does not have.
 
     Raises:
         TypeError: The message names the plugin, the method and the nearest match.

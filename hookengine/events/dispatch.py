@@ -47,9 +47,9 @@ class Hooks:
 
 
 def resolve(hooks: Hooks, relay: pluggy.HookRelay, observers: Sequence[Observer] = ()) -> None:
-    """Point every event of ``hooks`` at the implementations that ``relay`` holds now."""
+    """Point every event of ``hooks`` at the implementations that ``relay`` currently holds."""
     for event in COMPILED:
-        impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy keeps the first one last
+        impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy stores the first one last
         setattr(hooks, event.name, compile_event(event, impls, observers))
 
 

@@ -23,15 +23,16 @@ class PluginManager(ActivePlugins):
 
     Args:
         plugins: Names, ``dict(type=NAME or class, **options)``, instances, or ``"no:NAME"`` to
-            switch a default off. Naming a default gives its options.
-        defaults: Names of the plugins that are on without being named.
+            disable a default. Name a default to set its options.
+        defaults: Names of the plugins that are enabled without being named.
 
     Attributes:
         configured: Names of the plugins that have received ``configure``.
 
     Raises:
-        ValueError: A name is given twice, or the order is a cycle.
-        KeyError: A name is unknown. ImportError: A plugin cannot be imported.
+        ValueError: A name is given twice, or ``after`` and ``before`` form a cycle.
+        KeyError: A name is unknown.
+        ImportError: A plugin cannot be imported.
         TypeError: An event is misspelled, or an option does not exist or is invalid.
     """
 
@@ -48,14 +49,14 @@ class PluginManager(ActivePlugins):
 
     @property
     def blocked(self) -> list[str]:
-        """Names of the plugins that would be on but are switched off, sorted."""
+        """Names of the plugins that would be enabled but are disabled, sorted."""
         return self._selection.blocked
 
     def source(self, name: str) -> str:
         """Return where a plugin comes from: ``distribution version``, or its module."""
         return self._selection.sources.get(name) or self._module(name)
 
-    # -- in mid-run -----------------------------------------------------------------------------
+    # -- changes during a run -------------------------------------------------------------------
 
     def configure(self) -> None:
         """Emit ``configure``, and remember which plugins received it for ``unconfigure``."""
@@ -66,11 +67,11 @@ class PluginManager(ActivePlugins):
             self._call(impl, "configure")
 
     def unconfigure(self) -> None:
-        """Emit ``unconfigure`` once to each configured plugin, the last one first.
+        """Emit ``unconfigure`` once to each configured plugin, in reverse order.
 
         Raises:
-            BaseException: What a plugin raised, after all were called; a BaseExceptionGroup if
-                several did.
+            BaseException: The exception of a plugin, after all plugins were called, or a
+                BaseExceptionGroup if several plugins raised one.
         """
         errors: list[BaseException] = []
         impls = self.hook.unconfigure.get_hookimpls()  # pluggy keeps the first one last
@@ -94,7 +95,7 @@ class PluginManager(ActivePlugins):
             self._open.remove(event)
 
     def add(self, plugin: PluginLike, *, replace: bool = False) -> str:
-        """Switch a plugin on, at any time, and return its name.
+        """Enable a plugin, at any time, and return its name.
 
         A plugin added mid-run receives ``configure`` and every ``before_*`` event still in
         progress.
@@ -133,7 +134,7 @@ class PluginManager(ActivePlugins):
                 for event in ("configure", *self._open):
                     self._emit_to(name, event)
             except BaseException as error:
-                self.blame(error)  # while the plugin is still on
+                self.blame(error)  # while the plugin is registered
                 try:
                     self.remove(name)
                 except Exception as other:
@@ -142,12 +143,13 @@ class PluginManager(ActivePlugins):
         return name
 
     def remove(self, name: str) -> None:
-        """Switch a plugin off, at any time; it receives ``unconfigure``.
+        """Disable a plugin, at any time. The plugin receives ``unconfigure``.
 
-        The event that is being emitted may still call it.
+        An event that is already being emitted may still call it.
 
         Args:
-            name: The plugin's name; for a function of ``runner.on``, its own name is enough.
+            name: The plugin's name. For a function registered with ``runner.on``, its own name is
+                enough.
         """
         if name not in self._declared:
             ends = [full for full in self._declared if full.endswith(f":{name}")]
@@ -192,7 +194,7 @@ class PluginManager(ActivePlugins):
             allow: Names that may be missing on either side.
 
         Raises:
-            ValueError: There is a state without its plugin, or a plugin without its state.
+            ValueError: A state belongs to no plugin, or a plugin has no state.
         """
         allowed = set(allow)
         problems = [(n, text) for n, text in self.differences(states) if n not in allowed]
@@ -202,7 +204,7 @@ class PluginManager(ActivePlugins):
         self.restore(states)
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Load the states of the plugins that are on, without looking for differences."""
+        """Load the states of the enabled plugins, without checking for differences."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_state_dict(state)
@@ -210,12 +212,12 @@ class PluginManager(ActivePlugins):
     def differences(
         self, states: Mapping[str, Any], were_on: Iterable[str] = ()
     ) -> Iterator[tuple[str, str]]:
-        """Yield the name of each plugin that has a state on one side only, and a sentence about it.
+        """Yield the name of each plugin with a state on one side only, and a sentence about it.
 
         Args:
             states: What ``state_dict`` returned.
-            were_on: Plugins that were on when the state was made. They may be missing from it, if
-                they had nothing to save yet.
+            were_on: Plugins that were enabled when the state was saved. They may be missing from
+                it if they had nothing to save yet.
         """
         for name in sorted({*states} - {*self}):
             yield name, f"the checkpoint has a state of {name!r}, which is not on: switch it on"
@@ -223,7 +225,7 @@ class PluginManager(ActivePlugins):
             yield name, f"the checkpoint has no state of {name!r}, which is on: switch it off"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Load the states of this rank into the plugins that are on."""
+        """Load the states of this rank into the enabled plugins."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_rank_state_dict(state)

@@ -14,11 +14,11 @@ from hookengine.events.registry import PLUGINS
 def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     """Return the names of the plugins in order.
 
-    The order depends only on what is declared: plugins keep the given order, and each is preceded
-    by those that it must come after.
+    The order depends only on the declarations: plugins keep the given order, except that each is
+    preceded by those that it must come after.
 
     Raises:
-        ValueError: The constraints form a cycle; the message prints it.
+        ValueError: The constraints form a cycle. The message shows it.
     """
     _check_known(plugins)
     meant = _meanings(plugins)

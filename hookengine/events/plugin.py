@@ -1,4 +1,4 @@
-"""What a plugin is, what it is called, and which options it has."""
+"""The base class of plugins, their names and options, and plugins made of one function."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_PLUGINS = (
     "progress_bar",
     "checkpoint",
 )
-"""Names of the plugins that are on by default. Each does nothing where it is not needed."""
+"""Names of the plugins enabled by default. Each does nothing where it is not needed."""
 
 CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -41,14 +41,14 @@ def snake_case(name: str) -> str:
     kw_only_default=True, eq_default=False, field_specifiers=(pydantic.Field, dataclasses.field)
 )
 class _Options:
-    """Tells type checkers that the annotated fields of a subclass, ``Plugin`` too, are options."""
+    """Tell type checkers that the annotated fields of ``Plugin`` and its subclasses are options."""
 
 
 class Plugin(_Options):
     """Base class of plugins: annotated fields are options, methods named after events are hooks.
 
     Each subclass becomes a keyword-only pydantic dataclass, which validates its options and
-    refuses unknown ones. Attributes without an annotation are plain attributes
+    rejects unknown ones. Attributes without an annotation are plain attributes
     (``self.best = 0``). Plugins are compared and hashed by identity. A subclass that defines
     ``__init__`` is left unchanged.
 
@@ -63,9 +63,9 @@ class Plugin(_Options):
         name: (class keyword) The plugin's name; by default the name of the class in snake case.
     """
 
-    if TYPE_CHECKING:  # to pydantic it is no field
+    if TYPE_CHECKING:  # pydantic must not see a field
         plugin_name: str = "plugin"
-        """The name under which a plugin is switched off, ordered, blamed and saved.
+        """The name that disables and orders a plugin, identifies its state, and appears in errors.
 
         It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
     else:
@@ -85,20 +85,20 @@ class Plugin(_Options):
             cls.__init__ = _explaining(cls.__init__)  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse positional options, which pydantic accepts where a default is a ``Field``."""
+        """Reject positional options, which pydantic accepts where a default is a ``Field``."""
         if args and cls._by_keyword:
             raise TypeError(f"{cls.__name__} takes its options by name, not {args!r}")
         return super().__new__(cls)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the plugin needs to resume, as tensors and plain containers."""
+        """Return the state that the plugin needs to resume, as tensors and plain containers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that ``state_dict`` returned."""
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """Return the part of the state that differs between ranks; it is saved for each rank."""
+        """Return the part of the state that differs between ranks, which is saved per rank."""
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _explaining(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def options_of(plugin: object) -> dict[str, Any]:
-    """Return the options of a plugin as JSON can hold them; other values as their ``repr``."""
+    """Return a plugin's options as values that JSON can hold, or their ``repr`` otherwise."""
     if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
         return {}
     values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
@@ -135,7 +135,7 @@ def options_of(plugin: object) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON can hold it, or its ``repr`` if JSON cannot."""
+    """Return a value in a form that JSON can hold, or its ``repr`` if there is none."""
     try:
         return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
     except (ValueError, RecursionError):  # bytes that are not text, or a cycle
@@ -153,16 +153,17 @@ def name_of(plugin: object) -> str:
 
 
 class FunctionPlugin:
-    """A plugin made of one function, which may implement several events.
+    """A plugin made of one function, which implements one event.
 
     Args:
         event: The event that the function implements.
         function: The function.
-        tryfirst: Whether it is called before other plugins, see ``hookimpl``.
-        trylast: Whether it is called after other plugins, see ``hookimpl``.
+        tryfirst: Whether to call it before other plugins. See ``hookimpl``.
+        trylast: Whether to call it after other plugins. See ``hookimpl``.
 
     Raises:
-        KeyError: The event does not exist. TypeError: ``function`` is not a function.
+        KeyError: The event does not exist.
+        TypeError: ``function`` is not a function.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class FunctionPlugin:
         if not inspect.isroutine(function):
             raise TypeError(f"expected a function for {event!r}, got {function!r}")
         name = function.__name__
-        if name == "<lambda>":  # named by its place, so that a rerun notebook cell replaces it
+        if name == "<lambda>":  # named by file and line, so that a rerun cell replaces it
             code = inspect.unwrap(function).__code__
             name = f"<lambda, {os.path.basename(code.co_filename)}:{code.co_firstlineno}>"
         self.plugin_name = f"{event}:{name}"

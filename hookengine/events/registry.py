@@ -32,7 +32,7 @@ def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Return the message that ``name`` is unknown, with the closest match and all known names."""
+    """Return an error message about an unknown name, with the closest match and all known names."""
     names = sorted(known)
     return (
         f"unknown {what} {name!r}.{did_you_mean(name, names)} Known: {', '.join(names) or 'none'}"
@@ -54,7 +54,7 @@ class Registry:
 
     Args:
         group: The entry-point group, such as ``hookengine.plugins``.
-        kind: What messages call an object of the group, such as ``plugin``.
+        kind: The word for an object of the group in messages, such as ``plugin``.
     """
 
     def __init__(self, group: str, kind: str) -> None:

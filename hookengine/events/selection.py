@@ -1,4 +1,4 @@
-"""Which plugins are on: the defaults and the user's, by name, as a dict, or as instances."""
+"""Select the enabled plugins: the defaults and those that the user passes to the Runner."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Selection:
 
     Args:
         entries: Names, ``dict(type=NAME or class, **options)``, instances, or ``"no:NAME"``.
-        defaults: Names of the plugins that are on without being named.
+        defaults: Names of the plugins that are enabled without being named.
 
     Attributes:
         plugins: The plugins by name: the defaults first, then the user's, as given.
         sources: ``distribution version`` of each plugin that an entry point offers.
-        blocked: Names of the plugins that would be on but are switched off, sorted.
+        blocked: Names of the plugins that would be enabled but are disabled, sorted.
     """
 
     def __init__(self, entries: Iterable[PluginLike] | None, defaults: Sequence[str]) -> None:
@@ -39,8 +39,9 @@ class Selection:
         """Build one plugin and remember its source.
 
         Raises:
-            KeyError: the name is unknown. ImportError: the plugin cannot be imported.
-            TypeError: the entry is a class, or an option does not exist or does not validate.
+            KeyError: The name is unknown.
+            ImportError: The plugin cannot be imported.
+            TypeError: The entry is a class, or an option does not exist or is invalid.
         """
         if isinstance(entry, str):
             entry = {"type": entry}
@@ -69,7 +70,7 @@ def entry_name(entry: PluginLike) -> str:
     """Return the name of the plugin that an entry of ``plugins=[...]`` stands for.
 
     Raises:
-        KeyError: a dict without a ``type``.
+        KeyError: The entry is a dict without a ``type``.
     """
     if isinstance(entry, Mapping):
         if "type" not in entry:
@@ -81,14 +82,14 @@ def entry_name(entry: PluginLike) -> str:
     cls = entry if isinstance(entry, type) else type(entry)
     if name != name_of(cls):
         return name  # the instance was renamed
-    point = PLUGINS.offered_as(cls)  # other plugins know it by this name
+    point = PLUGINS.offered_as(cls)  # other plugins refer to this name
     return name if point is None else point.name
 
 
 def _named(
     entries: Iterable[PluginLike] | None, defaults: Sequence[str]
 ) -> tuple[dict[str, PluginLike], set[str]]:
-    """Split the user's entries into those to switch on, by name, and the names to switch off."""
+    """Split the user's entries into those to enable, by name, and the names to disable."""
     if entries is None:
         entries = ()
     if isinstance(entries, str | Mapping) or not isinstance(entries, Iterable):
