@@ -45,7 +45,7 @@ def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = (
             name = item["input"] if where == "type" else where
             parts.append(answer(str(name)) or unknown("option", where, known))
         elif item["type"] == "missing":
-            parts.append(f"it needs {where}=...")
+            parts.append(f"{where}=... is required")
         elif where:
             parts.append(f"{where}={item['input']!r}: {item['msg']}")
         else:

@@ -36,7 +36,7 @@ def check_methods(name: str, plugin: object) -> None:
         if inspect.isfunction(method) and getattr(plugin, attribute) != method:
             first = next(iter(inspect.signature(method).parameters), None)
             if first is None or first in event.arguments:
-                raise TypeError(f"plugin {name!r}, event {event}: the method has no 'self'")
+                raise TypeError(f"plugin {name!r}, event {event}: the method has no 'self'. Add it")
         for argument, parameter in parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(

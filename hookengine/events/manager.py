@@ -111,18 +111,18 @@ class PluginManager(ActivePlugins):
         """
         runner = self._hooks.runner
         if runner is not None and runner.closed:
-            raise RuntimeError("no plugin can be added: this Runner is closed")
+            raise RuntimeError("cannot add a plugin, because this Runner is closed")
         name = entry_name(plugin)
         if name in self._declared and not replace:
-            raise ValueError(f"the plugin {name!r} is already on: remove({name!r}) it first")
+            raise ValueError(f"the plugin {name!r} is already enabled. Call remove({name!r}) first")
         built = self._selection.build(name, plugin)
         check_methods(name, built)
         if runner is not None and runner.built:
             build = [e.name for e in EVENTS.values() if e.subject == "build"]
             if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
                 raise ValueError(
-                    f"the plugin {name!r} implements {', '.join(missed)}, but this Runner is built "
-                    "already: pass the plugin to Runner(plugins=[...])"
+                    f"the plugin {name!r} implements {', '.join(missed)}, but this Runner is "
+                    "already built. Pass the plugin to Runner(plugins=[...])"
                 )
         resolve_order({**self._declared, name: built})
         if name in self._declared:
@@ -220,9 +220,9 @@ class PluginManager(ActivePlugins):
                 it if they had nothing to save yet.
         """
         for name in sorted({*states} - {*self}):
-            yield name, f"the checkpoint has a state of {name!r}, which is not on: switch it on"
+            yield name, f"the checkpoint has a state of {name!r}, which is not enabled: enable it"
         for name in sorted({*self.state_dict()} - {*states} - {*were_on}):
-            yield name, f"the checkpoint has no state of {name!r}, which is on: switch it off"
+            yield name, f"the checkpoint has no state of {name!r}, which is enabled: disable it"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
         """Load the states of this rank into the enabled plugins."""

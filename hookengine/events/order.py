@@ -35,7 +35,7 @@ def resolve_order(plugins: Mapping[str, object]) -> list[str]:
     except graphlib.CycleError as error:
         cycle = " -> ".join(reversed(error.args[1]))
         raise ValueError(
-            f"the order of the plugins is a cycle: {cycle} (each declares that it is called after "
+            f"the order of the plugins has a cycle: {cycle} (each declares that it is called after "
             "the next). Remove one of these 'after' or 'before' declarations"
         ) from None
     order: dict[str, None] = {}

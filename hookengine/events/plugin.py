@@ -87,7 +87,7 @@ class Plugin(_Options):
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Reject positional options, which pydantic accepts where a default is a ``Field``."""
         if args and cls._by_keyword:
-            raise TypeError(f"{cls.__name__} takes its options by name, not {args!r}")
+            raise TypeError(f"{cls.__name__} takes its options by name, got {args!r} by position")
         return super().__new__(cls)
 
     def state_dict(self) -> dict[str, Any]:

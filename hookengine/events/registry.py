@@ -198,7 +198,7 @@ class Registry:
         if not isinstance(cfg, Mapping):
             raise TypeError(f"expected dict(type=..., ...) for a {self.kind}, got {cfg!r}")
         if "type" not in cfg:
-            raise KeyError(f"a {self.kind} needs a 'type': a name or a class; got {dict(cfg)!r}")
+            raise KeyError(f"a {self.kind} needs a 'type' (a name or a class), got {dict(cfg)!r}")
         arguments = {**defaults, **cfg}
         target = arguments.pop("type")
         factory = self.get(target) if isinstance(target, str) else target
@@ -221,7 +221,7 @@ class Registry:
             if isinstance(error, ModuleNotFoundError) and point.extras and point.dist is not None:
                 fix = f'pip install "{point.dist.name}[{",".join(point.extras)}]"'
             elif isinstance(error, AttributeError):
-                fix = f"its module has no {point.attr!r}; install a newer one or tell its authors"
+                fix = f"its module has no {point.attr!r}; install a newer version or report this"
             else:
                 fix = f"repair or uninstall it, or do not use {point.name!r}"
             raise ImportError(

@@ -52,7 +52,7 @@ class Selection:
             )
         kind = entry["type"] if isinstance(entry, Mapping) else type(entry)
         if isinstance(kind, str) and kind not in PLUGINS and (text := answer(kind)):
-            raise KeyError(f"there is no plugin {kind!r}: {text}")
+            raise KeyError(f"unknown plugin {kind!r}: {text}")
         point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
         if point is not None:
             self.sources[name] = distribution_of(point)
@@ -74,7 +74,7 @@ def entry_name(entry: PluginLike) -> str:
     """
     if isinstance(entry, Mapping):
         if "type" not in entry:
-            raise KeyError(f"a plugin needs a 'type', a name or a class; got {dict(entry)!r}")
+            raise KeyError(f"a plugin needs a 'type' (a name or a class), got {dict(entry)!r}")
         entry = entry.get("plugin_name") or entry["type"]
     if isinstance(entry, str):
         return entry
@@ -93,7 +93,7 @@ def _named(
     if entries is None:
         entries = ()
     if isinstance(entries, str | Mapping) or not isinstance(entries, Iterable):
-        raise TypeError(f"plugins= takes a list, got {entries!r}: write plugins=[...]")
+        raise TypeError(f"plugins= takes a list, got {entries!r}. Write plugins=[...]")
     named: dict[str, PluginLike] = {}
     off: set[str] = set()
     for entry in entries:
@@ -106,7 +106,7 @@ def _named(
         name = entry_name(entry)
         if name in named:
             raise ValueError(
-                f"the plugin {name!r} is given twice; give one of them another name, with the "
+                f"the plugin {name!r} is given twice. Give one of them another name with the "
                 "option plugin_name"
             )
         named[name] = entry

@@ -489,7 +489,7 @@ def test_each_optimizer_has_windows_of_its_own(make: MakeRunner) -> None:
     ("options", "message"),
     [
         (dict(steps=0), "steps=0: Input should be greater than or equal to 1"),
-        (dict(), "it needs steps="),
+        (dict(), "steps=... is required"),
         (dict(steps=2, weight="tokens"), "'sample', 'batch' or 'token'"),
         (dict(steps=2, weight="token"), "goes together with tokens="),
         (dict(steps=2, tokens="mask"), "goes together with tokens="),

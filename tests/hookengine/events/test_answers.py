@@ -60,7 +60,7 @@ def test_a_type_is_answered_by_its_value() -> None:
     ("given", "text"),
     [
         (dict(interval=0), "interval=0: Input should be greater than 0"),
-        (dict(), "it needs interval=..."),
+        (dict(), "interval=... is required"),
         (dict(interval=1, by_epochs=1), "unknown option 'by_epochs'. Did you mean 'by_epoch'?"),
         (dict(interval=1, clip_grad=1), "'clip_grad' comes from MMEngine"),
         (dict(interval=0, by_epoch="x"), "greater than 0; by_epoch='x': Input should be a valid"),

@@ -32,7 +32,7 @@ def test_who_is_added_in_mid_run_is_told_what_is_open(make: MakeRunner) -> None:
 
 def test_a_plugin_with_build_events_is_refused_in_a_built_runner(make: MakeRunner) -> None:
     runner = make()
-    with pytest.raises(ValueError, match=r"convert_model.*is built already"):
+    with pytest.raises(ValueError, match=r"convert_model.*is already built"):
         runner.plugins.add(named("late", convert_model=lambda self, model: None))
     assert "late" not in runner.plugins
 
@@ -111,7 +111,7 @@ def test_states_are_collected_by_name_and_given_back() -> None:
     other.load_rank_state_dict(manager.rank_state_dict())
     assert (restored.count, restored.rank) == (5, 5)
 
-    with pytest.raises(ValueError, match="state of 'counter', which is not on"):
+    with pytest.raises(ValueError, match="state of 'counter', which is not enabled"):
         PluginManager([Note()], defaults=()).load_state_dict(states)
     PluginManager([Note()], defaults=()).load_state_dict(states, allow=["counter"])
     with pytest.raises(ValueError, match="no state of 'counter'"):

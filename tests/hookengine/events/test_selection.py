@@ -56,7 +56,7 @@ def test_environment_blocks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ([dict(type=Note, sise=0)], TypeError, "unknown option 'sise'. Did you mean 'size'"),
         ([dict(size=0)], KeyError, "needs a 'type'"),
         ([Note], TypeError, r"pass an instance, Note\(...\)"),
-        ("logging", TypeError, r"write plugins=\[...\]"),
+        ("logging", TypeError, r"Write plugins=\[...\]"),
     ],
 )
 def test_mistakes_get_one_clear_error(plugins: Any, error: type, message: str) -> None:

@@ -180,7 +180,7 @@ def test_more_mistakes_are_answered(make: MakeRunner, data: MakeData) -> None:
         (dict(model=Plain(), loss="cross_entropy"), TypeError, "loss must be callable"),
         (dict(model=Plain(), loss=Centres()), TypeError, "Centres has parameters, which"),
         (dict(plugins=[3]), TypeError, r"plugin 'int' \(3\) implements no event"),
-        (dict(plugins=Life()), TypeError, r"write plugins=\[...\]"),
+        (dict(plugins=Life()), TypeError, r"Write plugins=\[...\]"),
     ]:
         with pytest.raises(error, match=message):
             make(**options)

@@ -41,7 +41,7 @@ def test_other_frequent_slips_are_answered(make: MakeRunner) -> None:
         make(optimizer=dict(type="SGD", lr=0.1))
     with pytest.raises(ValueError, match=r"optim_wrapper: 'OptimWrapperDict' comes from MMEngine"):
         make(optim_wrapper=dict(type="OptimWrapperDict", a=dict(optimizer=dict(type="SGD"))))
-    with pytest.raises(KeyError, match=r"no plugin 'LoggerHook'.*dict\(type='logging'"):
+    with pytest.raises(KeyError, match=r"unknown plugin 'LoggerHook'.*dict\(type='logging'"):
         make(plugins=[dict(type="LoggerHook")])
 
     class Hook(Plugin):

@@ -141,7 +141,7 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was(make: MakeRunner) -
     other.train()
     runner = make()
     weight = runner.bare_model.net.weight.clone()
-    with pytest.raises(ValueError, match="state of 'kept', which is not on"):
+    with pytest.raises(ValueError, match="state of 'kept', which is not enabled"):
         runner.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"has no .*progress.*bare_model\.load_state_dict"):
         runner.load_state_dict(other.bare_model.state_dict())

@@ -209,7 +209,7 @@ def test_a_checkpoint_without_averaged_weights(
     runner.train()
     averaged = runner.plugins["ema"].averaged
     assert torch.equal(averaged.module.net.weight, ema_of(states.weights, 0.0002))
-    with pytest.raises(ValueError, match="state of 'ema', which is not on"):
+    with pytest.raises(ValueError, match="state of 'ema', which is not enabled"):
         make().load_state_dict(runner.state_dict())
 
 

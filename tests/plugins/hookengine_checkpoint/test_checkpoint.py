@@ -512,8 +512,8 @@ def test_all_that_differs_is_said_at_once_and_can_be_allowed(
         make(plugins=["checkpoint", dict(type="amp", dtype="float16")], **other)
     text = str(caught.value)
     assert "optimizer: is AdamW here, SGD in the checkpoint" in text
-    assert "kept: the checkpoint has a state of 'kept', which is not on" in text
-    assert "amp: the checkpoint has no state of 'amp', which is on" in text
+    assert "kept: the checkpoint has a state of 'kept', which is not enabled" in text
+    assert "amp: the checkpoint has no state of 'amp', which is enabled" in text
     assert "dataset: train has 12 samples in 3 batches here, 20 samples in 5 batches" in text
     assert "allow=['optimizer', 'kept', 'amp', 'dataset']" in text
     assert any("dict(type='checkpoint', allow=[...])" in n for n in caught.value.__notes__)
