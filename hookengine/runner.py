@@ -45,9 +45,9 @@ EvalPhase = Literal["val", "test"]
 
 
 class Runner(Life):
-    """Train, validate and test a model. Every feature is a plugin that answers events.
+    """Train, validate and test a model. Every feature is a plugin that implements events.
 
-    The constructor builds everything, so that a mistake shows before the first iteration. Training
+    The constructor builds everything, so that mistakes surface before the first iteration. Training
     needs ``train_dataloader``, ``train_cfg`` and ``optim_wrapper``. Validation and testing need a
     dataloader and an evaluator each.
 
@@ -72,8 +72,8 @@ class Runner(Life):
             (inputs, target).
         plugins: Names, ``dict(type=NAME, **options)``, instances, or ``"no:NAME"``, which disables
             a default plugin.
-        defaults: Plugins that are on without being named. Pass ``()`` for the bare kernel.
-        device: Default: the accelerator that torch finds, or the CPU.
+        defaults: Plugins that are enabled without being named. Pass ``()`` for the bare kernel.
+        device: The device of the model. Default: the accelerator that torch finds, or the CPU.
         name: Name of the run and of its folder. Default: the current time.
         resume: ``"auto"`` (or True) resumes from the newest checkpoint under ``work_dir``, if there
             is one. A path resumes from that checkpoint.
@@ -86,7 +86,7 @@ class Runner(Life):
         hooks: All events as functions.
         plugins: The plugin manager.
         progress: The counters.
-        model: The model as it is trained: wrapped and on its device.
+        model: The model that is trained: wrapped and on its device.
         bare_model: The module before any wrapping. All state uses its parameter names.
         optim_wrapper: The optimizer wrapper (or ``OptimWrapperDict``), or None.
         optimizer_names: The names of the optimizers, known before the optimizers are built.
@@ -241,7 +241,7 @@ class Runner(Life):
 
     @property
     def named(self) -> bool:
-        """Whether the run has a name that was given or taken from an earlier run."""
+        """Whether the run got its name from you or from an earlier run that it continues."""
         return self._named
 
     @property
@@ -427,8 +427,8 @@ class Runner(Life):
         """Return the state that all ranks share, in plain containers.
 
         The state holds weights, optimizers, counters and plugins. It does not hold gradients:
-        within a window of accumulated gradients, a run cannot be resumed exactly from it, and you
-        are warned. Call this method in the event ``safe_point``.
+        if you call this method within a window of accumulated gradients, a run cannot be resumed
+        exactly from the state, and a warning is logged. Call it in the event ``safe_point``.
         """
         if (
             self.optim_wrapper is not None
@@ -446,7 +446,7 @@ class Runner(Life):
         return checkpoint
 
     def load_state_dict(self, checkpoint: dict[str, Any], *, allow: Iterable[str] = ()) -> None:
-        """Load a state that ``state_dict`` returned, to continue from it.
+        """Load a state that ``state_dict`` returned, to resume from it.
 
         Args:
             checkpoint: The state.

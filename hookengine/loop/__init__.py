@@ -1,1 +1,1 @@
-"""What happens when: the loops, their counters, the optimizer's step, the life of a run."""
+"""The loops, their counters, the optimizer step, and the life cycle of a run."""

@@ -1,4 +1,4 @@
-"""The options of ``train_cfg``, ``val_cfg`` and ``test_cfg``, and how bad values are reported."""
+"""The options of ``train_cfg``, ``val_cfg`` and ``test_cfg``, and how to validate them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class TrainCfg(pydantic.BaseModel):
     def _one_unit(self) -> Self:
         if self.max_epochs is not None and self.max_iters is not None:
             raise ValueError(
-                f"max_epochs={self.max_epochs} and max_iters={self.max_iters} are both set: "
-                "set only one of them"
+                f"max_epochs={self.max_epochs} and max_iters={self.max_iters} are both set. "
+                "Set only one of them"
             )
         if self.by_epoch is None:
             self.by_epoch = self.max_iters is None

@@ -108,15 +108,15 @@ def copy_dataloader(dataloader: DataLoader[Any], **replaced: Any) -> DataLoader[
     Args:
         dataloader: The DataLoader; it is not changed.
         **replaced: New values by attribute name, such as ``sampler``, ``batch_sampler``,
-            ``batch_size``, ``dataset`` or ``worker_init_fn``. torch raises ValueError when some of
-            these are set on a DataLoader that exists, because a running iterator would not see the
-            change. The copy has no iterator yet, so they are set regardless.
+            ``batch_size``, ``dataset`` or ``worker_init_fn``. torch raises ValueError if you set
+            some of these on an existing DataLoader, because a running iterator would not see the
+            change. The copy has no iterator yet, so this function can set them.
 
     Returns:
         The copy.
     """
     copied = copy.copy(dataloader)
-    vars(copied).update(replaced, _iterator=None)  # past DataLoader.__setattr__, which refuses
+    vars(copied).update(replaced, _iterator=None)  # DataLoader.__setattr__ would raise
     return copied
 
 

@@ -31,7 +31,7 @@ class Life:
     _depth = 0
 
     def close(self) -> None:
-        """Have the plugins release their resources and close the Runner for good.
+        """Have the plugins release their resources, and close the Runner permanently.
 
         Further calls do nothing.
 
@@ -41,7 +41,7 @@ class Life:
         if self.closed:
             return
         if self._depth:
-            raise RuntimeError("close() was called during a run: call stop() to end the run first")
+            raise RuntimeError("close() was called during a run. Call stop() to end the run first")
         self.closed = True
         _open_lives.discard(self)
         try:
@@ -52,7 +52,7 @@ class Life:
             self._let_go()
 
     def _leave_run(self) -> None:
-        """Discard what an interrupted run would resume with."""
+        """Discard the position at which an interrupted run would resume."""
 
     def _let_go(self) -> None:
         """Remove the hooks from objects that may outlive the Runner."""
@@ -77,7 +77,7 @@ class Life:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise RuntimeError("this Runner is closed: create a new one")
+            raise RuntimeError("this Runner is closed. Create a new one")
 
     @contextmanager
     def _building(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class Life:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Wrap a call of train(), val() or test(): emit before_run, and at the end after_run.
+        """Wrap a call of train(), val() or test(): emit before_run and, at the end, after_run.
 
         A validation that a plugin starts during a run is part of that run.
         """

@@ -36,7 +36,7 @@ class TrainLoop:
         self.set_limits(cfg)
 
     def set_limits(self, cfg: TrainCfg) -> None:
-        """Replace the limits, from now on."""
+        """Use the limits of ``cfg`` from now on."""
         self.cfg = cfg
         progress = self.runner.progress
         progress.epoch_length = length = length_of(self.dataloader)
@@ -84,8 +84,8 @@ class TrainLoop:
                 return
             if progress.batch == 0:
                 raise ValueError(
-                    f"the training dataloader gave no batch in epoch {progress.epoch + 1}. An "
-                    "iterator (a generator) can be used only once: pass an iterable that starts "
+                    f"the training dataloader yielded no batch in epoch {progress.epoch + 1}. An "
+                    "iterator (a generator) can be used only once. Pass an iterable that starts "
                     "over each time, or limit the run with max_iters"
                 )
             progress.epoch += 1
@@ -169,7 +169,7 @@ class TrainLoop:
             if dropped:
                 self.runner.logger.warning(
                     f"skipped the first {dropped} batches of epoch {progress.epoch + 1}, which "
-                    "were trained on before the resume; they are the same batches only if the "
+                    "the run used before it was resumed. They are the same batches only if the "
                     "dataloader's random state is the same"
                 )
         return self._iterator
@@ -178,8 +178,8 @@ class TrainLoop:
         """Drop the iterator of an epoch that was left in the middle.
 
         Args:
-            resumed: Whether the counters were loaded, so that a dataloader that cannot start over
-                is still at its first batch.
+            resumed: Whether the counters were loaded from a checkpoint. A dataloader that cannot
+                start over is then still at its first batch.
         """
         self._iterator = None
         self._resumed |= resumed
@@ -192,7 +192,7 @@ class TrainLoop:
         return min(known, default=None)
 
     def _next_milestone(self) -> int:
-        """Return the iteration of the next validation or of the end; -1 if epochs decide."""
+        """Return the iteration of the next validation or of the end, or -1 if epochs decide."""
         if self.cfg.by_epoch:
             return -1
         interval, done = self.cfg.val_interval or 1, self.runner.progress.iter
@@ -266,8 +266,8 @@ class EvalLoop:
             return {"": runner.model}
         if not isinstance(models, Mapping) or not all(hasattr(m, method) for m in models.values()):
             raise TypeError(
-                f"evaluated_models must return modules with {method}() by prefix (for a "
-                f"plain module, runner.wrap(module, 'average')); a plugin returned {models!r}"
+                f"evaluated_models must return a dict of modules with {method}(), got {models!r}. "
+                "For a plain module, pass runner.wrap(module, 'average')"
             )
         return models
 
@@ -299,7 +299,7 @@ class EvalLoop:
         metrics = evaluation.summarize(dataset_size(self.dataloader), consecutive)
         if metrics is None:
             raise ValueError(
-                f"the {phase} dataloader gave no batch, so nothing was evaluated. An iterator (a "
-                "generator) can be used only once: pass an iterable that starts over each time"
+                f"the {phase} dataloader yielded no batch, so nothing was evaluated. An iterator "
+                "(a generator) can be used only once. Pass an iterable that starts over each time"
             )
         return metrics

@@ -74,9 +74,10 @@ class OptimWrapper:
     Attributes:
         hooks: The events that the wrapper emits. A Runner that receives the wrapper sets them.
         will_step: Whether the current iteration ends with a step; known before the forward pass.
-            A plugin that synchronizes gradients between ranks only in such iterations must do so
-            in ``finish_gradients`` when a direct call of ``step`` closes the window.
-        window_length: Iterations per step, as planned by the plugin that answers ``should_step``.
+            A direct call of ``step`` may close a window in any other iteration: a plugin that
+            synchronizes gradients only when ``will_step`` is True must then do so in
+            ``finish_gradients``.
+        window_length: Iterations per step, set by the plugin that implements ``should_step``.
         window_open: Whether there are gradients that no step has used yet.
         steps: Steps taken; skipped steps do not count.
     """
@@ -219,7 +220,7 @@ def _bad_loss(loss: Any) -> Exception:
         return TypeError(f"the loss must be a tensor, got {loss!r}")
     if loss.dim():
         return ValueError(
-            f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it with .mean() or "
+            f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean() or "
             ".sum()"
         )
     return ValueError(
@@ -275,7 +276,7 @@ class OptimWrapperDict(Mapping[str, OptimWrapper]):
 
     def _choose(self, call: str) -> str:
         first = next(iter(self.optim_wrappers))
-        return f"{call} needs one optimizer: choose one, as in optim_wrapper[{first!r}].{call}"
+        return f"{call} needs one optimizer. Choose one, as in optim_wrapper[{first!r}].{call}"
 
     def zero_grad(self) -> None:
         """Discard the gradients of all the wrappers."""

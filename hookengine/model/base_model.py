@@ -1,4 +1,4 @@
-"""BaseModel, the base class of what the Runner trains, and a wrapper for plain modules."""
+"""The base class of models that the Runner trains, and a wrapper for plain modules."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class BaseModel(BaseModule):
             raise
         if outputs is None:
             raise TypeError(
-                f"{type(self).__name__}.forward(mode={mode!r}) returned None: check that every "
+                f"{type(self).__name__}.forward(mode={mode!r}) returned None. Check that every "
                 "branch returns a value"
             )
         return outputs
@@ -161,7 +161,7 @@ class BaseModel(BaseModule):
             target = torch.device(backend) if device is None else torch.device(backend, device)
         except RuntimeError as error:
             raise RuntimeError(
-                f"torch does not know the device {backend!r}: import torch_{backend} first"
+                f"torch does not know the device {backend!r}. Import torch_{backend} first"
             ) from error
         return self.to(target)
 

@@ -201,5 +201,5 @@ def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: Make
         def evaluated_models(self, runner: Any) -> Any:
             return {"ema": runner.bare_model}
 
-    with pytest.raises(TypeError, match=r"evaluated_models must return modules with val_step\(\)"):
+    with pytest.raises(TypeError, match=r"must return a dict of modules with val_step\(\)"):
         make(model=Plain(), loss=F.cross_entropy, validate=True, plugins=[Wrong()]).val()

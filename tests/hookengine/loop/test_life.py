@@ -142,7 +142,7 @@ def test_runs_that_cannot_be_nested_are_refused(make: MakeRunner) -> None:
 
     attempt("after_val_epoch", lambda r: r.val(), r"val\(\) was called while val\(\)")
     attempt("after_train_iter", lambda r: r.train(), r"train\(\) was called within a run")
-    attempt("after_train_iter", lambda r: r.close(), r"call stop\(\) to end the run")
+    attempt("after_train_iter", lambda r: r.close(), r"Call stop\(\) to end the run")
 
 
 def test_a_stop_before_the_run_holds(make: MakeRunner) -> None:

@@ -263,7 +263,7 @@ def test_several_optimizers_are_chosen_by_the_model(
     assert (list(both), len(both), list(both.keys())) == (["a"], 1, ["a"])
     with pytest.raises(TypeError, match=r"optim_wrapper\['a'\].update_params\(loss\)"):
         both.update_params(loss_of(layer))
-    with pytest.raises(TypeError, match="choose one"):
+    with pytest.raises(TypeError, match="Choose one"):
         both.optim_context(layer)
     with pytest.raises(KeyError, match="unknown optimizer 'b'"):
         both["b"]

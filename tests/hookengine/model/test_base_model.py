@@ -160,7 +160,7 @@ def test_every_way_of_moving_takes_the_preprocessors_along_at_any_nesting() -> N
 
 @pytest.mark.parametrize("backend", ["npu", "mlu", "musa"])
 def test_an_accelerator_that_is_not_there_is_said_so(backend: str) -> None:
-    with pytest.raises(RuntimeError, match=f"import torch_{backend} first"):
+    with pytest.raises(RuntimeError, match=f"Import torch_{backend} first"):
         getattr(Modes(), backend)()
 
 
