@@ -1,4 +1,4 @@
-"""How records reach a sink: its queue and its thread, what it holds, and what it has missed."""
+"""Deliver records to a sink: its queue and thread, and the records that it holds or has missed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def on_thread_of(owner: object) -> bool:
 
 @dataclass(frozen=True)
 class Destination:
-    """What a delivery calls. Each function gets the Runner, and runs on the delivery's thread.
+    """The functions that a delivery calls. All but ``pause`` receive the Runner.
+
+    They run on the delivery's thread.
 
     Attributes:
         name: The sink's name, for the thread and for warnings.
         open: Called before the first record.
         write: Called for each record that the sink does not hold yet.
-        skip: Called for each record that it holds already.
+        skip: Called for each record that the sink already holds.
         close: Called after the last record.
-        pause: Returns for how many seconds records are gathered before they are written.
+        pause: Returns the number of seconds to gather records before they are written.
     """
 
     name: str
@@ -48,16 +50,16 @@ class Delivery:
     """The queue, the thread and the counts of one sink, for one Runner.
 
     Args:
-        owner: The sink; see ``on_thread_of``.
-        destination: What to call.
-        runner: The Runner whose records these are, or None if there is none yet.
+        owner: The sink. See ``on_thread_of``.
+        destination: The functions to call.
+        runner: The Runner that the records come from, or None if there is none yet.
 
     Attributes:
-        held: Per phase, the last iteration of which the sink held a record before it was opened.
-        continues: Whether the run resumes a history, part of which the sink may hold.
-        records: How many records were written.
-        failures: How many calls raised an exception.
-        dropped: How many records were dropped, and not replayed from the history since.
+        held: The last iteration of each phase for which the sink already holds a record.
+        continues: Whether the run resumes a history, part of which the sink may already hold.
+        records: The number of records written.
+        failures: The number of calls that raised an exception.
+        dropped: The number of records dropped and not replayed from the history since.
         started: Whether the thread has been started.
     """
 
@@ -83,7 +85,7 @@ class Delivery:
         return self.thread is not None
 
     def retire(self) -> None:
-        """Write nothing more: the sink serves another Runner now."""
+        """Stop writing, because the sink now serves another Runner."""
         self._retired = True
 
     # -- what goes into the queue -----------------------------------------------------------------
@@ -111,28 +113,28 @@ class Delivery:
                 return
         if not self._warned_behind:
             self._warned_behind = True
-            self.warn("cannot keep up; records are left for later (metrics.jsonl has them all)")
+            self.warn("cannot keep up; records are dropped for now (metrics.jsonl has them all)")
 
     def replay(self, records: Iterable[Record]) -> None:
-        """Write the records that the sink does not hold, however many wait.
+        """Write the records that the sink does not hold, however many jobs are waiting.
 
         Args:
-            records: Read once, on the thread.
+            records: The records, oldest first; iterated over once, on the thread.
         """
         self.put(lambda: self._fill(records))
 
     def catch_up_first(self) -> None:
-        """Write what the history holds before any new record: the run began before the sink."""
+        """Write the records of the history before any new one: the sink was added mid-run."""
         self.continues = self._history() is not None
         self._behind = self.continues
         self.put(lambda: None)  # the thread catches up after this job
 
     def expect_repetition(self) -> None:
-        """Skip what was written before, since records may come again after a load."""
+        """Skip the records written so far, since they may come again after a load."""
         if self.thread is None:
             self._hold_written()
         else:
-            self.put(self._hold_written)  # after the records that still wait
+            self.put(self._hold_written)  # after the waiting records
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ class Delivery:
             job = self._queue.get()
             if job is None:
                 return
-            if not gathered:  # a batch of records costs training one switch of threads
+            if not gathered:  # one switch of threads per batch of records
                 self._hurry.wait(self._to.pause())
             yield job
 
@@ -176,7 +178,7 @@ class Delivery:
             self.guard("skip", lambda: self._to.skip(self.runner, record), everything=True)
 
     def _catch_up(self) -> None:
-        """Write what was dropped, from the history if a plugin keeps one."""
+        """Write the dropped records from the history, if a plugin keeps one."""
         with self._lock:  # later records are queued, and may be in the history as well
             self._behind, missed = False, self.dropped
         history = self.guard("history", self._history)
@@ -213,7 +215,7 @@ class Delivery:
 
         Args:
             what: The name of the method, for the warning.
-            call: Its return value is returned, or None if it raised.
+            call: The function to run. Its return value is returned, or None if it raised.
             everything: Also catch SystemExit and the like, which would end the thread.
         """
         try:
@@ -239,7 +241,7 @@ class Delivery:
     def flush(self, timeout: float) -> bool:
         """Wait at most ``timeout`` seconds until the queue is empty; return whether it is.
 
-        A queue that has not moved since the last wait timed out is not waited for again.
+        If the queue has made no progress since a wait timed out, do not wait for it again.
         """
         if self.thread is None:
             return True
@@ -266,9 +268,9 @@ class Delivery:
         return False
 
     def finish(self, timeout: float) -> None:
-        """Write what is left, close, and warn about lost records.
+        """Write the remaining records, close, and warn about lost records.
 
-        Waits at most ``timeout`` seconds for the queue, and as long for the thread.
+        This waits at most ``timeout`` seconds for the queue, and as long for the thread.
         """
         waiting = 0
         if self.thread is not None:

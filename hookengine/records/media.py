@@ -157,14 +157,14 @@ Medium: TypeAlias = Image | Histogram | Table | str
 
 
 def as_medium(value: Any) -> Medium:
-    """Convert a value that is not a number to the medium that shows it.
+    """Convert a value that is not a number to the medium that represents it.
 
     A tensor or array with one dimension becomes a histogram, and one with two to four dimensions an
     image. PIL images and matplotlib figures become images, a pandas DataFrame becomes a table, and
     a string stays a text.
 
     Raises:
-        TypeError: If the type of the value is not supported; the message lists what is.
+        TypeError: If the type of the value is not supported. The message lists the supported types.
         ValueError: If its shape or content is not supported.
     """
     if isinstance(value, (Image, Histogram, Table, str)):

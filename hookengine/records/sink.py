@@ -1,4 +1,4 @@
-"""Sinks: plugins that pass records on to another program, and can fail or hang without harm."""
+"""Sinks: plugins that send records elsewhere and may fail or hang without affecting training."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Sink(Plugin):
     thread. An exception raised by any of these methods is counted, the first one is logged as a
     warning, and training continues with bit-identical weights.
 
-    The delay that a sink adds is bounded. A record that finds ``queue_size`` jobs waiting is
-    dropped at once. At the end of a run, at a load and in ``unconfigure``, the Runner waits at
-    most ``flush_timeout`` seconds for the queue to drain, and as long for ``close``; a queue that
-    has not moved since the last wait is not waited for again. After the queue drains, dropped
-    records are replayed from the ``history``. Records that could not be replayed are counted, and
-    a warning at the end gives their number. A record whose ``write`` raised an exception is not
-    tried again.
+    The delay that a sink adds is bounded. If ``queue_size`` jobs are waiting, a new record is
+    dropped at once. At the end of a run, when a checkpoint is loaded, and in ``unconfigure``, the
+    Runner waits at most ``flush_timeout`` seconds for the queue to drain, and in ``unconfigure`` at
+    most as long again for ``close``. If the queue has made no progress since a wait timed out, the
+    Runner does not wait for it again. After the queue drains, dropped records are replayed from the
+    ``history``. Records that could not be replayed are counted, and a warning at the end gives
+    their number. A record whose ``write`` raised an exception is not tried again.
 
-    A resumed run leaves no gap and no repetition: ``open`` sets ``held`` to the last iteration of
-    each phase that is already there. Records up to that iteration go to ``skip`` instead of
-    ``write``, and records that the event ``history`` has beyond it are written first.
+    A resumed run leaves no gap and repeats no record: ``open`` sets ``held`` to the last iteration
+    of each phase that the sink already holds. Records up to that iteration go to ``skip`` instead
+    of ``write``, and later records from the event ``history`` are written first.
     """
 
     queue_size = 1000
     flush_timeout = 10.0
     pause = 1.0
-    """Seconds for which records are gathered before they are written together."""
+    """Seconds to gather records before they are written together."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in EVENTS.keys() & cls.__dict__.keys():
@@ -53,15 +53,15 @@ class Sink(Plugin):
         super().__init_subclass__(**kwargs)
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse a sink without ``write``."""
+        """Reject a sink without ``write``."""
         if not hasattr(cls, "write"):
-            raise TypeError(f"the sink {cls.__name__} has no write(self, runner, record)")
+            raise TypeError(f"the sink {cls.__name__} has no write(self, runner, record). Add it")
         return super().__new__(cls, *args, **options)
 
     # -- what a subclass may override -------------------------------------------------------------
 
     def open(self, runner: Runner) -> None:
-        """Connect, on the sink's thread; may fill ``held`` from what is already there."""
+        """Connect, on the sink's thread; may fill ``held`` with what the sink already holds."""
 
     def close(self, runner: Runner) -> None:
         """Disconnect, on the sink's thread, after the last record."""
@@ -72,18 +72,18 @@ class Sink(Plugin):
     # -- what a subclass may use ------------------------------------------------------------------
 
     def enqueue(self, job: Callable[[], None]) -> None:
-        """Run ``job`` on the sink's thread, after the records so far; count it if it fails."""
+        """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
         delivery = self._delivery
         delivery.put(lambda: delivery.guard("a job", job, everything=True))
 
     def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
-        """Write all of ``records`` that the sink does not hold, whatever ``queue_size`` is.
+        """Write all of ``records`` that the sink does not hold, regardless of ``queue_size``.
 
         Args:
             runner: The Runner, or a stand-in with ``name``, ``run_dir``, ``logger`` and
                 ``describe()``, which is all that ``open``, ``write`` and ``close`` may use.
-            records: Read once, on the sink's thread.
-            continues: Whether to add to what the sink already has of the run, or to start over.
+            records: The records, oldest first; iterated over once, on the sink's thread.
+            continues: Whether to add to what the sink already holds of the run, or to start over.
         """
         self._delivery.runner = runner
         self._delivery.continues = continues
@@ -91,7 +91,7 @@ class Sink(Plugin):
 
     @property
     def held(self) -> dict[str, int]:
-        """Per phase, the last iteration of which the sink held a record before it was opened."""
+        """The last iteration of each phase for which the sink already holds a record."""
         return self._delivery.held
 
     @property
@@ -101,17 +101,17 @@ class Sink(Plugin):
 
     @property
     def records(self) -> int:
-        """How many records were written."""
+        """The number of records written."""
         return self._delivery.records
 
     @property
     def failures(self) -> int:
-        """How many calls of the sink's methods raised an exception."""
+        """The number of calls of the sink's methods that raised an exception."""
         return self._delivery.failures
 
     @property
     def dropped(self) -> int:
-        """How many records were dropped because the queue was full, and not replayed since."""
+        """The number of records dropped because the queue was full and not replayed since."""
         return self._delivery.dropped
 
     @property
@@ -120,7 +120,7 @@ class Sink(Plugin):
         return delivery or self._begin(None)
 
     def _begin(self, runner: Any) -> Delivery:
-        """Start over with an empty queue and counts at zero."""
+        """Start over with an empty queue and zero counts."""
         write: Callable[[Any, Record], None] = self.write  # type: ignore[attr-defined]
         to = Destination(
             self.plugin_name, self.open, write, self.skip, self.close, lambda: self.pause
@@ -131,14 +131,14 @@ class Sink(Plugin):
     # -- events; a subclass that implements one adds to it, see _isolated --------------------------
 
     def configure(self, runner: Runner) -> None:
-        """Start over: one sink may serve several Runners in turn."""
+        """Start over, because one sink may serve several Runners in turn."""
         if "_current_delivery" in self.__dict__:
             self._delivery.retire()
         self._begin(runner)
         self.__dict__["_history"] = None
 
     def after_load_checkpoint(self, runner: Runner) -> None:
-        """Keep the history for ``before_run``; records from here on may be repetitions."""
+        """Keep the history for ``before_run``; records may be repeated from here on."""
         self._delivery.flush(self.flush_timeout)
         self._delivery.expect_repetition()
         self.__dict__["_history"] = history = runner.hooks.history(runner)
@@ -154,14 +154,14 @@ class Sink(Plugin):
         if history is not None:
             self.replay(runner, history)
         elif not delivery.started and delivery.runner is not None and runner.progress.iter > 0:
-            delivery.catch_up_first()  # the sink was added in mid-run
+            delivery.catch_up_first()  # the sink was added mid-run
 
     def after_run(self, runner: Runner) -> None:
         """Wait at most ``flush_timeout`` seconds until the records so far are written."""
         self._delivery.flush(self.flush_timeout)
 
     def unconfigure(self, runner: Runner) -> None:
-        """Write what is left, close, and warn about lost records."""
+        """Write the remaining records, close, and warn about lost records."""
         self._delivery.finish(self.flush_timeout)
 
 
