@@ -1,4 +1,4 @@
-"""hookengine: a training loop that emits events, and plugins that answer them."""
+"""hookengine: a training loop that emits events, and plugins that implement them."""
 
 from hookengine import dist
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value

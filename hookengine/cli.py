@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 def _console() -> Console:
-    """Return a console as wide as the terminal, or wide enough for whole lines without one."""
+    """Return a console as wide as the terminal, or 200 columns wide without one."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
@@ -90,7 +90,7 @@ def events(
 
 @app.command()
 def env() -> None:
-    """Print versions, devices and threads."""
+    """Print the environment: versions, devices, number of threads."""
     for key, value in describe_environment().items():
         typer.echo(f"{key}: {value}")
 

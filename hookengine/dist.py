@@ -1,4 +1,4 @@
-"""Rank, world size, gather: thin helpers over torch.distributed that also work on one process.
+"""Rank, world size, gather: thin helpers over torch.distributed that also work in one process.
 
 They use the existing process group and never create one. A plugin creates it in ``configure``.
 """
@@ -40,7 +40,7 @@ def is_main_process() -> bool:
 def broadcast_object(obj: T, src: int = 0) -> T:
     """Return the object of rank ``src`` on all ranks.
 
-    The object is pickled, between processes of the same job only.
+    The object is pickled, and sent only between processes of the same job.
     """
     if not is_distributed():
         return obj
@@ -92,8 +92,8 @@ def collect_results(results: list[T], size: int, consecutive: bool = False) -> l
         size: Length of the dataset. Results of samples that a sampler added as padding are dropped,
             unless ``consecutive`` is set.
         consecutive: Whether each rank has the samples that follow those of the previous rank. If
-            False, a sampler has dealt the samples to the ranks in turn, like
-            ``DistributedSampler``.
+            False, the sampler deals the samples to the ranks in turn, as ``DistributedSampler``
+            does.
     """
     parts = gather_objects(results)
     if parts is None or len(parts) == 1:

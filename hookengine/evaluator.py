@@ -1,4 +1,4 @@
-"""Metrics: process batches, gather the results over ranks, and compute."""
+"""Metrics: process batches, gather the results over ranks, and compute the values."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class TorchMetric(BaseMetric):
         self.metric.update(*listed, **named)
 
     def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
-        """Return the value under the name of the metric's class, or a collection's own names."""
+        """Return the value by the metric's name, or the values of a collection by their names."""
         with warnings.catch_warnings():
             if dist.get_world_size() > 1:  # a rank may have had no batch while others had some
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric")
@@ -176,7 +176,7 @@ class TorchMetric(BaseMetric):
 
 
 def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Return a state of a torchmetric on all ranks, without those of ranks that had no batch."""
+    """Return a torchmetrics state of all ranks, without the ranks that had no batch."""
     states = dist.all_gather_objects(state.detach().cpu())
     there = [value for value in states if value.numel()] or states[:1]
     return [value.to(state.device) for value in there]
@@ -289,11 +289,11 @@ class EvaluationPass:
             self.evaluator.process(data_samples=outputs, data_batch=data_batch)
 
     def summarize(self, dataset_size: int | None, consecutive: bool) -> dict[str, Any] | None:
-        """Return the losses and metrics over the batches of all ranks, or None without a batch.
+        """Return the losses and metrics over the batches of all ranks, or None if there were none.
 
         Args:
             dataset_size: The number of samples in the dataset, or None if it is unknown.
-            consecutive: How the samples were shared, see ``dist.collect_results``.
+            consecutive: How the samples were shared. See ``dist.collect_results``.
 
         Raises:
             ValueError: A metric and a loss have the same name.
@@ -305,12 +305,12 @@ class EvaluationPass:
         metrics = _mean_over_samples([values for values, _ in shares], size)
         if self.evaluator is not None:
             total = size if dataset_size is None else dataset_size
-            # A rank that saw the whole dataset was not given a share: it has its own data.
+            # A rank that saw the whole dataset did not get a share of it.
             own = dataset_size is not None and any(count >= dataset_size for _, count in shares)
             for name, value in self.evaluator.evaluate(total, own or consecutive).items():
                 if name in metrics:
                     raise ValueError(
-                        f"a metric and a loss are both called {name!r}: give the metric a prefix"
+                        f"a metric and a loss are both called {name!r}. Give the metric a prefix"
                     )
                 metrics[name] = value
         return metrics

@@ -1,1 +1,1 @@
-"""What a Runner accepts, and what it becomes: arguments, state, description, answers."""
+"""The arguments of a Runner, its state, its description, and migration from MMEngine."""

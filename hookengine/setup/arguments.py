@@ -39,7 +39,7 @@ def build_model(model: Any) -> nn.Module:
 
 
 def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Sequence[str]) -> None:
-    """Check that the model can do what the Runner needs.
+    """Check that the model has the methods that the Runner calls, and that ``loss`` fits it.
 
     Args:
         model: The model.
@@ -207,15 +207,15 @@ def _one(
 
 
 def _part(model: nn.Module, name: str, where: str) -> nn.Module:
-    """Return the part of the model whose parameters the optimizer of that name gets."""
+    """Return the part of the model called ``name``, whose parameters the optimizer gets."""
     try:
         return model.get_submodule(name)
     except AttributeError:
         parts = dict(model.named_children())
         raise KeyError(
             f"{where}: {unknown('part of the model', name, parts)}. An optimizer from a dict gets "
-            "the parameters of the part of its name. For other parameters, pass an optimizer that "
-            "you built"
+            "the parameters of the part with its name. For other parameters, pass an optimizer "
+            "that you built"
         ) from None
 
 
@@ -265,7 +265,7 @@ def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, 
 
 
 def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
-    """Build a dataloader from an iterable, which is returned, or ``dict(dataset=..., ...)``.
+    """Build a dataloader from ``dict(dataset=..., ...)``, or return an iterable unchanged.
 
     Args:
         dataloader: The iterable or dict.
@@ -314,7 +314,7 @@ def build_evaluator(metrics: Any) -> Evaluator:
 
 
 def default_device() -> torch.device:
-    """Return the accelerator that torch finds, or the CPU without one."""
+    """Return the accelerator that torch finds, or the CPU if there is none."""
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         if device is not None:

@@ -1,4 +1,4 @@
-"""Describe a run: whole, for people and for comparing runs; or in short, for its checkpoints."""
+"""Describe a run: in full for ``run.json``, and in brief for its checkpoints."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def describe_run(runner: Runner) -> dict[str, Any]:
-    """Return what a run consists of, as values that JSON can hold.
+    """Return a description of a run, as values that JSON can hold.
 
-    The model and its number of parameters, the optimizers and their options, the configuration,
-    the plugins and their options, the order of the hooks, the environment.
+    It covers the model and its number of parameters, the optimizers and their options, the
+    configuration, the plugins and their options, the order of the hooks, and the environment.
     """
     configured = {f"{p}_cfg": getattr(runner, f"{p}_cfg") for p in ("train", "val", "test")}
     return {
@@ -43,7 +43,7 @@ def describe_run(runner: Runner) -> dict[str, Any]:
 
 
 def describe_state(runner: Runner) -> dict[str, Any]:
-    """Return what a checkpoint belongs to: code, model, optimizers, data, number of ranks."""
+    """Return what a checkpoint must match: model, plugins, optimizers, data, number of ranks."""
 
     def parameters(wrapper: OptimWrapper) -> dict[str, Any]:
         return {"parameters": _parameter_names(runner.bare_model, wrapper)}
@@ -64,7 +64,7 @@ def describe_state(runner: Runner) -> dict[str, Any]:
 
 
 def wrappers_of(runner: Runner) -> dict[str, OptimWrapper]:
-    """Return the Runner's optimizer wrappers by name; none if it does not train."""
+    """Return the Runner's optimizer wrappers by name, or an empty dict if it does not train."""
     return {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
 
 
@@ -82,7 +82,7 @@ def _optimizers(
 
 
 def _options(wrapper: OptimWrapper) -> dict[str, Any]:
-    """Return the options that all groups share, and under ``groups`` those that differ."""
+    """Return the options that all parameter groups share, and under ``groups`` the others."""
     groups = [{k: v for k, v in g.items() if k != "params"} for g in wrapper.param_groups]
     groups = [as_json(group) for group in groups]
     same = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}

@@ -13,9 +13,9 @@ import torch
 
 
 def without_secrets(command: list[str]) -> list[str]:
-    """Return a command line with the values of options hidden whose names suggest a secret.
+    """Return a command line with ``***`` in place of the values of options that look secret.
 
-    Such names end with ``key``, ``token``, ``secret`` or ``password``; their values become ``***``.
+    Such options have names that end with ``key``, ``token``, ``secret`` or ``password``.
     """
     shown: list[str] = []
     for argument in command:
@@ -34,7 +34,7 @@ _SECRET = re.compile(r"-*[\w.-]*(key|token|secret|password)", re.IGNORECASE)
 def describe_environment() -> dict[str, Any]:
     """Return versions, devices, threads and the command line as plain values.
 
-    This is fast and initializes no device.
+    This is fast. With CUDA, it initializes ``torch.cuda`` to read the names of the devices.
     """
     packages = {}
     for name in ("hookengine", "torch", "torchvision", "numpy", "pluggy", "pydantic"):

@@ -1,7 +1,7 @@
-"""What users of MMEngine may pass, and what replaces it in hookengine.
+"""Arguments and names of MMEngine, and what replaces them in hookengine.
 
-Only here does the kernel mention features. Users see these strings only if they use a name from
-MMEngine.
+Users see these messages only if they use a name from MMEngine. This module may name the plugins
+that provide a feature; the kernel must not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
         "omit it and start the same script with torchrun",
         "call torch.distributed.init_process_group before you create the Runner",
     ),
-    "cfg": (None, "pass the arguments of the Runner themselves: Runner(**cfg) for a dict", ""),
+    "cfg": (None, "pass the arguments to the Runner directly, as in Runner(**cfg)", ""),
     "data_preprocessor": (
         None,
         "it belongs to the model: use BaseModel(data_preprocessor=...)",
@@ -80,7 +80,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "TensorboardVisBackend": ("tensorboard", "use plugins=['tensorboard']", ""),
     "LocalVisBackend": (
         "logging",
-        "use metrics.jsonl, run.json and media in the folder of the run",
+        "use metrics.jsonl, run.json and media in the run's folder",
         "",
     ),
     "resume": (
@@ -168,7 +168,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
     "runner.save_checkpoint": (
         "checkpoint",
         "the plugin 'checkpoint' saves for you",
-        "call torch.save(runner.state_dict())",
+        "call torch.save(runner.state_dict(), path)",
     ),
     "runner.load_checkpoint": (
         "checkpoint",
@@ -179,7 +179,7 @@ REPLACEMENTS: dict[str, tuple[str | None, str, str]] = {
 
 
 def drop_neutral(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``arguments`` without those of MMEngine's configurations that have no effect."""
+    """Return ``arguments`` without those of MMEngine that have no effect."""
     neutral = (None, False, "none")
     return {
         name: value
@@ -201,10 +201,10 @@ def answer(name: str) -> str | None:
 
 
 def translate_dataloader(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the arguments of torch's DataLoader for those of an MMEngine configuration.
+    """Translate the arguments of an MMEngine dataloader to those of torch's DataLoader.
 
     Args:
-        options: The arguments of the configuration.
+        options: The arguments in the MMEngine configuration.
         where: The name of the dataloader, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which values a checkpoint can hold: those that can be read without running code."""
+"""Find values that a checkpoint cannot hold, because loading them would run code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
     Args:
         value: A tensor, a plain value, or a nested container of these.
-        path: What the places start with, such as ``"the state of plugins"``.
+        path: The start of each yielded place, such as ``"the state of plugins"``.
     """
     kind = type(value)
     if isinstance(value, Tensor) or kind in _VALUES:

@@ -1,4 +1,4 @@
-"""The state of a Runner: what it consists of, how it may differ from a Runner, how it is loaded."""
+"""The state of a Runner: collect it, compare it with a Runner, and load it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     Args:
         runner: A built Runner.
         checkpoint: What ``collect`` returned.
-        allow: Names of what may differ, as ``differences`` yields them.
+        allow: What may differ, by the names that ``differences`` yields.
 
     Raises:
-        ValueError: It is not the state of a Runner, or it differs in something that is not
-            allowed; then nothing is loaded.
+        ValueError: ``checkpoint`` is not the state of a Runner, or it differs in something that
+            is not allowed. Nothing is loaded.
         KeyError: ``allow`` has an unknown name.
     """
     allowed = {allow} if isinstance(allow, str) else set(allow)
@@ -72,7 +72,7 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counters; mid-epoch with another number of ranks, the batch at the same share."""
+    """Return the counters, with ``batch`` rescaled if the number of ranks changed mid-epoch."""
     progress, meta = dict(checkpoint["progress"]), checkpoint.get("meta", {})
     ranks, now = meta.get("world_size"), dist.get_world_size()
     then, length = meta.get("dataset", {}).get("train", {}).get("batches"), None
@@ -84,7 +84,7 @@ def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
-    """Warn if the script's learning rate differs from the checkpoint's, which is used."""
+    """Warn if the script's learning rate differs from the checkpoint's, which takes effect."""
     for group, old in _groups(runner, saved):
         # torch's schedulers keep the rate that the user gave, and change the other one.
         given, then = (g.get("initial_lr", g.get("lr")) for g in (group, old))
@@ -167,7 +167,7 @@ def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
     if not parts:
         return ""
     return (
-        f"{'; '.join(parts)}. It belongs to another model; to start with the weights that fit, use "
+        f"{'; '.join(parts)}. The state is from another model; to load the weights that fit, use "
         "Runner(load_from=dict(checkpoint=..., strict=False, ignore_mismatched_sizes=True))"
     )
 
@@ -191,7 +191,7 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
     if several or "param_groups" not in saved:
         if saved.keys() != wrappers.keys():
             there = "one" if "param_groups" in saved else ", ".join(sorted(saved))
-            return f"there are {', '.join(sorted(wrappers))} here, {there} in the checkpoint"
+            return f"the Runner has {', '.join(sorted(wrappers))}, the checkpoint has {there}"
     else:
         saved = dict.fromkeys(wrappers, saved)
     described = checkpoint.get("meta", {}).get("optimizers", {})
@@ -205,5 +205,5 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
         if sizes != others:
             return f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint"
         if then["parameters"] != now["parameters"]:
-            return f"{label}has other parameters in its groups, or in another order"
+            return f"{label}has different parameters in its groups, or in a different order"
     return ""

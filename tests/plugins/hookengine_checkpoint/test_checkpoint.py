@@ -549,7 +549,7 @@ def test_parameters_in_another_order_are_refused(make: MakeRunner) -> None:
 
     first = runner(1)
     first.train()
-    with pytest.raises(ValueError, match="other parameters in its groups, or in another order"):
+    with pytest.raises(ValueError, match="different parameters in its groups, or in a different"):
         runner(-1, resume=first.run_dir)
 
 
