@@ -236,7 +236,7 @@ class Runner(Life):
         if given and "resume" not in self.plugins.calls():
             raise ValueError(
                 f"{' and '.join(given)} needs a plugin that implements the event 'resume', but no "
-                f"such plugin is enabled. {answer('resume')}"
+                f"such plugin is enabled. {answer('resume') or ''}"
             )
 
     @property

@@ -34,7 +34,7 @@ class ActivePlugins(pluggy.PluginManager):
 
     @property
     def hooks(self) -> HookSpecs:
-        """Every event as a function with positional arguments; always the same object."""
+        """The events as functions with positional arguments; always the same object."""
         return cast(HookSpecs, self._hooks)
 
     def __getitem__(self, name: str) -> Any:

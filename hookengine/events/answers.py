@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pydantic
@@ -13,10 +14,15 @@ from hookengine.events.registry import ANSWERS, unknown
 def answer(name: str) -> str | None:
     """Return a sentence that says what replaces a name of another framework, or None if unknown.
 
-    This function asks each function in the entry-point group ``hookengine.answers``.
+    This function asks each function in the entry-point group ``hookengine.answers``, and therefore
+    imports them: call it only to explain an error. A function that cannot be imported, or that
+    raises, knows no answer: it must not hide the error that is being explained.
     """
-    answers = (find(name) for find in ANSWERS.objects())
-    return next((text for text in answers if text is not None), None)
+    for known in ANSWERS.names():
+        with suppress(Exception):
+            if (text := ANSWERS.get(known)(name)) is not None:
+                return str(text)
+    return None
 
 
 def explain_arguments(where: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> str:

@@ -55,19 +55,22 @@ def check_methods(name: str, plugin: object) -> None:
 
 def _check_is_no_event(name: str, attribute: str) -> None:
     near = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.75)
+    is_reserved = re.match(r"(before|after|on)_", attribute)
+    is_near = near and difflib.SequenceMatcher(None, attribute, near[0]).ratio() > 0.9
+    if not (is_reserved or is_near):
+        return
     text = answer(attribute)
     hint = f"{text}." if text else f"Did you mean {near[0]!r}?" if near else ""
-    if re.match(r"(before|after|on)_", attribute):
+    if is_reserved:
         raise TypeError(
             f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists all "
             "events; other methods must not be named before_*, after_* or on_*"
         )
-    if near and difflib.SequenceMatcher(None, attribute, near[0]).ratio() > 0.9:
-        warnings.warn(
-            f"plugin {name!r}: the method {attribute!r} is not an event and is never called. "
-            f"{hint} To silence this warning, start its name with an underscore",
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"plugin {name!r}: the method {attribute!r} is not an event and is never called. "
+        f"{hint} To silence this warning, start its name with an underscore",
+        stacklevel=2,
+    )
 
 
 def returns_a_value(function: Callable[..., Any]) -> bool:

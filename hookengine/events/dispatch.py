@@ -25,7 +25,7 @@ COMPILED = [e for name, e in EVENTS.items() if name not in ("configure", "unconf
 
 
 class Hooks:
-    """One function per event, and the Runner that they belong to.
+    """One function per compiled event, and the Runner that they belong to.
 
     A copied or unpickled instance is silent, so that a copied model emits no events.
     """

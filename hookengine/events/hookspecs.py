@@ -495,7 +495,10 @@ SUBJECTS: tuple[type, ...] = (Life, Build, Train, Val, Test, Evaluation, Step, S
 
 
 class HookSpecs(Life, Build, Train, Val, Test, Evaluation, Step, State, Records, Protocol):
-    """All events. ``runner.hooks`` has this type. The kernel passes arguments by position."""
+    """All events. ``runner.hooks`` has this type. The kernel passes arguments by position.
+
+    The plugin manager emits ``configure`` and ``unconfigure`` itself: ``runner.hooks`` lacks them.
+    """
 
     runner: Runner
 

@@ -54,7 +54,8 @@ class PluginManager(ActivePlugins):
 
     def source(self, name: str) -> str:
         """Return where a plugin comes from: ``distribution version``, or its module."""
-        return self._selection.sources.get(name) or self._module(name)
+        module = self._module(name)
+        return self._selection.sources.get(name, module)
 
     # -- changes during a run -------------------------------------------------------------------
 
@@ -186,25 +187,8 @@ class PluginManager(ActivePlugins):
         states = {n: getattr(p, method)() for n, p in self.items() if hasattr(p, method)}
         return {name: state for name, state in states.items() if state}
 
-    def load_state_dict(self, states: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
-        """Load the state of each plugin.
-
-        Args:
-            states: What ``state_dict`` returned.
-            allow: Names that may be missing on either side.
-
-        Raises:
-            ValueError: A state belongs to no plugin, or a plugin has no state.
-        """
-        allowed = set(allow)
-        problems = [(n, text) for n, text in self.differences(states) if n not in allowed]
-        if problems:
-            texts = "; ".join(f"{name}: {text}" for name, text in problems)
-            raise ValueError(f"the plugins differ from those in the state: {texts}")
-        self.restore(states)
-
-    def restore(self, states: Mapping[str, Any]) -> None:
-        """Load the states of the enabled plugins, without checking for differences."""
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Load the states of the enabled plugins; see ``differences`` for a check beforehand."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_state_dict(state)

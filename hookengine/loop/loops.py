@@ -168,9 +168,9 @@ class TrainLoop:
             self._resumed = False
             if dropped:
                 self.runner.logger.warning(
-                    f"skipped the first {dropped} batches of epoch {progress.epoch + 1}, which "
-                    "the run used before it was resumed. They are the same batches only if the "
-                    "dataloader's random state is the same"
+                    f"fetched and skipped the first {dropped} batches of epoch "
+                    f"{progress.epoch + 1}, which the run has already trained on. They are the "
+                    "same batches only if the dataloader's random state is the same"
                 )
         return self._iterator
 
@@ -185,7 +185,7 @@ class TrainLoop:
         self._resumed |= resumed
 
     def _last_batch(self) -> int | None:
-        """Return the number of batches until the pass or the run ends, or None if it is unknown."""
+        """Return the number of the last batch of this pass, or None if it is unknown."""
         progress = self.runner.progress
         left = None if self.cfg.by_epoch else progress.batch + self.cfg.limit - progress.iter
         known = [end for end in (progress.epoch_length, left) if end is not None]
@@ -296,7 +296,8 @@ class EvalLoop:
             getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
         hooks.before_metrics(runner, model, phase)
         consecutive = bool(getattr(self.dataloader, "consecutive", False))
-        metrics = evaluation.summarize(dataset_size(self.dataloader), consecutive)
+        size = None if self.evaluator is None else dataset_size(self.dataloader)
+        metrics = evaluation.summarize(size, consecutive)
         if metrics is None:
             raise ValueError(
                 f"the {phase} dataloader yielded no batch, so nothing was evaluated. An iterator "

@@ -57,6 +57,7 @@ class Delivery:
     Attributes:
         held: The last iteration of each phase for which the sink already holds a record.
         continues: Whether the run resumes a history, part of which the sink may already hold.
+        history: The records that a loaded checkpoint had, until the next run begins.
         records: The number of records written.
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
@@ -67,6 +68,7 @@ class Delivery:
         self.runner = runner
         self.held: dict[str, int] = {}
         self.continues = False
+        self.history: Iterable[Record] | None = None
         self.records = self.failures = self.dropped = 0
         self.thread: threading.Thread | None = None
         self._owner = owner

@@ -73,7 +73,7 @@ class Sink(Plugin):
 
     def enqueue(self, job: Callable[[], None]) -> None:
         """Run ``job`` on the sink's thread, after the records so far; a failure is counted."""
-        delivery = self._delivery
+        delivery = self._sink_delivery
         delivery.put(lambda: delivery.guard("a job", job, everything=True))
 
     def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
@@ -85,72 +85,60 @@ class Sink(Plugin):
             records: The records, oldest first; iterated over once, on the sink's thread.
             continues: Whether to add to what the sink already holds of the run, or to start over.
         """
-        self._delivery.runner = runner
-        self._delivery.continues = continues
-        self._delivery.replay(records)
+        self._sink_delivery.runner = runner
+        self._sink_delivery.continues = continues
+        self._sink_delivery.replay(records)
 
     @property
     def held(self) -> dict[str, int]:
         """The last iteration of each phase for which the sink already holds a record."""
-        return self._delivery.held
+        return self._sink_delivery.held
 
     @property
     def continues(self) -> bool:
         """Whether the run resumes a history, part of which the sink may already hold."""
-        return self._delivery.continues
+        return self._sink_delivery.continues
 
     @property
     def records(self) -> int:
         """The number of records written."""
-        return self._delivery.records
+        return self._sink_delivery.records
 
     @property
     def failures(self) -> int:
         """The number of calls of the sink's methods that raised an exception."""
-        return self._delivery.failures
+        return self._sink_delivery.failures
 
     @property
     def dropped(self) -> int:
         """The number of records dropped because the queue was full and not replayed since."""
-        return self._delivery.dropped
+        return self._sink_delivery.dropped
 
     @property
-    def _delivery(self) -> Delivery:
-        delivery = self.__dict__.get("_current_delivery")
-        return delivery or self._begin(None)
-
-    def _begin(self, runner: Any) -> Delivery:
-        """Start over with an empty queue and zero counts."""
-        write: Callable[[Any, Record], None] = self.write  # type: ignore[attr-defined]
-        to = Destination(
-            self.plugin_name, self.open, write, self.skip, self.close, lambda: self.pause
-        )
-        self.__dict__["_current_delivery"] = delivery = Delivery(self, to, runner)
-        return delivery
+    def _sink_delivery(self) -> Delivery:
+        return self.__dict__.get("_sink_current") or _begin(self, None)
 
     # -- events; a subclass that implements one adds to it, see _isolated --------------------------
 
     def configure(self, runner: Runner) -> None:
         """Start over, because one sink may serve several Runners in turn."""
-        if "_current_delivery" in self.__dict__:
-            self._delivery.retire()
-        self._begin(runner)
-        self.__dict__["_history"] = None
+        self._sink_delivery.retire()
+        _begin(self, runner)
 
     def after_load_checkpoint(self, runner: Runner) -> None:
         """Keep the history for ``before_run``; records may be repeated from here on."""
-        self._delivery.flush(self.flush_timeout)
-        self._delivery.expect_repetition()
-        self.__dict__["_history"] = history = runner.hooks.history(runner)
-        self._delivery.continues = history is not None
+        self._sink_delivery.flush(self.flush_timeout)
+        self._sink_delivery.expect_repetition()
+        history = runner.hooks.history(runner)
+        self._sink_delivery.history = history
+        self._sink_delivery.continues = history is not None
 
     def before_run(self, runner: Runner) -> None:
         """Write the records of the history that the sink does not hold."""
-        history = self.__dict__.get("_history")
-        self.__dict__["_history"] = None
+        delivery = self._sink_delivery
+        history, delivery.history = delivery.history, None
         if not dist.is_main_process():
             return
-        delivery = self._delivery
         if history is not None:
             self.replay(runner, history)
         elif not delivery.started and delivery.runner is not None and runner.progress.iter > 0:
@@ -158,11 +146,22 @@ class Sink(Plugin):
 
     def after_run(self, runner: Runner) -> None:
         """Wait at most ``flush_timeout`` seconds until the records so far are written."""
-        self._delivery.flush(self.flush_timeout)
+        self._sink_delivery.flush(self.flush_timeout)
 
     def unconfigure(self, runner: Runner) -> None:
         """Write the remaining records, close, and warn about lost records."""
-        self._delivery.finish(self.flush_timeout)
+        self._sink_delivery.finish(self.flush_timeout)
+
+
+def _begin(sink: Sink, runner: Any) -> Delivery:
+    """Give a sink an empty queue, and counts at zero.
+
+    Names of a subclass cannot collide with what a Sink keeps: its names begin with ``_sink``.
+    """
+    write: Callable[[Any, Record], None] = sink.write  # type: ignore[attr-defined]
+    to = Destination(sink.plugin_name, sink.open, write, sink.skip, sink.close, lambda: sink.pause)
+    sink.__dict__["_sink_current"] = delivery = Delivery(sink, to, runner)
+    return delivery
 
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:
@@ -174,8 +173,8 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
             arguments = {"runner": runner, "record": record}
             write(self, **{name: arguments[name] for name in wanted})
         else:
-            self._delivery.runner = runner
-            self._delivery.put_record(record, self.queue_size)
+            self._sink_delivery.runner = runner
+            self._sink_delivery.put_record(record, self.queue_size)
 
     put.__name__, put.__doc__ = write.__name__, write.__doc__  # but keep the event's signature
     return put
@@ -187,7 +186,7 @@ def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
 
     def configure(self: Sink, runner: Runner) -> None:
         Sink.configure(self, runner)
-        self._delivery.guard("configure", lambda: method(self, *[runner] * wanted))
+        self._sink_delivery.guard("configure", lambda: method(self, *[runner] * wanted))
 
     return configure
 
@@ -199,9 +198,9 @@ def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
-        result = self._delivery.guard(name, lambda: method(self, *args, **kwargs))
+        result = self._sink_delivery.guard(name, lambda: method(self, *args, **kwargs))
         if base is not None:
-            base(self, self._delivery.runner)
+            base(self, self._sink_delivery.runner)
         return result
 
     return call

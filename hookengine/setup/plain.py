@@ -26,8 +26,8 @@ def not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     if kind in (dict, OrderedDict, Counter):
         for key, item in value.items():
-            if type(key) not in _VALUES and type(key) is not tuple:
-                yield f"the key {key!r} of {path}", key
+            for _, part in not_plain(key, ""):
+                yield f"the key {key!r} of {path}", part
             yield from not_plain(item, f"{path}[{key!r}]")
     elif kind in (list, tuple, set, torch.Size):
         for index, item in enumerate(value):

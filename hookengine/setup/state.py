@@ -68,7 +68,7 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         _warn_of_rates(runner, checkpoint["optimizer"])
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
-    runner.plugins.restore(checkpoint["plugins"])
+    runner.plugins.load_state_dict(checkpoint["plugins"])
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

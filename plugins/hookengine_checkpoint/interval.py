@@ -90,21 +90,16 @@ class SaveTimer:
         The clocks of ranks differ. When time is up, rank 0 only requests a save, which is due at
         the safe point where all ranks have agreed on it.
         """
-        if self._is_overdue and dist.is_main_process():
+        unit, progress = self.interval.unit, self._progress
+        if unit == "minutes" and time.monotonic() >= self._deadline and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self._every}")
         if runner.agreed and runner.agreed.keys() & {"save", "stop"}:
             return True
-        return self._is_reached or _is_last_safe_point(runner)
-
-    @property
-    def _is_reached(self) -> bool:
-        if self.interval.unit == "iterations":
-            return bool(self._progress.iter >= self._next)
-        return self.interval.unit == "epochs" and bool(self._progress.epoch >= self._next)
-
-    @property
-    def _is_overdue(self) -> bool:
-        return self.interval.unit == "minutes" and time.monotonic() >= self._deadline
+        if unit != "minutes":
+            count = progress.iter if unit == "iterations" else progress.epoch
+            if count >= self._next:
+                return True
+        return _is_last_safe_point(runner)
 
 
 def _is_last_safe_point(runner: Any) -> bool:

@@ -18,7 +18,8 @@ class History:
 
     Every history has a random ID, which run.json and each checkpoint hold. A run that loads a
     checkpoint of the history in its folder continues it: training cuts back the records written
-    after the checkpoint. A run that loads any other checkpoint begins a new history.
+    after the checkpoint. A run that loads a checkpoint of another
+    history begins a new one.
 
     Attributes:
         id: The ID of the history to which the run's records belong.

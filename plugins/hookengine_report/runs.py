@@ -144,7 +144,9 @@ def read_run(folder: str | Path) -> Run:
             f"there is no run to draw in {folder}: it needs the metrics.jsonl and run.json that "
             "the plugin 'logging' writes"
         )
-    info = _mapping(folder / "run.json")
+    info = dict(_mapping(folder / "run.json"))
+    if "ranks" in info:  # what runs before 0.1 called it
+        info.setdefault("world_size", info.pop("ranks"))
     run = Run(folder, info, name=str(info.get("name") or folder.resolve().name))
     if (folder / "metrics.jsonl").is_file():
         for record in read_records(folder):

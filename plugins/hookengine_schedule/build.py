@@ -161,19 +161,19 @@ def _from_dict(
 
 
 def check_plain(scheduler: LRScheduler) -> None:
-    """Refuse a scheduler whose state a checkpoint cannot hold.
+    """Refuse a scheduler whose state holds objects that a checkpoint cannot hold.
 
-    NumPy's numbers are left to the plugin that saves the state.
+    Subclasses of plain types, such as NumPy's ``float64``, are left to the plugin that saves.
 
     Raises:
-        TypeError: The state holds such a value.
+        TypeError: The state holds such an object; the message names its place.
     """
     for name, value in scheduler.state_dict().items():
-        for _, found in not_plain(value, name):
-            if not isinstance(found, (int, float, str, bytes)):
+        for place, found in not_plain(value, repr(name)):
+            if not isinstance(found, (int, float, str, bytes, list, tuple, dict)):
                 raise TypeError(
                     f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as "
-                    f"{name!r}, which no checkpoint can keep safely: leave it out of state_dict()"
+                    f"{place}, which no checkpoint can keep safely: leave it out of state_dict()"
                 )
 
 

@@ -91,7 +91,7 @@ def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Model, optimizers, limits and the options of plugins, as numbers and texts by name."""
     yield "model", description["model"]
     yield "parameters", description["parameters"]
-    yield "world_size", description["world_size"]
+    yield "world_size", description.get("world_size", description.get("ranks"))
     groups: dict[str, Any] = {
         **description["optimizers"],
         "train": description.get("train_cfg", {}),

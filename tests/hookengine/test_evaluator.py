@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchmetrics
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import (
     BaseMetric,
@@ -215,3 +215,16 @@ def test_validation_loss_is_summed_exactly_in_half_precision(make: MakeRunner) -
         val_cfg=dict(loss=True),
     )
     assert runner.val()["loss"] == 0.5
+
+
+class Unsized(TensorDataset):
+    """A dataset that does not know its length."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_losses_alone_need_no_length_of_the_dataset(make: MakeRunner, data: MakeData) -> None:
+    loader = DataLoader(Unsized(*data(8).tensors), batch_sampler=[[0, 1, 2], [3]])
+    runner = make(val_dataloader=loader, val_cfg=dict(loss=True))
+    assert set(runner.val()) == {"loss"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 
 import pydantic
 import pytest
 
+from hookengine import Plugin, PluginManager
 from hookengine.events.answers import answer, explain_arguments, explain_validation
 from hookengine.events.registry import ANSWERS
 
@@ -24,6 +25,12 @@ def explained(**given: object) -> str:
     return explain_validation(caught.value, Options.model_fields)
 
 
+class Silent(Plugin):
+    def after_train_iter(self) -> None: ...
+
+    def helper(self) -> None: ...
+
+
 def lightning(name: str) -> str | None:
     """Answer as a plugin for users of another framework would."""
     return "'fast_dev_run' comes from Lightning. Use trial=True" if name == "fast_dev_run" else None
@@ -36,13 +43,36 @@ def test_a_name_of_mmengine_is_answered_and_an_unknown_one_is_not() -> None:
     assert answer("no_such_name") is None
 
 
+def offer(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
+    """Let other distributions offer these entry points, besides hookengine's own."""
+    others = [EntryPoint(name, value, ANSWERS.group) for name, value in points.items()]
+    own = list(entry_points(group=ANSWERS.group))
+
+    def found(group: str) -> list[EntryPoint]:
+        return [*others, *own] if group == ANSWERS.group else list(entry_points(group=group))
+
+    monkeypatch.setattr("hookengine.events.registry.entry_points", found)
+    ANSWERS.entry_points()
+
+
 def test_any_distribution_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("lightning", f"{__name__}:lightning", ANSWERS.group)
-    points = {**ANSWERS.entry_points(), "lightning": point}
-    monkeypatch.setattr(ANSWERS, "_known", lambda: points)
-    monkeypatch.setattr(ANSWERS, "_load", lambda p: lightning if p is point else lambda _: None)
-    assert answer("fast_dev_run") == "'fast_dev_run' comes from Lightning. Use trial=True"
-    assert answer("clip_grad") is None
+    with monkeypatch.context() as patched:
+        offer(patched, lightning=f"{__name__}:lightning")
+        assert answer("fast_dev_run") == "'fast_dev_run' comes from Lightning. Use trial=True"
+        assert answer("clip_grad") is not None
+    ANSWERS.entry_points()
+
+
+def test_an_answer_that_is_broken_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        offer(patched, a_missing="no_such_module:answer", a_raising=f"{__name__}:explained")
+        PluginManager(
+            [dict(type="clip", max_norm=1.0), Silent()], defaults=()
+        )  # a correct plugin asks for no answer
+        assert answer("clip_grad") is not None
+        text = explain_arguments("Runner", {"plugin": []}, ["plugins"])
+        assert text == "Runner: unknown argument 'plugin'. Did you mean 'plugins'? Known: plugins"
+    ANSWERS.entry_points()
 
 
 def test_each_argument_gets_its_replacement_or_the_known_names() -> None:

@@ -111,12 +111,23 @@ def test_states_are_collected_by_name_and_given_back() -> None:
     other.load_rank_state_dict(manager.rank_state_dict())
     assert (restored.count, restored.rank) == (5, 5)
 
-    with pytest.raises(ValueError, match="state of 'counter', which is not enabled"):
-        PluginManager([Note()], defaults=()).load_state_dict(states)
-    PluginManager([Note()], defaults=()).load_state_dict(states, allow=["counter"])
-    with pytest.raises(ValueError, match="no state of 'counter'"):
-        other.load_state_dict({})
-    other.load_state_dict({}, allow=["counter"])
+    less = PluginManager([Note()], defaults=())
+    (found,) = less.differences(states)
+    assert found[0] == "counter"
+    assert "state of 'counter', which is not enabled" in found[1]
+    less.load_state_dict(states)  # leaves out what has no plugin
+    (found,) = other.differences({})
+    assert "no state of 'counter'" in found[1]
+    assert list(other.differences({}, were_on=["counter"])) == []
+
+
+def test_a_plugin_that_was_removed_has_no_source() -> None:
+    manager = PluginManager([dict(type="clip", max_norm=1.0), Note()], defaults=())
+    assert manager.source("clip").startswith("hookengine ")
+    assert manager.source("note") == __name__.rpartition(".")[0] + ".notes"
+    manager.remove("clip")
+    with pytest.raises(KeyError, match="unknown active plugin 'clip'"):
+        manager.source("clip")
 
 
 def test_unconfigure_is_told_once_in_reverse_and_in_spite_of_errors() -> None:

@@ -328,7 +328,7 @@ def test_without_seek_what_was_consumed_is_dropped_and_said(
     second.load_state_dict(first.state_dict())
     second.train()
     assert second.progress.iter == 10
-    assert "skipped the first 2 batches of epoch 2" in caplog.text
+    assert "fetched and skipped the first 2 batches of epoch 2" in caplog.text
 
 
 def test_a_validation_that_was_owed_comes_first_after_a_resume(make: MakeRunner) -> None:

@@ -30,7 +30,7 @@ def test_a_slow_sink_is_given_time_again_and_what_is_left_is_counted(
     for iteration in (1, 2, 3):
         runner.hooks.write(runner, record(iteration))
     runner.hooks.after_run(runner)
-    left = sink._delivery.thread
+    left = sink._sink_delivery.thread
     assert left is not None
     runner.close()
     assert "lost records: 0 failures, 0 dropped, 3 not written" in capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_what_a_sink_left_behind_stays_away_from_its_next_runner(make: MakeRunne
     for iteration in (1, 2, 3):
         runner.hooks.write(runner, record(iteration))
     assert entered.wait(60)
-    left = sink._delivery.thread
+    left = sink._sink_delivery.thread
     assert left is not None
     runner.close()
     make(plugins=["logging", sink])

@@ -273,3 +273,23 @@ def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: MakeRunne
     assert [entry[:2] for entry in sink.log if entry not in ("open", "close")] == written
     assert len(written) == 12
     assert sink.dropped == 0
+
+
+class Crowded(Sink):
+    """A sink with attributes of the names that one would take."""
+
+    def configure(self) -> None:
+        self._history: list[Record] = []
+        self._begin = self._delivery = self._state = 7
+
+    def write(self, record: Record) -> None:
+        self._history.append(record)
+
+
+def test_a_subclass_may_use_any_name(make: MakeRunner) -> None:
+    sink = Crowded()
+    for _ in range(2):
+        runner = make(plugins=["logging", sink])
+        runner.train()
+        runner.close()
+        assert (len(sink._history), sink.records, sink.failures) == (2, 2, 0)

@@ -35,6 +35,7 @@ OTHERS: list[tuple[Any, str]] = [
     ({"a": {"b": Color.RED}}, "state['a']['b']"),
     (lambda: None, "state"),
     ({Color.RED: 1}, "the key <Color.RED: 1> of state"),
+    ({(1, Color.RED): 1}, "the key (1, <Color.RED: 1>) of state"),
     (range(3), "state"),
 ]
 

@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_is_drawn_every_so_many_validations(make: MakeRunner)
 
     @runner.on("after_train_epoch")
     def look(runner: Any) -> None:
-        report._delivery.flush(60)
+        report._sink_delivery.flush(60)
         seen.append((runner.run_dir / "report.html").exists())
 
     runner.train()
