@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hookengine import Record, Sink, read_records
+from hookengine import Record, Runner, Sink, read_records
 from tests.fixtures import MakeRunner
 from tests.hookengine.records.keeping import Keeping, record, trained_weights
 
@@ -278,7 +278,7 @@ def test_a_sink_that_is_added_in_mid_run_gets_what_was_before_it(make: MakeRunne
 class Crowded(Sink):
     """A sink with attributes of the names that one would take."""
 
-    def configure(self) -> None:
+    def configure(self, runner: Runner) -> None:
         self._history: list[Record] = []
         self._begin = self._delivery = self._state = 7
 
