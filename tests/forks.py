@@ -102,6 +102,7 @@ def run(
         with serving(PROCESS):
             process.start()
         process.join()
+        assert process.exitcode is not None
         printed = ["" if to else (folder / name).read_text() for name, to in outputs.items()]
         return subprocess.CompletedProcess(["-c", *arguments], process.exitcode, *printed)
 
