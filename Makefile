@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types format bench docs clean
+.PHONY: demo test test-fast lint types format bench docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
+# Two workers: see tests/conftest.py for what runs where.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not process"
 
 lint: types
 	$(BIN)/ruff check .

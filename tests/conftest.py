@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hookengine import Runner
+from tests import forks
 from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy, ToyRunner, toy_data
 
 
@@ -19,13 +23,6 @@ def quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOOKENGINE_DISABLE", raising=False)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.accelerator.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no accelerator here"))
 
 
 @pytest.fixture
@@ -68,3 +65,68 @@ def make(tmp_path: Path) -> Iterator[MakeRunner]:
     yield build
     for runner in runners:
         runner.close()
+
+
+# -- which tests start processes, and where they run --------------------------------------------
+
+platform.platform()  # asks `uname`, once in a process
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started: they would starve each other
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator; share the others out among the workers of pytest-xdist.
+
+    The tests with ranks run one after another on one worker, since two pairs of ranks would starve
+    each other on two cores. The other tests of a file that start processes stay together, as they
+    share what takes long. Both come first; the many short tests, one by one, fill up both workers.
+    """
+    for item in items:
+        if "gpu" in item.keywords and not torch.accelerator.is_available():
+            item.add_marker(pytest.mark.skip(reason="no accelerator here"))
+        if "ranks" in item.keywords:
+            item.add_marker(pytest.mark.process)
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif "process" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: 2 - ("process" in item.keywords) - ("ranks" in item.keywords))
+
+
+STARTS_A_PROCESS = {
+    *("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"),
+    *(forks.PROCESS, forks.RANKS),
+}
+started: set[str] = set()
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in STARTS_A_PROCESS:
+        started.add(event)
+
+
+sys.addaudithook(_note)
+
+
+def graphs_compiled() -> int:
+    """Count the frames that torch's compiler has compiled in this process."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["frames"]["total"])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    """Forget what other tests have started."""
+    started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Fail a test that starts a process, or compiles, and has no marker that says so."""
+    before = graphs_compiled()
+    result = yield
+    seen = {*started, *["torch.compile"] * (graphs_compiled() > before)}
+    needed = "ranks" if forks.RANKS in seen else "process"
+    if seen and needed not in item.keywords:
+        pytest.fail(f"without the marker {needed!r} it must not use {', '.join(sorted(seen))}")
+    return result

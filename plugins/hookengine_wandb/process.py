@@ -105,6 +105,7 @@ class SessionProcess:
             raise self._gone() from error
 
     def _gone(self) -> OSError:
+        self._lines.put(None)  # for the next call: W&B's own process may keep the pipe open
         code = self._process.wait()
         return OSError(
             f"the process that speaks with W&B has ended (exit code {code}, see {self._log})"

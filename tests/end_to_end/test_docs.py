@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -30,6 +30,7 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return re.findall(pattern, page.read_text(), re.DOTALL)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "name",
     [
@@ -45,13 +46,8 @@ def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> Non
 
     blocks = blocks_of(DOCS / name)
     assert blocks
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN_BLOCKS],
-        input=json.dumps([code for code, _ in blocks]),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    codes = json.dumps([code for code, _ in blocks])
+    done = forks.run(RUN_BLOCKS, stdin=codes, strict=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[\w+ *\] ", "", done.stdout)
     outputs = printed.split("=== next ===\n")

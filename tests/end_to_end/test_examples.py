@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from hookengine import PLUGINS
+from tests import forks
 from tests.fixtures import MakeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,10 @@ def load(name: str) -> Any:
     return module
 
 
+@pytest.mark.process
 def test_quickstart_reaches_97_percent_and_ends_with_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forks.run_file(ROOT / "examples" / "quickstart.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr
     (run,) = tmp_path.iterdir()
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [record for record in history if record["phase"] == "val"]
@@ -71,6 +73,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.process
 def test_the_readmes_example_is_short_and_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forks
+
 SOAK = Path(__file__).parents[1] / "soak" / "killing.py"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_36_random_moments(workers: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SOAK), "--kills", "36", "--workers", str(workers)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = forks.run_file(SOAK, "--kills", "36", "--workers", str(workers))
     assert done.returncode == 0, done.stderr
     killed = {name: int(n) for n, name in (x.split(maxsplit=1) for x in done.stdout.splitlines())}
     ended = killed.pop("runs that came to their end")

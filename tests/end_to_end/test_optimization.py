@@ -178,7 +178,10 @@ def check(features: frozenset[str], dtype: str, tmp_path: Path) -> dict[str, Any
     return expected
 
 
-PAIRS = ["-".join(pair) for pair in combinations(FEATURES, 2)]
+PAIRS = [
+    pytest.param("-".join(pair), marks=[pytest.mark.process] if "compile" in pair else [])
+    for pair in combinations(FEATURES, 2)
+]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -199,6 +202,7 @@ def test_all_other_combinations(dtype: str, tmp_path: Path) -> None:
     assert done == (128 - 21 if dtype == "float16" else 64 - 6)
 
 
+@pytest.mark.process
 def test_all_at_once_and_every_part_of_it_happens(tmp_path: Path) -> None:
     whole = check(frozenset(FEATURES), "float16", tmp_path)
     assert len(whole["losses"]) < EPOCHS, "it stops early"

@@ -57,6 +57,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     PLUGINS.entry_points()
 
 
+@pytest.mark.process
 def test_it_is_listed_without_being_imported(install: Install) -> None:
     install("raise SystemExit('imported')")
     assert "greeter" in PLUGINS.names()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 from hookengine.cli import app, events_page
 
 
+@pytest.mark.process
 def test_plugins_are_listed_without_being_imported() -> None:
     code = (
         "import sys; from hookengine.cli import plugins; plugins();"

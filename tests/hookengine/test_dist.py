@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from hookengine import BaseMetric, dist
+from tests.ranks import spawn
 
 
 def test_alone_they_are_trivial() -> None:
@@ -126,8 +126,6 @@ def evaluate_share(rank: int, folder: str) -> dict[str, float]:
     return {**runner.val(), "expected": expected}
 
 
+@pytest.mark.ranks
 def test_over_two_ranks(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2, join=True)
+    spawn(2, on_rank, tmp_path, str(tmp_path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from typing import Any, ClassVar, Literal, cast
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hookengine_accumulate import Accumulate
 from hookengine_amp import Amp
@@ -26,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookengine import BaseModel, Plugin, Runner, hookimpl
 from tests.fixtures import MakeRunner, Toy
+from tests.ranks import spawn
 
 IGNORED = -100
 
@@ -632,8 +631,6 @@ def _all_valid(batch: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": batch["inputs"], "labels": batch["labels"].clamp(min=0)}
 
 
-def test_over_unequal_ranks_it_is_the_gradient_of_all_their_batches() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, args=(port,), nprocs=2)
+@pytest.mark.ranks
+def test_over_unequal_ranks_it_is_the_gradient_of_all_their_batches(tmp_path: Path) -> None:
+    spawn(2, on_rank, tmp_path)

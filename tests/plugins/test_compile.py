@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.fixtures import MakeRunner, Toy
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 @pytest.fixture

@@ -116,6 +116,7 @@ def test_a_pass_from_a_later_batch_on_loads_nothing_before(make: MakeRunner) -> 
     assert len(wrapped) == 5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["batches", "single samples", "a subset"])
 def test_augmentation_does_not_depend_on_the_number_of_workers(make: MakeRunner, kind: str) -> None:
     def loader(workers: int) -> Any:
@@ -156,6 +157,7 @@ def test_a_seed_for_each_sample_leaves_the_main_process_alone(make: MakeRunner) 
     assert len({*once}) == len(once)  # the same seed again and again would repeat them
 
 
+@pytest.mark.process
 def test_datasets_that_read_whole_batches_still_do(make: MakeRunner) -> None:
     class Columns(Noisy):
         calls = 0
@@ -178,6 +180,7 @@ def show_worker(worker_id: int) -> None:
     info.dataset.bias = 10.0 + info.num_workers  # type: ignore[attr-defined]
 
 
+@pytest.mark.process
 def test_a_loader_that_the_user_built_keeps_its_parts(make: MakeRunner) -> None:
     dataset = Noisy()
     sampler = SequentialSampler(dataset)
@@ -297,6 +300,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", LOADERS)
 def test_cut_anywhere_the_batches_are_the_same(make: MakeRunner, name: str, tmp_path: Path) -> None:
     """Resumed from the checkpoint of any iteration, all later batches and weights are equal."""
@@ -376,6 +380,7 @@ def test_without_one_torchs_is_used_and_nothing_is_seeded(make: MakeRunner) -> N
     assert torch.initial_seed() == 0
 
 
+@pytest.mark.process
 def test_validation_sees_the_same_each_time(make: MakeRunner) -> None:
     seen: list[Any] = []
 
@@ -408,6 +413,7 @@ def test_another_seed_than_that_of_the_state_is_refused(make: MakeRunner) -> Non
     assert runner.plugins["seed"].value == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("loader", "said"),
     [
@@ -467,6 +473,7 @@ def test_a_wrapper_without_seek_gets_another_order_each_epoch(make: MakeRunner) 
     assert same(plain, train(make, loader(), Wrapping()))
 
 
+@pytest.mark.process
 def test_a_pass_by_hand_leaves_the_running_one_as_it_is(make: MakeRunner) -> None:
     def run(by_hand: bool, **options: Any) -> tuple[Any, list[Any]]:
         batches = Batches()
@@ -513,6 +520,7 @@ class Endless(DataLoader[Any]):
         return iter([*super().__iter__()])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "loader",
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from hookengine import Runner
 from hookengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from tests.ranks import free_port, spawn
 
 
 class Nested(nn.Module):
@@ -176,11 +176,9 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.ranks
 def test_on_cpu_ranks_it_says_that_torch_cannot(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)
+    spawn(2, on_rank, tmp_path, str(tmp_path))
 
 
 def on_gpu(rank: int, port: int, folder: str) -> None:
@@ -204,7 +202,4 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
 def test_over_two_gpus_it_is_batch_norm_over_the_joint_batch(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_gpu, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(on_gpu, (free_port(), str(tmp_path)), nprocs=2)

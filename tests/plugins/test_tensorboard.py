@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hookengine import Histogram, Image, Table, read_records
+from tests import forks
 from tests.fixtures import MakeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -368,11 +369,11 @@ runner.close()
 
 def run(folder: Path, kill: int = 0, state: str = "") -> None:
     """Train in a process of its own, which is killed after that iteration."""
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(kill), state]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forks.run(PROGRAM, str(folder), str(kill), state)
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
 
 
+@pytest.mark.process
 def test_a_run_that_was_killed_twice_has_each_value_once(tmp_path: Path) -> None:
     run(tmp_path, kill=17, state="written")
     last = files(tmp_path / "run")[-1]
@@ -416,6 +417,7 @@ def replay_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
     return int(str(ended.value.code)), str(capsys.readouterr().err)
 
 
+@pytest.mark.process
 def test_a_run_is_replayed_into_an_empty_folder_and_only_once(
     make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:

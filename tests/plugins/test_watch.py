@@ -268,6 +268,7 @@ def watch_a_sharded_model(folder: Path) -> list[Any]:
     return [right, {name: sum(histogram.counts) for name, histogram in media.items()}]
 
 
+@pytest.mark.ranks
 def test_what_is_sharded_is_counted_whole(tmp_path: Path) -> None:
     first, second = on_ranks(2, watch_a_sharded_model, tmp_path)
     sizes = {"weight": 12, "bias": 3}

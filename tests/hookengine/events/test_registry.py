@@ -102,6 +102,7 @@ def test_objects_are_those_of_all_names_each_loaded_once() -> None:
     assert nn.DataParallel not in list(own.objects())
 
 
+@pytest.mark.process
 def test_listing_imports_no_plugin() -> None:
     code = (
         "import sys, hookengine\n"

@@ -102,6 +102,7 @@ def test_a_failed_construction_unconfigures(make: MakeRunner) -> None:
     assert "and then LookupError: unconfigure" in caught.value.__notes__[1]
 
 
+@pytest.mark.process
 def test_an_open_runner_is_closed_at_exit(tmp_path: Path) -> None:
     script = f"""
 from hookengine import Plugin, Runner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,7 +10,6 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from hookengine_averaging import Ema
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hookengine import Plugin, Runner
 from hookengine.model import ExponentialMovingAverage, StochasticWeightAverage, load_weights
 from tests.fixtures import MakeRunner, Toy
+from tests.ranks import spawn
 
 
 class States(Plugin):
@@ -65,7 +64,9 @@ class Refuses(Plugin):
         ([dict(type="accumulate", steps=2)], [1, 3, 4, 6, 8, 9]),
         ([dict(type="ema", begin_step=4)], [4, 5, 6, 7, 8, 9]),
         ([dict(type="ema", begin_epoch=1)], [5, 6, 7, 8, 9]),
-        ([dict(type="compile", backend="eager")], list(range(10))),
+        pytest.param(
+            [dict(type="compile", backend="eager")], list(range(10)), marks=pytest.mark.process
+        ),
     ],
 )
 def test_it_counts_real_steps_from_where_it_begins(
@@ -163,7 +164,7 @@ def test_an_error_or_a_stop_in_validation_leaves_the_raw_weights(make: MakeRunne
         [],
         [dict(type="accumulate", steps=2)],
         [dict(type="amp", dtype="float16", init_scale=2.0**22)],
-        [dict(type="compile", backend="eager")],
+        pytest.param([dict(type="compile", backend="eager")], marks=pytest.mark.process),
     ],
 )
 def test_a_run_that_is_cut_within_an_epoch_goes_on(
@@ -418,8 +419,6 @@ class DDPStates(Plugin):
         self.weights.append(runner.bare_model.module.weight.detach().clone())
 
 
+@pytest.mark.ranks
 def test_over_ranks_the_averages_are_the_same(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)
+    spawn(2, on_rank, tmp_path, str(tmp_path))

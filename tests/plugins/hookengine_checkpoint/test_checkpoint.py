@@ -598,6 +598,7 @@ def test_host_memory_holds_one_copy_which_is_used_again(make: MakeRunner) -> Non
     assert len(pointers - {()}) == 1
 
 
+@pytest.mark.process
 def test_it_imports_neither_distributed_checkpoint_nor_wandb() -> None:
     """They take a while, and few need them."""
     script = (

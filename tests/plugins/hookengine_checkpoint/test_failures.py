@@ -121,6 +121,7 @@ def test_the_best_is_what_it_was_where_its_save_fails(make: MakeRunner) -> None:
     assert (runner.run_dir / "checkpoints" / "best").resolve().name == "epoch_1"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", ["a file", "read-only"])
 def test_a_folder_that_cannot_be_written(make: MakeRunner, what: str, tmp_path: Path) -> None:
     folder = tmp_path / "work_dir" / "run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from hookengine_checkpoint.files import published, verify
 from hookengine_checkpoint.preemption import EXIT_CODE, Signals
 
+from tests import forks
 from tests.fixtures import MakeRunner
 
 SCRIPT = """
@@ -72,10 +72,7 @@ print("weights:", runner.bare_model.weight.sum().item().hex())
 
 
 def run(folder: Path, name: str, event: str, times: int = 1, workers: int = 0) -> Any:
-    arguments = [str(folder), name, event, "4", str(times), str(workers)]
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=120
-    )
+    return forks.run(SCRIPT, str(folder), name, event, "4", str(times), str(workers))
 
 
 def only(folder: Path) -> Any:
@@ -92,6 +89,7 @@ def end(tmp_path_factory: pytest.TempPathFactory) -> str:
     return "\n".join(done.stdout.splitlines()[-2:])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "event", "iteration", "workers"),
     [
@@ -116,23 +114,19 @@ def test_one_leads_to_a_checkpoint_and_code_75(
     assert "\n".join(again.stdout.splitlines()[-2:]) == end
 
 
+@pytest.mark.process
 def test_a_signal_to_the_whole_group_is_for_the_main_process(tmp_path: Path, end: str) -> None:
     """As a scheduler sends it: to the workers of the dataloader, too."""
     script = SCRIPT.replace("os.kill(os.getpid(),", "os.killpg(0,")
     arguments = [str(tmp_path), "SIGTERM", "before_train_iter", "4", "1", "2"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        start_new_session=True,
-    )
+    done = forks.run(script, *arguments, new_session=True)
     assert done.returncode == EXIT_CODE, done.stderr
     assert only(tmp_path).iter == 5
     again = run(tmp_path, "SIGTERM", "never", workers=2)
     assert "\n".join(again.stdout.splitlines()[-2:]) == end
 
 
+@pytest.mark.process
 def test_a_second_one_ends_the_process_at_once(tmp_path: Path, end: str) -> None:
     done = run(tmp_path, "SIGTERM", "before_train_iter", times=2)
     assert done.returncode == -signal.SIGTERM

@@ -14,13 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from hookengine_checkpoint import export_weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine.dist import get_rank
-from tests.ranks import free_port, on_ranks
+from tests.ranks import on_ranks, spawn
+
+pytestmark = pytest.mark.ranks
 
 
 def train(folder: Path, epochs: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def fail_to_save(rank: int, port: int, folder: str, fails_at: int) -> None:
 
 
 def test_a_save_that_fails_on_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
-    mp.spawn(fail_to_save, (free_port(), str(tmp_path), 3), nprocs=2)
+    spawn(2, fail_to_save, tmp_path, str(tmp_path), 3)
     outcomes = [(tmp_path / f"outcome_{rank}").read_text() for rank in range(2)]
     assert outcomes == ["its last checkpoint could not be saved"] * 2
     assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("epoch_*")} == {"epoch_2"}
@@ -322,7 +323,7 @@ def end_by_signal(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_signal_to_one_rank_ends_all_together(tmp_path: Path) -> None:
-    mp.spawn(end_by_signal, (free_port(), str(tmp_path)), nprocs=2)
+    spawn(2, end_by_signal, tmp_path, str(tmp_path))
     first, second = ((tmp_path / f"outcome_{rank}").read_text() for rank in range(2))
     code, _, iteration = first.partition(" ")
     assert first == second

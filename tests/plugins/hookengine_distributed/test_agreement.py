@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.profiler import profile
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import BaseMetric, BaseModel, Plugin, Runner
 from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.ranks
 
 
 class Count(BaseMetric):

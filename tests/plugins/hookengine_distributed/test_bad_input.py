@@ -226,6 +226,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return on_ranks(2, outcomes, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", SAME)
 def test_what_all_ranks_see_is_the_same_error_on_all(both: list[dict[str, str]], name: str) -> None:
     for rank, ended in enumerate(both):
@@ -259,6 +260,7 @@ def go_on(folder: Path) -> list[str]:
     return ends
 
 
+@pytest.mark.ranks
 def test_after_an_error_nothing_goes_on(tmp_path: Path) -> None:
     for ends in on_ranks(2, go_on, tmp_path):
         assert ends[0] == "ZeroDivisionError: division by zero"
@@ -289,6 +291,7 @@ def do_other_things(folder: Path) -> list[str]:
     return ends
 
 
+@pytest.mark.ranks
 def test_ranks_that_call_it_differently_are_told(tmp_path: Path) -> None:
     for ends in on_ranks(2, do_other_things, tmp_path):
         assert "differ in their training: max_epochs is 1 on rank 0 and 2 on rank 1" in ends[0]
@@ -303,6 +306,7 @@ def unused_on_one(folder: Path) -> str:
     return outcome(folder, dict(model=OnOneRank()))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -128,6 +128,7 @@ def by_hand(folder: Path) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.ranks
 def test_by_hand_they_do_what_the_plugin_does(tmp_path: Path) -> None:
     first, second = on_ranks(2, by_hand, tmp_path)
     torch.manual_seed(0)
@@ -171,6 +172,7 @@ def anomalous(folder: Path) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.ranks
 def test_parameters_without_a_part_in_the_loss_are_named(tmp_path: Path) -> None:
     for printed in on_ranks(2, anomalous, tmp_path):
         assert "2 parameters took no part in the loss" in printed

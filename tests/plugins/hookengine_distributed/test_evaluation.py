@@ -17,6 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 from hookengine import BaseMetric, BaseModel, Runner, dist
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.ranks
+
 
 class Normed(BaseModel):
     """With batch norm, whose buffers differ on ranks that see other samples."""

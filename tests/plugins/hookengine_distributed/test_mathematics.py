@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hookengine import BaseMetric, BaseModel, Plugin, Runner, dist, hookimpl
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.ranks
+
 
 class Net(BaseModel):
     """A small classifier, in float64 unless told otherwise."""

@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import Runner, dist
 from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.ranks
 
 
 def train(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookengine import DEFAULT_PLUGINS, BaseModel, Plugin, Runner, Sequential
 from tests.fixtures import MakeData, MakeRunner, ToyAccuracy
+from tests.ranks import spawn
 
 ON: dict[str, Any] = dict(defaults=("init",))
 
@@ -328,11 +327,9 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     os._exit(0)  # gloo's threads can abort a Python that finalizes: pytorch/pytorch#179291
 
 
-def test_all_ranks_hold_the_same_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, args=(port, str(tmp_path)), nprocs=2)
-    printed = capfd.readouterr().out
+@pytest.mark.ranks
+def test_all_ranks_hold_the_same_weights(tmp_path: Path) -> None:
+    spawn(2, on_rank, tmp_path, str(tmp_path))
+    printed = "".join((tmp_path / f"printed_{rank}").read_text() for rank in range(2))
     assert printed.count("weights of Net") == 2  # by rank 0, once for each model
     assert printed.count("weights of Sequential") == 1  # by a direct call, outside of a Runner

@@ -457,7 +457,9 @@ class Call:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
-    "function", [os.system, eval, exec, print, functools.partial, Path.touch], ids=str
+    "function",
+    [os.system, eval, exec, print, functools.partial, Path.touch],
+    ids=lambda function: function.__name__,
 )
 def test_a_malicious_pickle_is_named_and_not_run(
     function: Any, legacy: bool, tmp_path: Path, source: Net

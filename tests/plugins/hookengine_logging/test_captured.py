@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import forks
 from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import SCRIPT, logging_runner
 
@@ -38,9 +38,9 @@ warnings.warn("afterwards")
 )
 
 
+@pytest.mark.process
 def test_warnings_are_logged_once_and_printed_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WARNS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run(WARNS, str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*/run.log")
     log = path.read_text()

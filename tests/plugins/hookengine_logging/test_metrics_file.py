@@ -44,8 +44,9 @@ runner.train()
 )
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_complete_lines(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]  # prints into a pipe, not a file
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*/metrics.jsonl")

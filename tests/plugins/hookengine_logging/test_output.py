@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import threading
 import warnings
@@ -19,20 +18,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import Plugin, Record, Runner, Sink
+from tests import forks
 from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import SCRIPT
 from tests.ranks import on_ranks
 
 
+@pytest.mark.process
 def test_a_full_disk_behind_the_console_does_not_end_training(tmp_path: Path) -> None:
     script = SCRIPT + "runner.train()"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    done = forks.run(script, str(tmp_path), stdout=Path("/dev/full"))
     (path,) = tmp_path.glob("*/metrics.jsonl")
     assert len(path.read_text().splitlines()) == 6
     assert "can no longer print to the console, see run.log" in done.stderr
@@ -191,6 +186,7 @@ def speak_on_ranks(folder: Path) -> bool:
     return sink.opened
 
 
+@pytest.mark.ranks
 def test_rank_0_logs_everything_and_other_ranks_print_only_errors(tmp_path: Path) -> None:
     assert on_ranks(2, speak_on_ranks, tmp_path) == [True, False]
     first, second = ((tmp_path / f"out_{rank}").read_text() for rank in range(2))

@@ -29,6 +29,7 @@ from hookengine_report.summary import best_values, differences, seconds_by_phase
 from hookengine_report.text import duration, iteration_texts, number, tick_texts
 
 from hookengine import Histogram, Image, Table
+from tests import forks
 from tests.fixtures import MakeRunner
 
 HOSTILE = "<script>alert(1)</script>"
@@ -105,8 +106,7 @@ def reporting(make: MakeRunner, **options: Any) -> Any:
 
 
 def of_command(*arguments: str | Path, cwd: Path | None = None) -> Any:
-    command = [sys.executable, "-W", "error", "-m", "hookengine_report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return forks.run_module("hookengine_report", *map(str, arguments), strict=True, cwd=cwd)
 
 
 # -- the plugin ---------------------------------------------------------------------------------
@@ -608,14 +608,17 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 # -- the command --------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_the_command_draws_a_run_into_its_folder_and_says_where(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [record("train", 1, loss=0.5)])
-    done = of_command(folder)
+    command = [sys.executable, "-W", "error", "-m", "hookengine_report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(folder / "report.html"), str(folder / "report.png")]
     assert "0.5" in drawn(folder).texts
 
 
+@pytest.mark.process
 def test_the_command_takes_a_work_dir_several_runs_and_a_place(tmp_path: Path) -> None:
     work_dir = tmp_path / "work_dir"
     folders = [write_run(work_dir / name, [record("train", 1, loss=1)]) for name in ("a", "b")]
@@ -639,6 +642,7 @@ def test_of_a_work_dir_the_run_that_wrote_last_is_taken(tmp_path: Path) -> None:
     assert find_runs(tmp_path, every=True) == [tmp_path / "b", tmp_path / "a", tmp_path / "c"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["missing", "empty", "unwritable"])
 def test_the_command_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "there"

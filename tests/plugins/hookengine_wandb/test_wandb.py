@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ import pytest
 import torch
 
 from hookengine import Image, Sink, Table
+from tests import forks
 from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_wandb import wandb_file
 from tests.plugins.hookengine_wandb.server import Server
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[3]
 DEFAULTS = ("seed", "logging", "checkpoint")
@@ -292,7 +296,8 @@ assert wandb.run is run
 run.log({"mine": 1})
 run.finish()
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
+    done = forks.run(program, str(tmp_path))
+    assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = wandb_file.history(file)
     assert [row.get("train/iter") for row in rows] == [5, 10, None]
@@ -322,10 +327,15 @@ runner = Runner(
 
 @runner.on("after_train_iter")
 def die(runner):
+    wandb = runner.plugins["wandb"]
+    if sys.argv[4] and wandb._session is None:
+        wandb.after_run(runner)  # W&B's run has begun, once there is a record
     if runner.progress.iter == kill:
         if sys.argv[4] == "written":  # all that there is so far is in the sinks
             for name in ("wandb", "tensorboard"):
                 runner.plugins[name].after_run(runner)
+        if sys.argv[4]:
+            print(wandb._session._process.pid, flush=True)
         os.kill(os.getpid(), 9)
 
 runner.train()
@@ -333,28 +343,23 @@ runner.close()
 """
 
 
-def run(folder: Path, kill: int = 0, mode: str = "offline", state: str = "", **env: str) -> str:
+def run(folder: Path, kill: int = 0, mode: str = "offline", state: str = "") -> str:
     """Train in a process of its own, which is killed after that iteration."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), str(kill), mode, state],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(PROGRAM, str(folder), str(kill), mode, state)
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
     return done.stdout
 
 
-def wait_for_the_end_of(folder: Path) -> None:
-    """The process that speaks with W&B ends the run by itself when the training is gone."""
-    for file in folder.glob("wandb/*run-*/run-*.wandb"):
-        for _ in range(1200):
-            if any(record.HasField("exit") for record in wandb_file.read(file)):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"{file} was not ended: {(folder / 'wandb/process.log').read_text()}")
+def run_and_kill(folder: Path, kill: int, state: str) -> None:
+    """Train, kill, and wait for the process that speaks with W&B: it ends the run by itself."""
+    process = int(run(folder, kill=kill, state=state).splitlines()[-1])
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        descriptor = os.pidfd_open(process)
+        select.select([descriptor], [], [])
+        os.close(descriptor)
+    for file in folder.glob("run/wandb/*run-*/run-*.wandb"):
+        log = (folder / "run" / "wandb" / "process.log").read_text()
+        assert any(record.HasField("exit") for record in wandb_file.read(file)), log
 
 
 def values(rows: list[dict[str, Any]]) -> list[Any]:
@@ -375,8 +380,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work_dir of a run that was killed when all that there was so far was in the sinks."""
     folder: Path = tmp_path_factory.mktemp("killed")
-    run(folder, kill=17, state="written")
-    wait_for_the_end_of(folder / "run")
+    run_and_kill(folder, 17, "written")
     return folder
 
 
@@ -390,10 +394,8 @@ def killed(killed_once: Path, tmp_path: Path) -> Path:
 def test_a_run_that_was_killed_twice_has_one_history_without_gap_or_repetition(
     tmp_path: Path, straight: Path, state: str
 ) -> None:
-    run(tmp_path, kill=17, state=state)
-    wait_for_the_end_of(tmp_path / "run")
-    run(tmp_path, kill=29, state=state)
-    wait_for_the_end_of(tmp_path / "run")
+    run_and_kill(tmp_path, 17, state)
+    run_and_kill(tmp_path, 29, state)
     out = run(tmp_path)
     segments = files(tmp_path / "run")
     assert len({file.name for file in segments}) == 1  # one run of W&B
