@@ -31,6 +31,7 @@ class BackgroundWriter:
         self._best = best
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[Any] | None = None
+        self._prune_to: tuple[int | None, str] = (None, "")
         self._pruning: Future[None] | None = None
         self._position: tuple[Any, ...] | None = None
 
@@ -42,13 +43,16 @@ class BackgroundWriter:
         """Return whether a save was tried at this point; another one would write the same."""
         return self._position == _position(progress)
 
-    def start(self, write: Callable[[], object]) -> None:
+    def start(self, write: Callable[[], object], best: int | None, name: str) -> None:
         """Start a write; ``finish`` must have ended the one before.
 
         Args:
             write: Called on the thread; returns a ``Saved`` if it has published a checkpoint.
+            best: The number of the best checkpoint once this one is published.
+            name: The name for this one, if it is free when old ones have been removed.
         """
         self._write = self._executor.submit(write)
+        self._prune_to = best, name
 
     @property
     def written(self) -> bool:
@@ -78,7 +82,11 @@ class BackgroundWriter:
         if is_best:
             runner.logger.info(self._best.describe(saved.name))
         runner.logger.debug(f"checkpoint: saved {saved.path}")
-        runner.hooks.after_save_checkpoint(runner, saved.path, is_best)
+        best, name = self._prune_to
+        try:  # plugins may still find the checkpoint under the path that they are given
+            runner.hooks.after_save_checkpoint(runner, saved.path, is_best)
+        finally:
+            self.prune(runner, best, name)
 
     def finish(self, runner: Any) -> None:
         """Wait for the write in progress and for the removal of old checkpoints."""
@@ -109,8 +117,7 @@ class BackgroundWriter:
     def prune(self, runner: Any, best: int | None, name: str | None = None) -> None:
         """Remove old checkpoints on the thread, see ``RunCheckpoints.prune``.
 
-        It is a task of its own, since freeing disk space takes a while: ``wait`` need not wait for
-        it.
+        Freeing disk space takes a while, so ``wait`` does not wait for it.
         """
         self._pruning = self._executor.submit(self._prune, runner, best, name)
 

@@ -62,8 +62,14 @@ class RunCheckpoints:
         return [str(path) for path in writing.abandon(folder, names)]
 
     def add(self, saved: Saved) -> None:
-        """Add a checkpoint that was published."""
+        """Add a checkpoint that was published; ``latest`` points to the last one that is finite."""
         self.kept.append(saved)
+        writing.link(saved.path.parent, "latest", self._latest.name)
+
+    @property
+    def _latest(self) -> Saved:
+        finite = [saved for saved in self.kept if saved.manifest["finite"]]
+        return (finite or self.kept)[-1]
 
     def prune(self, best: int | None, name: str | None = None) -> None:
         """Remove checkpoints that are no longer kept, and update the links ``latest`` and ``best``.
@@ -76,14 +82,12 @@ class RunCheckpoints:
             OSError: A checkpoint cannot be removed or renamed.
         """
         newest = self.kept[-1]
-        finite = [saved for saved in self.kept if saved.manifest["finite"]]
-        latest = (finite or self.kept)[-1]
+        latest = self._latest
         # A save after a validation replaces the save before it.
         last = [saved for saved in self.kept if saved is newest or saved.iter != newest.iter]
         if self.keep_last is not None:
             last = last[-self.keep_last :]
         keep = {saved.number for saved in last} | {best, latest.number}
-        writing.link(newest.path.parent, "latest", latest.name)
         for saved in [saved for saved in self.kept if saved.number not in keep]:
             self.kept.remove(saved)
             if saved.path.is_dir():

@@ -78,7 +78,7 @@ class Saver:
         if problem is not None:
             self._writer.report(runner, problem)
         elif write is not None:
-            self._writer.start(write)
+            self._writer.start(write, self._best.number, _name(runner.progress))
 
     def _collect(self, runner: Any) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
         """Collect the state of the run and, on rank 0, the states of all ranks."""
@@ -143,9 +143,7 @@ class Saver:
             write_shards: Writes them, and returns the parameters that are not finite.
         """
         folder = runner.make_run_dir() / FOLDER
-        name = _name(runner.progress)
-        path = writing.free_path(folder, name)
-        best = self._best.number
+        path = writing.free_path(folder, _name(runner.progress))
         check_plain(state, "the state")
         copied = self.snapshot.take(state)
         manifest = {
@@ -173,7 +171,6 @@ class Saver:
                     "the last checkpoint with finite weights is kept, and latest points to it"
                 )
             self._checkpoints.add(saved)
-            self._writer.prune(runner, best, name)
             return saved
 
         return write

@@ -769,3 +769,24 @@ def test_a_misspelt_name_in_allow_is_refused(make: MakeRunner) -> None:
     first.train()
     with pytest.raises(KeyError, match=r"optimiser.*optimizer"):
         make(plugins=[dict(type="checkpoint", allow=["optimiser"])], resume=first.run_dir)
+
+
+def test_a_plugin_finds_each_checkpoint_under_the_path_that_it_is_given(
+    make: MakeRunner, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    runner = make(validate=True, plugins=[dict(type="checkpoint", keep_best="accuracy")])
+
+    @runner.on("after_save_checkpoint")
+    def look(runner: Any, path: Path, best: bool) -> None:
+        runner.plugins["checkpoint"]._writer._executor.submit(int).result()  # nothing else to do
+        assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.pth"]
+        assert (path.parent / "latest").resolve() == path
+        seen.append((path.name, best))
+
+    runner.train()
+    # The save after a validation replaces the one before it, and takes its name afterwards.
+    assert [name for name, _ in seen][-1] in ("epoch_2_2", "epoch_2")
+    assert len(seen) == 4
+    kept = sorted(path.name for path in (runner.run_dir / "checkpoints").iterdir())
+    assert kept == ["best", "epoch_2", "latest"]
