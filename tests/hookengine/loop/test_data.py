@@ -132,6 +132,7 @@ def test_a_copied_dataloader_has_the_new_attributes_and_shares_the_others() -> N
     assert torch.cat([*original]).tolist() == [*range(8)]
 
 
+@pytest.mark.process
 def test_a_copied_dataloader_has_workers_of_its_own() -> None:
     original = DataLoader(DIGITS, num_workers=1, persistent_workers=True)
     running = iter(original)
