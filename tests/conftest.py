@@ -73,21 +73,31 @@ platform.platform()  # asks `uname`, once in a process
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that are started: they would starve each other
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs an accelerator; share the others out among the workers of pytest-xdist.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker of pytest-xdist whole files, and one of them all files with ranks.
 
-    The tests with ranks run one after another on one worker, since two pairs of ranks would starve
-    each other on two cores. The other tests of a file that start processes stay together, as they
-    share what takes long. Both come first; the many short tests, one by one, fill up both workers.
+    Two pairs of ranks at a time would starve each other on two cores. The tests of a file share
+    what takes long. (xdist's own groups, by marker, do nothing under pytest 9.)
     """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if "tests.ranks" in (config.rootpath / file).read_text() else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator; on a worker of pytest-xdist let the longest come first."""
     for item in items:
         if "gpu" in item.keywords and not torch.accelerator.is_available():
             item.add_marker(pytest.mark.skip(reason="no accelerator here"))
         if "ranks" in item.keywords:
             item.add_marker(pytest.mark.process)
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif "process" in item.keywords:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: 2 - ("process" in item.keywords) - ("ranks" in item.keywords))
 
