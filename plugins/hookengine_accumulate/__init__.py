@@ -1,4 +1,4 @@
-"""Gradient accumulation that gives the gradient of the one big batch."""
+"""Gradient accumulation that gives the same gradient as one big batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Accumulate"]
 
 
 class Accumulate(Plugin, name="accumulate"):
-    """Step once per ``steps`` micro-batches, with the gradient of all of them as one batch.
+    """Step once per ``steps`` micro-batches, with the gradient of one big batch.
 
-    A loss is a mean over what a batch holds: over its samples, or its valid tokens. Micro-batches
-    are weighted by that number, so those of unequal size give the gradient of the one big batch.
-    The last, shorter window of an epoch or a run is closed, and weighted by what it really holds.
-    A micro-batch without any valid token counts for nothing, whatever its loss (where its count is
-    on a GPU, which is never read, the loss must have finite gradients, as ``F.cross_entropy`` has).
+    A loss is a mean over the samples or the valid tokens of a batch. Each micro-batch is weighted
+    by their number, so micro-batches of unequal size still give the gradient of one big batch. The
+    last window of an epoch or a run may be shorter; it steps too, and is weighted by what it holds.
+    A micro-batch without valid tokens is ignored, whatever its loss. A count on a GPU is never
+    read, however: there, such a loss must have finite gradients, as ``F.cross_entropy`` has.
 
-    Over several ranks, whose gradients are averaged as DDP does it, the weights of all ranks
-    count; beside the gradients that takes an all-reduce of a single number per window.
+    With several ranks, whose gradients are averaged as in DDP, the weights of all ranks are taken
+    into account. This adds an all-reduce of a single number per window.
     """
 
     after = ("amp",)
@@ -34,66 +34,74 @@ class Accumulate(Plugin, name="accumulate"):
     steps: int = Field(ge=1, description="micro-batches per optimizer step")
     weight: Literal["sample", "batch", "token"] = Field(
         default="sample",
-        description="what a loss is a mean over: samples, nothing known, or valid tokens",
+        description="what the loss averages over: samples or valid tokens; 'batch' weights all "
+        "micro-batches equally",
     )
     tokens: str | int | Callable[[Any], Any] | None = Field(
         default=None,
-        description="for weight='token': where in the batch the count is, a number or a tensor "
-        "that is summed (lengths, a mask); or a function of the batch",
+        description="for weight='token': the key or index of the count in the batch, a number or "
+        "a tensor to sum (lengths, a mask); or a function of the batch",
     )
     ignore_index: int | None = Field(
         default=None,
-        description="count what differs from it in the tensor of labels that tokens names",
+        description="the label to ignore; tokens then names a tensor of labels, and the other "
+        "labels are counted",
     )
-    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
+    optimizer: str | None = Field(
+        default=None, description="accumulate only for the optimizer of this name"
+    )
 
     def __post_init__(self) -> None:
-        """Refuse options that do not go together."""
+        """Raise a TypeError if the options do not fit together."""
         if (self.weight == "token") != (self.tokens is not None):
             raise TypeError(
-                "accumulate: weight='token' goes together with tokens=, the key of the count in "
-                "the batch or a function, as in tokens=lambda batch: batch['mask'].sum()"
+                "accumulate: weight='token' goes together with tokens=. Pass both, with tokens= "
+                "the key of the count in the batch or a function, as in tokens=lambda batch: "
+                "batch['mask'].sum()"
             )
         if self.ignore_index is not None and (self.tokens is None or callable(self.tokens)):
-            raise TypeError("accumulate: ignore_index needs tokens=KEY, the labels in the batch")
+            raise TypeError(
+                "accumulate: ignore_index needs tokens=KEY, the key of the labels in the batch"
+            )
 
     def configure(self) -> None:
-        """Know no optimizer yet."""
+        """Reset the windows; ``setup_optimizer`` adds one per optimizer."""
         self._windows: dict[str, Window] = {}
         self._closing = False
         self._reference: float | None = None
         self._weight: Weight = 1.0
         self._last = 0.0  # the last weight that was not 0
 
-    @hookimpl(tryfirst=True)  # schedules ask for it
+    @hookimpl(tryfirst=True)  # schedules read the window length
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Announce the window's length."""
+        """Set the window length of the optimizer."""
         if optim_wrapper.name not in runner.optim_wrapper.by_name(self.optimizer):
             return
         if optim_wrapper.window_length != 1:
             raise ValueError(
-                f"the gradients of the optimizer {optim_wrapper.name!r} are accumulated over "
-                f"{optim_wrapper.window_length} steps by another plugin already"
+                f"the gradients of the optimizer {optim_wrapper.name!r} are already accumulated "
+                f"over {optim_wrapper.window_length} steps by another plugin. Remove one of them, "
+                "or limit each to one optimizer with optimizer=NAME"
             )
         optim_wrapper.window_length = self.steps
         if self.steps > 1:
             self._windows[optim_wrapper.name] = Window(self.steps)
 
     def unconfigure(self, runner: Any) -> None:
-        """Each iteration is a step again."""
+        """Reset the window lengths, so that every iteration steps again."""
         for name in self._windows:
             runner.optim_wrapper.by_name(name)[name].window_length = 1
 
-    @hookimpl(trylast=True)  # the batch is what it will be
+    @hookimpl(trylast=True)  # after the plugins that replace the batch
     def before_train_iter(self, runner: Any, data_batch: Any) -> None:
-        """Count what the loss of this batch will be a mean over."""
+        """Count the samples or tokens that the loss of this batch averages over."""
         if self.weight == "sample":
             self._weight = count_samples(data_batch)
         elif self.weight == "token":
             self._weight = count_tokens(data_batch, self.tokens, self.ignore_index)
 
     def after_forward(self, losses: Any) -> dict[str, Any] | None:
-        """The loss of a micro-batch without a valid token, a mean over nothing, is told as 0."""
+        """Replace NaN and infinite losses with 0 if the micro-batch has no valid token."""
         nothing = self._weight_is_zero() and self._windows and self.optimizer is None
         if not nothing or not isinstance(losses, dict):
             return None
@@ -111,7 +119,7 @@ class Accumulate(Plugin, name="accumulate"):
         held = window.held if optim_wrapper.window_open else 0
         return held + 1 >= self.steps or runner.progress.is_last or self._closing
 
-    @hookimpl(trylast=True)  # the loss is complete; amp, which comes before, is still later
+    @hookimpl(trylast=True)  # the loss is complete; amp, ordered before, runs even later
     def scale_loss(self, runner: Any, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
         """Weight the loss of this micro-batch."""
         window = self._windows.get(optim_wrapper.name)
@@ -134,7 +142,7 @@ class Accumulate(Plugin, name="accumulate"):
 
     @hookimpl(tryfirst=True)
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Correct the gradients where the window holds something else than was expected."""
+        """Correct the gradients if the weight of the window is not the expected one."""
         window = self._windows.get(optim_wrapper.name)
         if window is None or window.held == 0:
             return
@@ -149,7 +157,7 @@ class Accumulate(Plugin, name="accumulate"):
         elif grads:
             torch._foreach_mul_(grads, correction)
 
-    # First, so that others see the weights and counters of a whole window.
+    # These run first, so that other plugins see the weights and counters of a complete window.
 
     @hookimpl(tryfirst=True)
     def after_train_iter(self, runner: Any) -> None:
@@ -159,14 +167,14 @@ class Accumulate(Plugin, name="accumulate"):
 
     @hookimpl(tryfirst=True)
     def after_train_epoch(self, runner: Any) -> None:
-        """Close the last windows where nobody could know that the last batch was the last."""
+        """Close the windows left open because the length of the epoch was not known."""
         self._close(runner)
 
     def _close(self, runner: Any) -> None:
         for name in self._windows:
             optim_wrapper = runner.optim_wrapper.by_name(name)[name]
             if optim_wrapper.window_open:
-                self._closing = True  # another plugin may still refuse
+                self._closing = True  # another plugin may still veto the step
                 try:
                     if runner.hooks.should_step(runner, optim_wrapper):
                         optim_wrapper.step()
@@ -174,11 +182,12 @@ class Accumulate(Plugin, name="accumulate"):
                     self._closing = False
 
     def _expected(self, runner: Any, window: Window) -> Weight | None:
-        """The total weight that the window will probably have, or None to be asked again.
+        """Estimate the total weight of the window; None means to try again at the next batch.
 
-        Several ranks must expect the same, so there it is told by the first batch of the run, once
-        for all; alone, by the first batch of the window or the one before, whichever weighs more (a
-        first one of few tokens would blow the others up), and the number of batches that are left.
+        All ranks must use the same estimate, so with several ranks the first batch of the run
+        determines it for all windows. Otherwise, it is the number of batches left times the weight
+        of the first batch of the window or of the batch before it, whichever is greater: a first
+        batch with few tokens would blow up the losses of the others.
         """
         if dist.get_world_size() == 1 or self.weight == "batch":
             first = self._weight
@@ -188,24 +197,25 @@ class Accumulate(Plugin, name="accumulate"):
             return left * max(first, self._last) or None
         if self._reference is None:
             first = torch.as_tensor(self._weight, dtype=torch.float32, device=runner.device)
-            total = dist.sum_over_ranks(first.clone()).item()  # once in a run
+            total = dist.sum_over_ranks(first.clone()).item()  # once per run
             self._reference = total / dist.get_world_size() or 1.0
         return self.steps * self._reference
 
     def state_dict(self) -> dict[str, Any]:
-        """What a micro-batch is expected to weigh."""
+        """Return the expected weight of a micro-batch."""
         return {"reference": self._reference, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the expected weight saved by ``state_dict``."""
         self._reference, self._last = state["reference"], state["last"]
 
 
 def _zero_loss(optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor:
-    """A loss of 0 that gives each parameter a gradient of 0, as DDP wants it, past the model.
+    """Return a loss of 0 that bypasses the model and gives each parameter a gradient of 0.
 
-    Not past a sharded model, whose backward pass all ranks need: there the loss of no token must
-    have finite gradients, as ``F.cross_entropy`` has.
+    DDP expects a gradient for each parameter. A sharded model is not bypassed, because all ranks
+    need its backward pass: there, the loss of a batch without tokens must have finite gradients, as
+    ``F.cross_entropy`` has.
     """
     parameters = [p for p in optim_wrapper.parameters() if p.requires_grad]
     if any(hasattr(parameter, "to_local") for parameter in parameters):

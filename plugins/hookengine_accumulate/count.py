@@ -13,30 +13,32 @@ from hookengine_accumulate.window import Weight
 
 
 def count_samples(batch: Any) -> float:
-    """The samples of a batch.
+    """Return the number of samples in a batch.
 
     Raises:
-        TypeError: it is an object that does not tell.
+        TypeError: The batch is not a tensor, dict, list or tuple.
     """
     if not isinstance(batch, (Tensor, Mapping, list, tuple)):
         raise TypeError(
-            f"accumulate: the samples of a {type(batch).__name__} cannot be counted: give "
+            f"accumulate: the samples of a {type(batch).__name__} cannot be counted. Pass "
             "weight='token' with a function, as in tokens=lambda batch: batch.num_graphs, or "
-            "weight='batch' where all micro-batches are of one size"
+            "weight='batch' if all micro-batches have the same size"
         )
     return float(batch_size(batch))
 
 
 def count_tokens(batch: Any, tokens: Any, ignore_index: int | None) -> Weight:
-    """The valid tokens of a batch.
+    """Return the number of valid tokens in a batch.
 
     Args:
-        batch: As the dataloader gave it.
-        tokens: A key or index in the batch, of a number or a tensor; or a function of the batch.
-        ignore_index: What is not counted in a tensor of labels.
+        batch: The training batch.
+        tokens: The key or index of a number or a tensor in the batch, or a function of the batch.
+        ignore_index: The label to ignore in a tensor of labels.
 
     Raises:
-        KeyError: the batch has no such key. TypeError, ValueError: what is there is no count.
+        KeyError: The batch has no such key.
+        TypeError: The value is not a number or a tensor.
+        ValueError: The value is not a count.
     """
     if callable(tokens):
         return _as_weight(tokens(batch), tokens)
@@ -48,20 +50,20 @@ def count_tokens(batch: Any, tokens: Any, ignore_index: int | None) -> Weight:
         return _as_weight(count, tokens)
     if not isinstance(count, Tensor):
         raise TypeError(
-            f"accumulate: ignore_index needs labels in a tensor, tokens={tokens!r} gave a "
-            f"{type(count).__name__}: give a function, as in tokens=lambda batch: ..."
+            f"accumulate: ignore_index needs labels in a tensor, but tokens={tokens!r} gave a "
+            f"{type(count).__name__}. Pass a function instead, as in tokens=lambda batch: ..."
         )
     return _as_weight(count != ignore_index, tokens)
 
 
 def _as_weight(count: Any, tokens: Any) -> Weight:
-    """A count as a number; one on a device stays there, since reading it would synchronise."""
+    """Return a count as a number, or as a tensor on its device to avoid synchronizing it."""
     if not isinstance(count, Tensor):
         try:
             count = float(count)
         except (TypeError, ValueError):
             raise TypeError(
-                f"accumulate: tokens={tokens!r} gave {count!r}: a number or a tensor is needed"
+                f"accumulate: tokens={tokens!r} gave {count!r}; expected a number or a tensor"
             ) from None
     elif count.device.type != "cpu":
         return count.sum().double() if count.device.type != "mps" else count.sum().float()
@@ -71,13 +73,13 @@ def _as_weight(count: Any, tokens: Any) -> Weight:
         raise ValueError(
             f"accumulate: tokens={tokens!r} gave a tensor of shape {tuple(count.shape)} that is "
             f"neither a mask nor lengths: it has values from {count.min()} to {count.max()}. A "
-            "tensor is summed: for labels, of which some are ignored, give ignore_index=-100 (say) "
-            "as well"
+            "tensor is summed. If it holds labels, also pass the label to ignore, as in "
+            "ignore_index=-100"
         )
     else:
         count = count.sum().item()
     if not count >= 0:
-        raise ValueError(f"accumulate: tokens={tokens!r} gave {count}, which is no count")
+        raise ValueError(f"accumulate: tokens={tokens!r} gave {count}; expected 0 or more")
     return float(count)
 
 
@@ -89,5 +91,5 @@ def _lacks(batch: Any, key: Any) -> str:
     size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
     return (
         f"accumulate: tokens={key!r} cannot be looked up in the batch, a "
-        f"{type(batch).__name__}{size}: give a key, an index, or a function of the batch"
+        f"{type(batch).__name__}{size}. Pass a key, an index, or a function of the batch"
     )

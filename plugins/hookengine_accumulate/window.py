@@ -1,4 +1,4 @@
-"""The micro-batches between two steps, and what they weigh."""
+"""The micro-batches between two steps, and their weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch import Tensor
 from hookengine import Progress, dist
 
 Weight = float | Tensor
-"""A number, or a scalar tensor on the device, which is never read."""
+"""A number, or a scalar tensor on the device whose value the host never reads."""
 
 
 class Window:
     """The micro-batches since the last step of one optimizer.
 
-    The loss of each is multiplied by its weight over the *expected* total of the window, which is
-    right at once where the guess is, and is corrected at the end where it was not.
+    The loss of each micro-batch is multiplied by its weight over the *expected* total weight of
+    the window. If the expectation was wrong, the gradients are corrected at the end.
 
     Attributes:
-        held: Micro-batches in it.
-        expected: The total weight that it will probably have; None until it is known.
-        asked: Whether ``should_step`` was asked since the last backward pass: what follows is
-            another micro-batch. Several losses without a question between are one.
-        iteration: The iteration of the last one.
+        held: Micro-batches in the window.
+        expected: The expected total weight; None until it is known.
+        asked: Whether ``should_step`` was called since the last backward pass, so that the next
+            loss belongs to another micro-batch. Losses without such a call between them belong to
+            the same one.
+        iteration: The iteration of the last micro-batch.
     """
 
     def __init__(self, steps: int) -> None:
@@ -34,29 +35,29 @@ class Window:
         self._total: Weight = 0.0
 
     def open(self) -> None:
-        """Begin."""
+        """Empty the window for its first micro-batch."""
         self.held = 0
         self._total = 0.0
         self.expected = None
 
     def add(self, weight: Weight, iteration: int) -> None:
-        """Take a micro-batch in."""
+        """Add a micro-batch."""
         self.held += 1
         self.asked = False
         self.iteration = iteration
         self._total = self._total + weight
 
     def correction(self, device: torch.device, per_rank: bool) -> Weight:
-        """By which the gradients are multiplied at the end.
+        """Return the factor that corrects the gradients at the end of the window.
 
         Args:
-            device: Where ranks exchange tensors.
-            per_rank: The totals of the ranks differ.
+            device: The device on which the ranks exchange tensors.
+            per_rank: Whether the total weights of the ranks may differ.
         """
         total, ranks = self._total, dist.get_world_size()
         expected = 1.0 if self.expected is None else self.expected
         if ranks > 1 and per_rank:
-            # In float64 where the device has it: a count of tokens may pass float32's integers.
+            # In float64 if the device has it: a token count may exceed the integers of float32.
             dtype = torch.float32 if device.type == "mps" else torch.float64
             total = torch.as_tensor(total, dtype=dtype, device=device).clone()
             total = dist.sum_over_ranks(total) / ranks
@@ -67,7 +68,7 @@ class Window:
 
 
 def micro_batches_left(progress: Progress, steps: int) -> int:
-    """Micro-batches of the window that begins, as far as the lengths are known."""
+    """Return how many micro-batches remain for the window, as far as the lengths are known."""
     left = steps
     if progress.epoch_length is not None:
         left = min(left, progress.epoch_length - progress.batch)
