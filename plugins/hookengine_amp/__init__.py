@@ -1,4 +1,4 @@
-"""Automatic mixed precision: autocast in every phase, and a loss scale where fp16 needs one."""
+"""Automatic mixed precision: autocast in every phase, and a loss scale for float16."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ def _name(dtype: Any) -> Any:
 
 
 class Amp(Plugin, name="amp"):
-    """Compute in bfloat16 or float16 where that is safe, as ``torch.autocast`` decides.
+    """Compute in bfloat16 or float16 where ``torch.autocast`` considers it safe.
 
-    The forward pass of training, validation and testing runs under autocast. With float16 each
-    optimizer has a ``torch.amp.GradScaler``: the loss is scaled last of all, the gradients are
-    unscaled first of all, and a step with infinite or NaN gradients is skipped: ``steps`` stays,
-    and nobody is told ``after_optim_step``. The scale is logged as ``loss_scale``; a record has its
-    mean, as of every value.
+    The forward passes of training, validation and testing run under autocast. With float16, each
+    optimizer has a ``torch.amp.GradScaler``: the loss is scaled after all other plugins, and the
+    gradients are unscaled before them. A step with infinite or NaN gradients is skipped: it is not
+    counted in ``steps``, and ``after_optim_step`` is not called. The scale is logged as
+    ``loss_scale``; like every value, it is averaged over the iterations of a record.
     """
 
     dtype: Annotated[Literal["bfloat16", "float16"], BeforeValidator(_name)] = Field(
         default="bfloat16",
-        description="float16 adds a loss scale, and is what older GPUs are fast at",
+        description="bfloat16, or float16 with a loss scale, which is faster on older GPUs",
     )
     init_scale: float = Field(
-        default=2.0**16, gt=0, le=2.0**126, description="of float16: loss scale at the start"
+        default=2.0**16, gt=0, le=2.0**126, description="for float16: the initial loss scale"
     )
     growth_factor: float = Field(
-        default=2.0, gt=1, le=2.0**16, description="by which the scale grows"
+        default=2.0, gt=1, le=2.0**16, description="the factor by which the loss scale grows"
     )
     backoff_factor: float = Field(
-        default=0.5, gt=0, lt=1, description="times the scale after a skip"
+        default=0.5, gt=0, lt=1, description="the factor of the loss scale after a skipped step"
     )
     growth_interval: int = Field(
-        default=2000, gt=0, description="steps without a skip until it grows"
+        default=2000, gt=0, description="consecutive steps without a skip until it grows"
     )
     optimizer: str | None = Field(
-        default=None, description="in training only this one of several optimizers"
+        default=None, description="in training, use autocast only for the optimizer of this name"
     )
 
     def configure(self, runner: Any) -> None:
-        """Refuse a device that cannot do it."""
+        """Raise a ValueError if the device does not support the dtype."""
         self._device_type: str = runner.device.type
         self._dtype: torch.dtype = getattr(torch, self.dtype)
         self._scaled: dict[str, _Scaled] = {}
         _check_supported(runner.device, self._dtype)
 
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Make the optimizer's loss scale."""
+        """Create the loss scale of the optimizer, with float16."""
         several = runner.optim_wrapper.by_name()
         if optim_wrapper.name not in runner.optim_wrapper.by_name(self.optimizer):
             return
@@ -70,8 +70,8 @@ class Amp(Plugin, name="amp"):
             if parameter.dtype is torch.float16:
                 raise ValueError(
                     f"amp: the optimizer {optim_wrapper.name!r} trains parameters that are float16 "
-                    "themselves, whose gradients cannot be unscaled: leave the model in float32 "
-                    "(drop .half()); autocast converts what it computes with"
+                    "themselves, and their gradients cannot be unscaled. Keep the model in float32 "
+                    "(drop .half()): autocast casts the inputs of each operation"
                 )
         scaler = torch.amp.GradScaler(
             self._device_type,
@@ -85,17 +85,17 @@ class Amp(Plugin, name="amp"):
         self._scaled[optim_wrapper.name] = _Scaled(scaler, optim_wrapper, label, one)
 
     def unconfigure(self) -> None:
-        """Take the hooks from the optimizers."""
+        """Remove the hooks from the optimizers."""
         for scaled in self._scaled.values():
             scaled.hook.remove()
 
     def forward_context(self, optim_wrapper: OptimWrapper | None) -> torch.autocast | None:
-        """Autocast."""
+        """Return an autocast context."""
         if optim_wrapper is not None and self.optimizer not in (None, optim_wrapper.name):
             return None
         return torch.autocast(self._device_type, self._dtype)
 
-    @hookimpl(trylast=True)  # the loss is complete
+    @hookimpl(trylast=True)  # the loss is complete by then
     def scale_loss(self, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
         """Multiply the loss by the loss scale."""
         scaled = self._scaled.get(optim_wrapper.name)
@@ -106,7 +106,7 @@ class Amp(Plugin, name="amp"):
 
     @hookimpl(tryfirst=True)
     def finish_gradients(self, optim_wrapper: OptimWrapper) -> None:
-        """Divide the gradients by the loss scale, if their loss was multiplied by it."""
+        """Divide the gradients by the loss scale, if a scaled loss was backpropagated."""
         scaled = self._scaled.get(optim_wrapper.name)
         if scaled is None:
             return
@@ -117,9 +117,9 @@ class Amp(Plugin, name="amp"):
             scaled.scaler.unscale_(optim_wrapper.optimizer)
             scaled.unscaled = True
 
-    @hookimpl(trylast=True)  # another plugin may take or refuse the step
+    @hookimpl(trylast=True)  # another plugin may take or skip the step
     def optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool | None:
-        """Step, unless a gradient is infinite or NaN."""
+        """Take the step, or skip it if a gradient is infinite or NaN."""
         scaled = self._scaled.get(optim_wrapper.name)
         if scaled is None or not scaled.unscaled:
             return None
@@ -127,21 +127,21 @@ class Amp(Plugin, name="amp"):
         runner.log({scaled.label: scaled.value()})
         if scaled.skips == SKIPS_BEFORE_A_WARNING:
             runner.logger.warning(
-                f"amp: {scaled.skips} steps in a row were skipped, since gradients are infinite or "
-                f"NaN; the loss scale is down to {scaled.scaler.get_scale():g}. If that is still "
-                "large, begin with a smaller init_scale; if not, look for a division by zero or a "
-                "log of zero, lower the learning rate, or use dtype='bfloat16'"
+                f"amp: {scaled.skips} steps in a row were skipped because of infinite or NaN "
+                f"gradients; the loss scale is down to {scaled.scaler.get_scale():g}. If that is "
+                "still large, start with a smaller init_scale. If not, look for a division by zero "
+                "or a log of zero, lower the learning rate, or use dtype='bfloat16'"
             )
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scales."""
+        """Return the loss scale of each optimizer by name."""
         for scaled in self._scaled.values():
             scaled.settle()
         return {name: scaled.scaler.state_dict() for name, scaled in self._scaled.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the loss scales; how they grow is told by the options of this run."""
+        """Restore the loss scales; the options of this run determine how they grow."""
         for name, scaled in self._scaled.items():
             scaled.load(state[name])
 
@@ -151,13 +151,13 @@ class _Scaled:
 
     Args:
         scaler: Scales the loss and takes the step.
-        optim_wrapper: The optimizer's.
-        label: What the scale is called in the log.
-        one: A one on the device.
+        optim_wrapper: The wrapper of the optimizer.
+        label: The name of the scale in the log.
+        one: A tensor of value 1 on the device.
 
     Attributes:
-        unscaled: Whether the gradients were unscaled and no step followed yet.
-        skips: Steps skipped in a row.
+        unscaled: Whether the gradients were unscaled and no step has followed yet.
+        skips: Number of steps skipped in a row.
     """
 
     def __init__(
@@ -173,16 +173,16 @@ class _Scaled:
         self.hook = optim_wrapper.optimizer.register_step_post_hook(self._note_step)
 
     def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """The optimizer's ``step`` was called: a fused one decides by itself whether to step.
+        """Note whether the optimizer, whose ``step`` was called, took the step.
 
-        It does so on the device; to learn it takes the one synchronisation per step that the scaler
-        makes for any other optimizer.
+        A fused optimizer decides by itself, on the device. Reading its decision costs one
+        synchronization per step, the same that the scaler makes for any other optimizer.
         """
         found_inf = getattr(optimizer, "found_inf", None)
         self._taken = found_inf is None or not found_inf.item()
 
     def step(self) -> bool:
-        """Step if the gradients are finite; returns whether."""
+        """Step if the gradients are finite; return whether the step was taken."""
         self._taken = False
         self.scaler.step(self.optim_wrapper.optimizer)
         self.update()
@@ -190,21 +190,21 @@ class _Scaled:
         return self._taken
 
     def update(self) -> None:
-        """Let the scale grow or shrink."""
+        """Update the scale: it grows or shrinks."""
         self.scaler.update()
         self.unscaled = False
 
     def settle(self) -> None:
-        """Update after a step that another plugin took or refused."""
+        """Update the scale after a step that another plugin took or skipped."""
         if self.unscaled and not self.optim_wrapper.window_open:
             self.update()
 
     def value(self) -> Tensor:
-        """The present scale, on the device: reading it would synchronise."""
+        """Return the current scale as a tensor on the device, to avoid synchronizing it."""
         return self.scaler.scale(self._one)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take the scale and its age from a state."""
+        """Load the scale, and the number of steps since it last changed, from a state."""
         if self.unscaled:
             self.update()
         kept = {key: state[key] for key in ("scale", "_growth_tracker")}
@@ -212,15 +212,15 @@ class _Scaled:
 
 
 def _check_supported(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a dtype that autocast has not on this device, where torch itself would only warn."""
+    """Raise a ValueError if autocast lacks the dtype on this device; torch would only warn."""
     reason = _why_not(device, dtype)
     if reason is None:
         return
     other = torch.bfloat16 if dtype is torch.float16 else torch.float16
     fix = f"dtype={_name(other)!r}, " if _why_not(device, other) is None else ""
     raise ValueError(
-        f"amp: the device {device} cannot do {_name(dtype)}: {reason}. Use {fix}another device, or "
-        "leave amp out"
+        f"amp: the device {device} does not support {_name(dtype)}: {reason}. Use {fix}another "
+        "device, or disable amp"
     )
 
 
