@@ -1,4 +1,4 @@
-"""Averaged weights: the classes, and the plugins ``ema`` and ``swa`` that use them in a run."""
+"""Averaged weights: the averaged models, and the plugins ``ema`` and ``swa`` that use them."""
 
 from hookengine_averaging.averaged import (
     BaseAveragedModel,

@@ -1,4 +1,4 @@
-"""Models whose weights are running averages of another model's."""
+"""Models whose weights are running averages of the weights of another model."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hookengine_averaging.pairs import Pairs
 
 
 class BaseAveragedModel(nn.Module):
-    """Base class of averaged models: a subclass implements ``avg_func``.
+    """Base class of averaged models; a subclass implements ``avg_func``.
 
-    It holds a copy of the model, and moves it towards the model at each ``update_parameters``. The
-    first update copies; of the later ones each ``interval``-th averages. Averages are taken in
-    groups of tensors at once, without synchronising the device, and in place: where the copy has
-    the model's device and dtype, it needs no memory beside it.
+    It holds a copy of the model, and ``update_parameters`` moves the copy toward the model. The
+    first update copies the weights; after that, every ``interval``-th update averages them. Groups
+    of tensors are averaged at once, in place and without synchronizing the device: if the copy has
+    the model's device and dtype, no extra memory is needed.
 
     Args:
         model: The model to average; it is copied.
-        interval: Updates between two averages.
-        device: Where the copy lives; by default where the model does.
-        update_buffers: Average the floating-point buffers too, in place of copying them. Integer
+        interval: The number of updates from one average to the next.
+        device: The device of the copy; by default the model's.
+        update_buffers: Average the floating-point buffers too, instead of copying them. Integer
             buffers (``num_batches_tracked``) are always copied.
 
     Attributes:
         module: The averaged copy; its parameters require no gradient.
-        steps: Updates so far, an int64 scalar tensor; part of the state.
+        steps: The number of updates so far, an int64 scalar tensor; part of the state.
 
     Raises:
-        ValueError: ``interval`` below 1.
+        ValueError: ``interval`` is less than 1.
     """
 
     steps: Tensor
@@ -60,30 +60,31 @@ class BaseAveragedModel(nn.Module):
 
     @abstractmethod
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Move an averaged tensor, in place, towards the model's.
+        """Move an averaged tensor, in place, toward the tensor of the model.
 
         Args:
             averaged_param: The average so far.
-            source_param: The model's present value, on the same device and of the same dtype.
-            steps: Updates before this one.
+            source_param: The model's current value, on the same device and of the same dtype.
+            steps: The number of updates before this one.
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the averaged copy returns."""
+        """Run the forward pass of the averaged copy."""
         return self.module(*args, **kwargs)
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the model's present weights in.
+        """Update the average with the current weights of the model.
 
         Args:
             model: The model that was copied, or one with the same parameters and buffers.
 
         Raises:
-            ValueError: its parameters or buffers have other names or shapes; nothing is changed.
+            TypeError: ``model`` is not a module.
+            ValueError: Its parameters or buffers have other names or shapes; nothing is changed.
         """
         pairs = self._pairs
         if pairs is None or not pairs.are_of(model):
-            self._pairs = None  # if the next line refuses the model, it does so again
+            self._pairs = None  # if the next line raises, it raises at the next update, too
             pairs = self._pairs = Pairs(self.module, model, self.update_buffers)
         counter = self._counter
         steps: Any = self._buffers["steps"]  # faster than self.steps
@@ -106,13 +107,13 @@ class BaseAveragedModel(nn.Module):
             self.avg_func(average, source, steps)
 
     def _lerp_weight(self, steps: int) -> float:
-        """The weight of the model's value, where the average is a linear interpolation."""
+        """Return the weight of the model's value, if the average is a linear interpolation."""
         raise NotImplementedError
 
     def _lerps(self) -> bool:
-        """Whether it is one, so that all tensors can be averaged at once.
+        """Return whether it is a linear interpolation, so that all tensors are averaged at once.
 
-        Not where ``avg_func`` is overridden without the weight, by a class, a mixin or an instance.
+        It is not if a class, a mixin or an instance overrides ``avg_func`` but not the weight.
         """
         return "avg_func" not in self.__dict__ and _weight_belongs_to_avg_func(type(self))  # type: ignore[arg-type]
 
@@ -139,28 +140,28 @@ def _weight_belongs_to_avg_func(cls: type) -> bool:
 
 
 class _Counter:
-    """The value of ``steps``, read from the device only where somebody else has set it."""
+    """The value of ``steps``, read from the device only after other code has set it."""
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
         self._version = self._value = 0
 
     def read(self, tensor: Tensor) -> int:
-        """The value."""
+        """Return the value."""
         if tensor is not self._tensor or tensor._version != self._version:
             self.set(tensor, int(tensor))
         return self._value
 
     def set(self, tensor: Tensor, value: int) -> None:
-        """Note the value that the tensor has now."""
+        """Note the current value of the tensor."""
         self._tensor, self._version, self._value = tensor, tensor._version, value
 
 
 class StochasticWeightAverage(BaseAveragedModel):
-    """The mean of all weights taken in, SWA (arXiv:1803.05407)."""
+    """The mean of all averaged weights, SWA (arXiv:1803.05407)."""
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Move by 1 over the number of values."""
+        """Interpolate with a weight of 1 over the number of values, this one included."""
         averaged_param.lerp_(source_param, self._lerp_weight(steps))
 
     def _lerp_weight(self, steps: int) -> float:
@@ -172,10 +173,10 @@ class ExponentialMovingAverage(BaseAveragedModel):
 
     Args:
         model: The model to average.
-        momentum: Weight of the present value, a small number; not what optimizers call momentum.
+        momentum: The weight of the current value, a small number; not the momentum of optimizers.
         interval: See ``BaseAveragedModel``.
-        device: Likewise.
-        update_buffers: Likewise.
+        device: See ``BaseAveragedModel``.
+        update_buffers: See ``BaseAveragedModel``.
 
     Raises:
         ValueError: ``momentum`` is not between 0 and 1.
@@ -191,17 +192,17 @@ class ExponentialMovingAverage(BaseAveragedModel):
     ) -> None:
         super().__init__(model, interval, device, update_buffers)
         if not 0 < momentum < 1:
-            raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")
+            raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
         if momentum > 0.5:
             warnings.warn(
-                f"momentum={momentum} is the weight of the present value, usually a small number: "
-                f"is {1 - momentum:.4g} meant?",
+                f"momentum={momentum} is the weight of the current value, usually a small number. "
+                f"Did you mean {1 - momentum:.4g}?",
                 stacklevel=2,
             )
         self.momentum = momentum
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Interpolate by ``momentum``."""
+        """Interpolate with the weight ``momentum``."""
         averaged_param.lerp_(source_param, self._lerp_weight(steps))
 
     def _lerp_weight(self, steps: int) -> float:
@@ -209,20 +210,21 @@ class ExponentialMovingAverage(BaseAveragedModel):
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):
-    """An exponential moving average that begins with a larger momentum.
+    """An exponential moving average that starts with a larger momentum.
 
-    It is ``max(momentum, gamma / (gamma + steps))``, so that early updates weigh as in a mean.
+    The momentum is ``max(momentum, gamma / (gamma + steps))``, so that early updates
+    weigh as much as in a mean.
 
     Args:
         model: The model to average.
         momentum: See ``ExponentialMovingAverage``.
-        gamma: Updates after which half of the annealing is over.
+        gamma: The number of updates after which the annealing is half over.
         interval: See ``BaseAveragedModel``.
-        device: Likewise.
-        update_buffers: Likewise.
+        device: See ``BaseAveragedModel``.
+        update_buffers: See ``BaseAveragedModel``.
 
     Raises:
-        ValueError: ``gamma`` is not above 0, or ``momentum`` not between 0 and 1.
+        ValueError: ``gamma`` is not above 0, or ``momentum`` is not between 0 and 1.
     """
 
     def __init__(
@@ -240,7 +242,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         self.gamma = gamma
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Interpolate by the annealed momentum."""
+        """Interpolate with the annealed momentum as the weight."""
         averaged_param.lerp_(source_param, self._lerp_weight(steps))
 
     def _lerp_weight(self, steps: int) -> float:

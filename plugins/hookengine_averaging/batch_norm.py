@@ -1,4 +1,4 @@
-"""Batch-norm statistics computed anew, with torch's ``update_bn``."""
+"""Recomputing batch-norm statistics, with torch's ``update_bn``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def compute_statistics(
     batches: Iterable[Any],
     contexts: Iterable[AbstractContextManager[Any]],
 ) -> None:
-    """Compute the statistics of all batch norm that the model does not hold frozen.
+    """Recompute the statistics of all batch-norm layers that the model does not keep frozen.
 
     Args:
-        model: With ``loss_step(data)``; nothing else of it changes, and nothing after an error.
-        batches: As the dataloader gives them; its random generators stay where they are.
-        contexts: In which the forward passes run (autocast).
+        model: A model with ``loss_step(data)``. Only the statistics change, and after an error
+            nothing does.
+        batches: The dataloader; the states of its random generators are preserved.
+        contexts: The contexts in which the forward passes run (autocast).
     """
     with preserved_random_state(), _kept(model, batches), ExitStack() as stack:
         for context in contexts:
@@ -33,7 +34,7 @@ def compute_statistics(
 
 
 def _average_over_ranks(model: nn.Module) -> None:
-    """Of several ranks each has seen a share of the batches, all of them as many."""
+    """Average the statistics over the ranks, which have each seen the same number of batches."""
     ranks = dist.get_world_size()
     for layer in batch_norms(model) if ranks > 1 else ():
         for buffer in layer.buffers():
@@ -42,16 +43,17 @@ def _average_over_ranks(model: nn.Module) -> None:
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch-norm layers of a model."""
+    """Return the batch-norm layers of a model."""
     return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
 
 
 @contextmanager
 def _kept(model: nn.Module, dataloader: Any) -> Iterator[None]:
-    """Keep what ``update_bn`` is not to change.
+    """Preserve what ``update_bn`` must not change.
 
-    The modes of all layers; the statistics of batch norm that the model holds frozen, in evaluation
-    mode while it trains; after an error those of all. The dataloader's own random generators.
+    This restores the modes of all layers, the dataloader's random generators, and the statistics of
+    batch-norm layers that the model keeps frozen, in evaluation mode while it trains. After an
+    error, it restores the statistics of all batch-norm layers.
     """
     modes = {layer: layer.training for layer in model.modules()}
     model.train()
@@ -79,14 +81,14 @@ def _kept(model: nn.Module, dataloader: Any) -> Iterator[None]:
 
 
 class _Batch:
-    """A batch of any kind, which torch's ``update_bn`` hands on as it is."""
+    """A batch of any kind, which torch's ``update_bn`` passes on unchanged."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
 
 
 class _Batches:
-    """The training batches."""
+    """The training batches, each in a ``_Batch``."""
 
     def __init__(self, dataloader: Iterable[Any]) -> None:
         self.dataloader = dataloader
@@ -96,7 +98,7 @@ class _Batches:
 
 
 class _Forward(nn.Module):
-    """The averaged model's forward pass as in training, preprocessor included.
+    """The forward pass of the averaged model as in training, including the preprocessor.
 
     Args:
         model: A BaseModel, as ``runner.wrap`` returns it.
@@ -107,5 +109,5 @@ class _Forward(nn.Module):
         self.model = model
 
     def forward(self, batch: _Batch) -> None:
-        """Let batch norm see the batch."""
+        """Run the model on the batch, so that its batch norm sees it."""
         self.model.loss_step(batch.data)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The plugin ``ema``: a moving average of the weights, evaluated in their place."""
+"""The plugin ``ema``: a moving average of the weights, evaluated instead of them."""
 
 from __future__ import annotations
 
@@ -25,60 +25,64 @@ MOMENTUM = 0.0002
 class Ema(Plugin, name="ema"):
     """Keep a moving average of the model's weights, and evaluate it.
 
-    It is updated after each iteration in which an optimizer really stepped. Nothing is ever
-    swapped: training goes on with the raw weights, validation and testing run on a copy. In a
-    checkpoint the raw weights are under ``state_dict``, the averaged ones under
-    ``ema_state_dict`` (``NAME_state_dict`` of one with another ``plugin_name``). Until the average
-    begins, the raw weights are evaluated.
+    The average is updated after each iteration in which an optimizer took a step. Weights are never
+    swapped: training continues with the raw weights, validation and testing run on a copy. A
+    checkpoint has the raw weights under ``state_dict`` and the averaged ones under
+    ``ema_state_dict`` (``NAME_state_dict`` if the plugin has another ``plugin_name``). Until the
+    average begins, the raw weights are evaluated.
 
     Attributes:
         averaged: The averaged model; ``averaged.module`` has its weights.
     """
 
     momentum: float = Field(
-        default=MOMENTUM, gt=0, lt=1, description="weight of the present values"
+        default=MOMENTUM, gt=0, lt=1, description="the weight of the current values"
     )
     gamma: int | None = Field(
         default=None,
         gt=0,
-        description="begin with a larger momentum, gamma / (gamma + updates) while that is larger",
+        description="start with a larger momentum: gamma / (gamma + updates), while it is larger",
     )
     begin_step: int = Field(
         default=0, ge=0, description="optimizer steps before the average begins"
     )
-    begin_epoch: int = Field(default=0, ge=0, description="epochs before it begins, instead")
-    interval: int = Field(default=1, gt=0, description="updates between two averages")
+    begin_epoch: int = Field(
+        default=0, ge=0, description="epochs before it begins, instead of steps"
+    )
+    interval: int = Field(default=1, gt=0, description="updates from one average to the next")
     update_buffers: bool = Field(
-        default=False, description="average floating-point buffers (batch norm) too, else copy them"
+        default=False,
+        description="average floating-point buffers (batch norm), too, instead of copying them",
     )
     evaluate: Literal["averaged", "raw", "both"] = Field(
         default="averaged",
-        description="both: the metrics of the averaged weights are called ema/NAME",
+        description="what to evaluate; with 'both', the metrics of the averaged weights are named "
+        "ema/NAME",
     )
     ema_type: str | type[BaseAveragedModel] = Field(
-        default="ExponentialMovingAverage", description="an averaged model, by name or class"
+        default="ExponentialMovingAverage", description="the averaged model, by name or class"
     )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="further arguments of ema_type"
-    )
+    options: dict[str, Any] = Field(default_factory=dict, description="more arguments of ema_type")
 
     def __post_init__(self) -> None:
-        """Refuse options that do not go together."""
+        """Raise a TypeError if the options do not fit together."""
         if self.begin_step and self.begin_epoch:
-            raise TypeError("ema: give begin_step or begin_epoch, one of the two")
+            raise TypeError("ema: pass begin_step or begin_epoch, not both")
         annealed = (ExponentialMovingAverage, MomentumAnnealingEMA)
         exponential = {*annealed, *(cls.__name__ for cls in annealed)}
         if self.gamma is not None and self.ema_type not in exponential:
-            raise TypeError(f"ema: gamma is for exponential averages, not for {self.ema_type!r}")
+            raise TypeError(
+                f"ema: gamma is for exponential averages, not {self.ema_type!r}. Drop it"
+            )
 
     def configure(self, runner: Any) -> None:
-        """No average yet; refuse another one that chooses what is evaluated."""
+        """Reset the counters; raise a ValueError if two averages choose the evaluated weights."""
         for name, other in runner.plugins.items():
             rivals = isinstance(other, Ema) and other is not self
             if rivals and "raw" not in (self.evaluate, other.evaluate):
                 raise ValueError(
-                    f"{self.plugin_name!r} and {name!r} both choose the weights that are "
-                    "evaluated: give one of them evaluate='raw'"
+                    f"{self.plugin_name!r} and {name!r} both choose the weights to evaluate. Pass "
+                    "evaluate='raw' to one of them"
                 )
         self._key = f"{self.plugin_name}_state_dict"
         self._steps = 0
@@ -86,14 +90,14 @@ class Ema(Plugin, name="ema"):
         self._told = False
         self._loaded = False
 
-    @hookimpl(trylast=True)  # layers are what they will be; nothing is wrapped yet
+    @hookimpl(trylast=True)  # all layers are replaced by then; nothing is wrapped yet
     def convert_model(self, model: nn.Module) -> None:
-        """Take the copy."""
+        """Copy the model."""
         self.averaged = self._build(model)
 
     @hookimpl(trylast=True)
     def wrap_model(self, runner: Any, role: str) -> None:
-        """Have the copy wrapped as the model is."""
+        """Wrap the copy in the same way as the model."""
         if role == "train":
             self.averaged.to(runner.device)
             self._evaluated = runner.wrap(self.averaged.module, "average")
@@ -102,7 +106,7 @@ class Ema(Plugin, name="ema"):
         kind = MomentumAnnealingEMA if self.gamma is not None else self.ema_type
         cls = MODELS.get(kind) if isinstance(kind, str) else kind
         if not (isinstance(cls, type) and issubclass(cls, BaseAveragedModel)):
-            raise TypeError(f"ema: ema_type={kind!r} is no BaseAveragedModel")
+            raise TypeError(f"ema: ema_type={kind!r} is not a BaseAveragedModel")
         parameters = inspect.signature(cls).parameters
         any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         defaults = {"momentum": MOMENTUM, "interval": 1, "update_buffers": False, "gamma": None}
@@ -110,20 +114,20 @@ class Ema(Plugin, name="ema"):
         for name, default in defaults.items():
             value = getattr(self, name)
             if value != default and not any_name and name not in parameters:
-                raise TypeError(f"ema: {cls.__name__} has no {name}")
+                raise TypeError(f"ema: {cls.__name__} has no {name}. Drop this option")
             if value != default or (name in parameters and default is not None):
                 arguments[name] = value
         return cls(model, **{**arguments, **self.options})
 
-    # An iteration steps before the first of these, or, where the length of the epoch was not known
-    # and a window of accumulated gradients is closed after it, before the second.
+    # An iteration steps before the first of these events. If the length of the epoch is not known,
+    # its last window of accumulated gradients is closed later, before the second.
 
     def after_train_iter(self, runner: Any) -> None:
-        """Update, if an optimizer stepped."""
+        """Update the average if an optimizer stepped."""
         self._update(runner, runner.progress.epoch)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Likewise; the step was one of the epoch that has just ended."""
+        """Update the average if an optimizer stepped at the end of the epoch."""
         self._update(runner, runner.progress.epoch - 1)
 
     def _update(self, runner: Any, epoch: int) -> None:
@@ -137,7 +141,7 @@ class Ema(Plugin, name="ema"):
             self._updates += 1
 
     def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
-        """The averaged weights, the raw ones, or both."""
+        """Choose the averaged weights, the raw ones, or both."""
         if self.evaluate == "raw":
             return None
         averaged = self._evaluated
@@ -145,7 +149,7 @@ class Ema(Plugin, name="ema"):
             averaged = runner.model
             if not self._told:
                 self._told = True
-                runner.logger.info("ema: there is no average yet: the raw weights are evaluated")
+                runner.logger.info("ema: there is no average yet, so the raw weights are evaluated")
         return (
             {"": averaged}
             if self.evaluate == "averaged"
@@ -157,55 +161,60 @@ class Ema(Plugin, name="ema"):
         checkpoint[self._key] = self.averaged.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Take the averaged weights, or begin anew where it was allowed that there are none."""
+        """Load the averaged weights, or start over if they are missing and that was allowed."""
         loaded, self._loaded = self._loaded, False
         if self._key in checkpoint:
             self.averaged.load_state_dict(checkpoint[self._key])
         elif loaded:
             raise ValueError(
-                f"the checkpoint has a state of {self.plugin_name!r} and no averaged weights "
-                f"({self._key}): it was cut. To begin the average anew, drop the former from "
-                "checkpoint['plugins'] and allow it by name"
+                f"the checkpoint has a state of {self.plugin_name!r} but no averaged weights "
+                f"({self._key}): it is incomplete. To start the average over, remove that state "
+                "from checkpoint['plugins'] and add its name to allow"
             )
         else:
             self.averaged.steps.zero_()
             self._updates = 0
             runner.logger.warning(
-                f"ema: the checkpoint has no averaged weights ({self._key}): the average begins "
-                "anew with the raw ones"
+                f"ema: the checkpoint has no averaged weights ({self._key}): the average starts "
+                "over from the raw ones"
             )
         self._steps = _steps(runner)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the averaged weights alone, with the names of the bare model.
+        """Write only the averaged weights, with the names of the bare model.
 
         Args:
-            path: Ends with ``.pth`` or ``.safetensors``.
+            path: A path with the suffix ``.pth``, ``.pt`` or ``.safetensors``.
 
         Raises:
-            RuntimeError: there is no average yet. ValueError: another suffix.
+            RuntimeError: There is no average yet.
+            ValueError: ``path`` has another suffix.
         """
         if self._updates == 0:
-            raise RuntimeError("ema: there is no average yet to export")
+            raise RuntimeError("ema: there is no average yet to export. Train first")
         return export_weights(self.averaged.module, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often the average was updated."""
+        """Return the type of the average, and how often it was updated."""
         return {"type": type(self.averaged).__name__, "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the number of updates saved by ``state_dict``.
+
+        Raises:
+            ValueError: The average is of another type.
+        """
         if state["type"] != (mine := type(self.averaged).__name__):
             raise ValueError(
-                f"the averaged weights of the checkpoint are of a {state['type']}, and this run "
-                f"has a {mine}: go on with the same ema_type (gamma makes a MomentumAnnealingEMA)"
+                f"the averaged weights in the checkpoint are of type {state['type']}, but this run "
+                f"uses {mine}. Resume with the same ema_type (gamma selects MomentumAnnealingEMA)"
             )
         self._updates = state["updates"]
         self._loaded = True
 
 
 def _steps(runner: Any) -> int:
-    """Steps that all optimizers together have really taken."""
+    """Return how many steps all optimizers together have taken."""
     if runner.optim_wrapper is None:
         return 0
     return sum(optim_wrapper.steps for optim_wrapper in runner.optim_wrapper.by_name().values())

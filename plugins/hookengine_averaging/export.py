@@ -1,4 +1,4 @@
-"""The averaged weights alone, as a file."""
+"""Exporting the averaged weights as a file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hookengine import dist
 def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the weights of a module, on the CPU, as ``.pth`` or ``.safetensors``.
 
-    Of several ranks, which all call it, the first one writes.
+    All ranks call it together; only the main process writes.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: ``path`` has another suffix.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"weights are exported as .pth or .safetensors, not as {path.name!r}")
+        raise ValueError(f"weights can be exported as .pth or .safetensors, not as {path.name!r}")
     state = {
         name: _whole(value).detach().cpu().clone().contiguous()
         for name, value in module.state_dict().items()
@@ -39,7 +39,7 @@ def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over ranks, gathered."""
+    """Return the tensor, gathered if it is sharded across ranks."""
     full_tensor = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if full_tensor is None else full_tensor()
     return whole

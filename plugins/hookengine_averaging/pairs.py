@@ -1,4 +1,4 @@
-"""The tensors of a copy beside those of the model that it was made from."""
+"""The tensors of a copy, paired with those of the model it was made from."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from torch.nn.modules.module import (
 )
 
 WHOLE_CHECK = 100
-"""Updates between two looks at everything, for what nobody is told of (a deleted layer)."""
+"""Updates between two full checks, for changes that torch does not report (a deleted layer)."""
 
 
 class Pairs:
-    """Lists of tensors, made once: what is averaged, and what is copied.
+    """Lists of tensors, built once: those to average, and those to copy.
 
     Args:
         module: The copy.
         model: The model.
-        average_buffers: Average floating-point buffers that are part of the state, too.
+        average_buffers: Also average the floating-point buffers that are part of the state.
 
     Attributes:
-        averaged: Floating-point tensors of the copy.
+        averaged: The floating-point tensors of the copy that are averaged.
 
     Raises:
-        ValueError: the two have not the same parameters and buffers.
+        TypeError: ``model`` is not a module.
+        ValueError: The two differ in their parameters or buffers.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, average_buffers: bool) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"a model is averaged, an nn.Module; got {type(model).__name__}")
+            raise TypeError(f"expected a model, an nn.Module; got {type(model).__name__}")
         self._model = model
         self._asked = 0
         self._trees = _Tree(module), _Tree(model)
@@ -58,7 +59,7 @@ class Pairs:
         self._alike = all(a.device == s.device and a.dtype == s.dtype for a, s in averaged)
 
     def are_of(self, model: nn.Module) -> bool:
-        """Whether these are still the tensors of the copy and of this model."""
+        """Return whether these are still the tensors of the copy and of ``model``."""
         if model is not self._model:
             return False
         self._asked += 1
@@ -68,7 +69,7 @@ class Pairs:
         return not self._trees[1].has_moved() and all(t.is_as_it_was() for t in self._trees)
 
     def sources(self) -> list[Tensor]:
-        """The model's values, on the device and of the dtype of the averages."""
+        """Return the model's values, on the device and of the dtype of the averages."""
         if self._alike:
             return self._sources
         pairs = zip(self.averaged, self._sources, strict=True)
@@ -81,7 +82,7 @@ class Pairs:
         self.copy_rest()
 
     def copy_rest(self) -> None:
-        """Copy what is not averaged."""
+        """Copy the tensors that are not averaged."""
         if self._rest[0]:
             torch._foreach_copy_(*self._rest)
 
@@ -90,7 +91,7 @@ _watched: WeakKeyDictionary[nn.Module, WeakSet[_Tree]] = WeakKeyDictionary()
 
 
 def _note(module: nn.Module, *_: Any) -> None:
-    """torch tells that a parameter, a buffer or a layer was registered, or replaced."""
+    """Note that a parameter, a buffer or a layer was registered or replaced; torch calls this."""
     for tree in _watched.get(module, ()):
         tree.changed = True
 
@@ -103,16 +104,16 @@ def _listen() -> None:
 
 
 class _Tree:
-    """Which tensors and children a module has.
+    """The tensors and children of a module, to detect changes.
 
-    An update does not look at all of them: in a training run a thousand dicts are not in the
-    processor's cache, and to look at them would take a tenth of it. torch tells of changes.
+    An update does not check all of them: in a training run, a thousand dicts are not in the
+    processor's cache, and checking them would take a tenth of the update. torch reports changes.
 
     Args:
-        module: The module; also after it has changed.
+        module: The module, which may change later.
 
     Attributes:
-        changed: Something was registered with one of its modules since it was last looked at.
+        changed: Whether something was registered with one of its modules since the last check.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -128,14 +129,14 @@ class _Tree:
         self._kinds = [(p, p.dtype, p.device) for p in parameters[:1] + parameters[-1:]]
 
     def has_moved(self) -> bool:
-        """Whether a layer's buffers were replaced, or parameters changed, as by ``module.to()``."""
+        """Return whether buffers were replaced or parameters changed, as by ``module.to()``."""
         for buffers, name, buffer in self._marks:
             if buffers.get(name) is not buffer:
                 return True
         return any(p.dtype != dtype or p.device != device for p, dtype, device in self._kinds)
 
     def is_as_it_was(self) -> bool:
-        """Whether all of them are the same objects."""
+        """Return whether all of them are still the same objects; reset ``changed``."""
         self.changed = False
         members = [*_members(self._module)]
         return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
@@ -146,7 +147,7 @@ def _is_continuous(tensor: Tensor) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is sharded: an average needs no other."""
+    """Return this rank's part of a sharded tensor, which is all that an average needs."""
     to_local = getattr(tensor, "to_local", None)
     part: Tensor = tensor if to_local is None else tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
@@ -175,15 +176,15 @@ def _match(
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"the model does not have the {kind}s that are averaged: "
-            f"{'; '.join(sorted(problems)[:3])}{more}. Average a model of the same architecture "
-            "(of a wrapped one its .module), or make a new averaged model"
+            f"the model and its average have different {kind}s: "
+            f"{'; '.join(sorted(problems)[:3])}{more}. Pass a model of the same architecture (for "
+            "a wrapped one, its .module), or create a new averaged model"
         )
     for name in mine:
         parts = _local(mine[name]).shape, _local(theirs[name]).shape
         if parts[0] != parts[1]:
             raise ValueError(
-                f"{name} is sharded over ranks in the model or in the average, and not in the "
-                "other: wrap both alike, runner.wrap(averaged.module, 'average')"
+                f"{name} is sharded differently in the model and in the average. Wrap both in the "
+                "same way, with runner.wrap(averaged.module, 'average')"
             )
     return {name: (mine[name], theirs[name]) for name in mine}

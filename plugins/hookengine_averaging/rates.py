@@ -16,8 +16,8 @@ class Rates:
     """The learning rates of one optimizer while weights are averaged.
 
     Args:
-        optim_wrapper: The optimizer's.
-        scheduler: Moves them.
+        optim_wrapper: The wrapper of the optimizer.
+        scheduler: The scheduler that changes the learning rates.
     """
 
     def __init__(self, optim_wrapper: OptimWrapper, scheduler: SWALR) -> None:
@@ -26,7 +26,7 @@ class Rates:
         self._rates = optim_wrapper.get_lr()
 
     def restore(self) -> None:
-        """Set them, whatever somebody else has set."""
+        """Set the learning rates, overriding what other code has set."""
         for group, lr in zip(self.optim_wrapper.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -34,20 +34,20 @@ class Rates:
                 group["lr"] = lr
 
     def step(self) -> None:
-        """Move on, per epoch."""
+        """Advance the learning rates by one epoch."""
         self.restore()
         with warnings.catch_warnings():
-            # torch knows only of steps in this process: after a resume there may be none yet.
+            # torch only sees steps in this process, which may have taken none yet after a resume.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self._rates = self.optim_wrapper.get_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """Return the state in plain containers."""
         return {"scheduler": self.scheduler.state_dict(), "rates": self._rates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Restore the learning rates saved by ``state_dict``."""
         self.scheduler.load_state_dict(state["scheduler"])
         self._rates = list(state["rates"])
         self.restore()

@@ -22,13 +22,13 @@ from hookengine_averaging.rates import Rates
 class Swa(Plugin, name="swa"):
     """Average the weights at the end of each of the last epochs (arXiv:1803.05407).
 
-    From then on the learning rate goes to a constant one, as torch's ``SWALR`` has it, whatever a
-    schedule says. When the limit of training is reached, the batch-norm statistics of the averaged
-    model are computed anew over the training data, with the data preprocessor; the validation that
-    follows evaluates it too: its metrics are called ``swa/NAME``. After a stop before the limit
-    ``finish(runner)`` does that.
+    From then on, the learning rate moves to a constant one, as with torch's ``SWALR``, and any
+    schedule is overridden. When training reaches its limit, the batch-norm statistics of the
+    averaged model are recomputed over the training data, with the data preprocessor. The validation
+    that follows also evaluates this model, and names its metrics ``swa/NAME``. If training stops
+    before its limit, call ``finish(runner)``.
 
-    In a checkpoint the averaged weights are under ``swa_state_dict``.
+    A checkpoint has the averaged weights under ``swa_state_dict``.
 
     Attributes:
         averaged: The averaged model; ``averaged.module`` has its weights.
@@ -39,39 +39,39 @@ class Swa(Plugin, name="swa"):
     begin: int | float = Field(
         default=0.75,
         gt=0,
-        description="epochs before averaging begins, or below 1 their share of the run",
+        description="epochs before averaging begins; below 1, a fraction of the run",
     )
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="learning rate while averaging; None leaves it to the schedule",
+        description="the learning rate while averaging; None leaves it to the schedule",
     )
     anneal_epochs: int = Field(
-        default=10, ge=0, description="epochs until the learning rate is there"
+        default=10, ge=0, description="epochs until the learning rate reaches lr"
     )
     anneal_strategy: Literal["cos", "linear"] = Field(
-        default="cos", description="how it gets there"
+        default="cos", description="the shape of this annealing"
     )
 
     def __post_init__(self) -> None:
-        """Refuse a begin that is neither epochs nor a share."""
+        """Raise a TypeError if ``begin`` is neither a number of epochs nor a fraction."""
         if self.begin >= 1 and isinstance(self.begin, float):
             raise TypeError(
-                f"swa: begin={self.begin} is neither a whole number of epochs nor a share of the "
-                "run below 1"
+                f"swa: begin={self.begin} must be an int, the number of epochs, or a fraction of "
+                "the run below 1"
             )
 
     def configure(self, runner: Any) -> None:
-        """No average yet; refuse another plugin that chooses what is evaluated."""
+        """Reset the state; raise a ValueError if another plugin chooses the evaluated weights."""
         for name, other in runner.plugins.items():
             if isinstance(other, Swa) and other is not self:
                 raise ValueError(
-                    f"one swa is enough for a run, got {self.plugin_name!r} and {name!r}"
+                    f"a run can have only one swa, got {self.plugin_name!r} and {name!r}"
                 )
             if isinstance(other, Ema) and other.evaluate != "raw":
                 raise ValueError(
-                    f"swa and {name!r} both choose the weights that are evaluated: use one of "
-                    "them, or dict(type='ema', evaluate='raw')"
+                    f"swa and {name!r} both choose the weights to evaluate. Enable only one of "
+                    "them, or use dict(type='ema', evaluate='raw')"
                 )
         self._updates = self._begin = 0
         self._ready = False
@@ -79,42 +79,42 @@ class Swa(Plugin, name="swa"):
         self._pending: dict[str, Any] = {}
         self._loaded = False
 
-    @hookimpl(trylast=True)  # layers are what they will be; nothing is wrapped yet
+    @hookimpl(trylast=True)  # all layers are replaced by then; nothing is wrapped yet
     def convert_model(self, model: nn.Module) -> None:
-        """Take the copy."""
+        """Copy the model."""
         self.averaged = StochasticWeightAverage(model)
 
     @hookimpl(trylast=True)
     def wrap_model(self, runner: Any, role: str) -> None:
-        """Have the copy wrapped as the model is."""
+        """Wrap the copy in the same way as the model."""
         if role == "train":
             self.averaged.to(runner.device)
             self._evaluated = runner.wrap(self.averaged.module, "average")
             if not hasattr(self._evaluated, "loss_step") and batch_norms(self._evaluated):
                 raise TypeError(
-                    "swa computes batch-norm statistics with loss_step(data), as BaseModel has it; "
+                    "swa computes batch-norm statistics with loss_step(data), as in BaseModel, but "
                     f"{type(self._evaluated).__name__} has none"
                 )
 
     def before_train(self, runner: Any) -> None:
-        """Know when averaging begins."""
+        """Determine when averaging begins."""
         epochs = runner.progress.max_epochs
         if epochs is None and self.begin < 1:
             raise ValueError(
-                f"swa: begin={self.begin} is a share of the epochs, whose number is not known in a "
-                "run by iterations: give a number of epochs"
+                f"swa: begin={self.begin} is a fraction of the epochs, but max_iters limits this "
+                "run, so their number is unknown. Pass a number of epochs"
             )
         if self._updates or self._rates or self._pending:
-            return  # it has begun: a run that goes on does not begin later
+            return  # averaging has begun, and training again does not move its begin
         self._begin = int(self.begin * epochs) if self.begin < 1 else int(self.begin)
         if epochs is not None and self._begin >= epochs:
             runner.logger.warning(
-                f"swa: averaging begins after epoch {self._begin}, and this run ends with epoch "
-                f"{epochs}: nothing is averaged"
+                f"swa: averaging begins after epoch {self._begin}, but this run ends with epoch "
+                f"{epochs}, so nothing is averaged"
             )
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Begin with the learning rates of averaging, after the last epoch without."""
+        """Take over the learning rates once averaging begins."""
         if self.lr is None or self._rates or runner.progress.epoch < self._begin:
             return
         for name, optim_wrapper in runner.optim_wrapper.by_name().items():
@@ -130,11 +130,11 @@ class Swa(Plugin, name="swa"):
 
     @hookimpl(tryfirst=True)
     def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Take back what a schedule has set between two steps."""
+        """Override what a schedule has set between two steps."""
         self._restore(optim_wrapper)
 
     def after_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Take back what a schedule has set with this step."""
+        """Override what a schedule has set with this step."""
         self._restore(optim_wrapper)
 
     def _restore(self, optim_wrapper: OptimWrapper) -> None:
@@ -143,13 +143,13 @@ class Swa(Plugin, name="swa"):
             rates.restore()
 
     def after_train_iter(self, runner: Any) -> None:
-        """Finish at the limit of a run by iterations."""
+        """Finish when a run that is limited by iterations reaches its limit."""
         progress = runner.progress
         if progress.max_epochs is None and progress.iter == progress.max_iters and self._updates:
             self.finish(runner)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Average, and move the learning rates on; finish after the last epoch."""
+        """Update the average and advance the learning rates; finish after the last epoch."""
         for rates in self._rates.values():
             rates.step()
         progress = runner.progress
@@ -164,21 +164,22 @@ class Swa(Plugin, name="swa"):
             self.finish(runner)
 
     def after_train(self, runner: Any) -> None:
-        """Say how to finish after a stop."""
+        """Warn if training stopped before its limit, and say how to finish."""
         if self._updates and not self._ready:
             runner.logger.warning(
                 f"swa: training ended before its limit; the mean of {self._updates} epochs is not "
-                "finished: runner.plugins['swa'].finish(runner) computes its batch-norm statistics"
+                "finished. To compute its batch-norm statistics, call "
+                "runner.plugins['swa'].finish(runner)"
             )
 
     def finish(self, runner: Any) -> None:
         """Compute the averaged model's batch-norm statistics over the training data.
 
         Raises:
-            RuntimeError: nothing is averaged yet.
+            RuntimeError: Nothing has been averaged yet.
         """
         if self._updates == 0:
-            raise RuntimeError("swa: nothing is averaged yet")
+            raise RuntimeError("swa: nothing has been averaged yet. Train past begin first")
         model, batches = self._evaluated, runner.train_loop.dataloader
         if batch_norms(model):
             contexts = runner.hooks.forward_context(runner, model, None, "val")
@@ -186,7 +187,7 @@ class Swa(Plugin, name="swa"):
         self._ready = True
 
     def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
-        """Beside the raw weights the averaged ones, once they are ready."""
+        """Evaluate the averaged weights beside the raw ones, once they are ready."""
         return {"": runner.model, "swa": self._evaluated} if self._ready else None
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -194,42 +195,44 @@ class Swa(Plugin, name="swa"):
         checkpoint["swa_state_dict"] = self.averaged.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Take the averaged weights, or begin anew where it was allowed that there are none."""
+        """Load the averaged weights, or start over if they are missing and that was allowed."""
         self._rates.clear()
         loaded, self._loaded = self._loaded, False
         if "swa_state_dict" in checkpoint:
             self.averaged.load_state_dict(checkpoint["swa_state_dict"])
         elif loaded:
             raise ValueError(
-                "the checkpoint has a state of 'swa' and no averaged weights (swa_state_dict): it "
-                "was cut. To begin anew, drop 'swa' from checkpoint['plugins'] and allow=['swa']"
+                "the checkpoint has a state of 'swa' but no averaged weights (swa_state_dict): it "
+                "is incomplete. To start over, remove 'swa' from checkpoint['plugins'] and pass "
+                "allow=['swa']"
             )
         else:
             self.averaged.steps.zero_()
             self._updates, self._ready, self._pending = 0, False, {}
             runner.logger.warning(
-                "swa: the checkpoint has no averaged weights (swa_state_dict): averaging begins "
-                "anew"
+                "swa: the checkpoint has no averaged weights (swa_state_dict): averaging starts "
+                "over"
             )
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the averaged weights alone, with the names of the bare model.
+        """Write only the averaged weights, with the names of the bare model.
 
         Args:
-            path: Ends with ``.pth`` or ``.safetensors``.
+            path: A path with the suffix ``.pth``, ``.pt`` or ``.safetensors``.
 
         Raises:
-            RuntimeError: there is no average yet, or its batch norm is not computed. ValueError:
-                another suffix.
+            RuntimeError: There is no average yet, or its batch-norm statistics are not computed.
+            ValueError: ``path`` has another suffix.
         """
         if not self._ready:
             raise RuntimeError(
-                "swa: the averaged model is ready at the end of training, or after finish(runner)"
+                "swa: the averaged model is not ready yet. It is ready at the end of training, or "
+                "after finish(runner)"
             )
         return export_weights(self.averaged.module, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it was averaged, and where the learning rates stand."""
+        """Return the state of the average and of the learning rates."""
         made = {name: rates.state_dict() for name, rates in self._rates.items()}
         rates = {**self._pending, **made}
         return {
@@ -240,7 +243,7 @@ class Swa(Plugin, name="swa"):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state saved by ``state_dict``."""
         self._begin = state["begin"]
         self._updates, self._ready = state["updates"], state["ready"]
         self._loaded = True

@@ -262,7 +262,7 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
 
 
 def test_a_momentum_as_optimizers_have_it_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"momentum=0.9 .* is 0.1 meant"):
+    with pytest.warns(UserWarning, match=r"momentum=0.9 .*Did you mean 0.1\?"):
         ExponentialMovingAverage(net(), momentum=0.9)
 
 

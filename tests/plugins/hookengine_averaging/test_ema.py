@@ -135,7 +135,7 @@ def test_before_the_first_update_the_raw_weights_are_evaluated(
         with caplog.at_level("INFO"):
             metrics = runner.val()
         assert metrics["accuracy"] == plain.val()["accuracy"]
-        assert "there is no average yet: the raw weights are evaluated" in caplog.text
+        assert "there is no average yet, so the raw weights are evaluated" in caplog.text
         with pytest.raises(RuntimeError, match="no average yet to export"):
             runner.plugins["ema"].export("x.pth")
 
@@ -206,7 +206,7 @@ def test_a_checkpoint_without_averaged_weights(
     states = States()
     runner.plugins.add(states)
     runner.load_state_dict(plain.state_dict(), allow=["ema"])
-    assert "no averaged weights (ema_state_dict): the average begins anew" in caplog.text
+    assert "no averaged weights (ema_state_dict): the average starts over" in caplog.text
     runner.train()
     averaged = runner.plugins["ema"].averaged
     assert torch.equal(averaged.module.net.weight, ema_of(states.weights, 0.0002))
@@ -279,7 +279,7 @@ def test_any_averaged_class_by_type(make: MakeRunner) -> None:
         make(plugins=[Ema(ema_type=Few, interval=3)])
     with pytest.raises(TypeError, match="StochasticWeightAverage has no momentum"):
         make(plugins=[Ema(ema_type="StochasticWeightAverage", momentum=0.1)])
-    with pytest.raises(TypeError, match="'BaseDataPreprocessor' is no BaseAveragedModel"):
+    with pytest.raises(TypeError, match="'BaseDataPreprocessor' is not a BaseAveragedModel"):
         make(plugins=[Ema(ema_type="BaseDataPreprocessor")])
 
 
@@ -288,7 +288,7 @@ def test_any_averaged_class_by_type(make: MakeRunner) -> None:
     [
         (dict(momentum=0), "momentum=0: Input should be greater than 0"),
         (dict(momentum=1), "momentum=1: Input should be less than 1"),
-        (dict(begin_step=3, begin_epoch=2), "one of the two"),
+        (dict(begin_step=3, begin_epoch=2), "begin_step or begin_epoch, not both"),
         (dict(gamma=3, ema_type="StochasticWeightAverage"), "gamma is for exponential averages"),
         (dict(evaluate="ema"), "'averaged', 'raw' or 'both'"),
     ],
@@ -362,7 +362,7 @@ def test_two_averages_keep_apart(make: MakeRunner) -> None:
 def test_an_average_of_another_type_is_refused(make: MakeRunner) -> None:
     state = make(plugins=["ema"]).state_dict()
     for other in (Ema(gamma=3), Ema(ema_type="StochasticWeightAverage")):
-        with pytest.raises(ValueError, match="of a ExponentialMovingAverage, and this run has a"):
+        with pytest.raises(ValueError, match="of type ExponentialMovingAverage, but this run uses"):
             make(plugins=[other]).load_state_dict(state)
 
 
@@ -371,7 +371,7 @@ def test_a_checkpoint_that_was_cut_is_refused(make: MakeRunner) -> None:
     first.train()
     state = first.state_dict()
     del state["ema_state_dict"]
-    with pytest.raises(ValueError, match=r"no averaged weights .ema_state_dict.: it was cut"):
+    with pytest.raises(ValueError, match=r"no averaged weights .ema_state_dict.: it is incomplete"):
         second.load_state_dict(state)
 
 

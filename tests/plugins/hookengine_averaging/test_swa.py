@@ -191,7 +191,7 @@ def test_the_finished_average_is_in_the_last_state(tmp_path: Path) -> None:
 def test_after_a_stop_it_can_be_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with build(tmp_path, Swa(begin=2)) as runner:
         swa = runner.plugins["swa"]
-        with pytest.raises(RuntimeError, match="nothing is averaged yet"):
+        with pytest.raises(RuntimeError, match="nothing has been averaged yet"):
             swa.finish(runner)
         runner.on("after_train_epoch")(
             lambda runner: runner.stop("enough") if runner.progress.epoch == 4 else None
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
             Swa(begin=begin)
     with build(tmp_path, Swa(begin=9)) as runner:
         runner.train()
-        assert "averaging begins after epoch 9, and this run ends with epoch 6" in caplog.text
+        assert "averaging begins after epoch 9, but this run ends with epoch 6" in caplog.text
         with pytest.raises(RuntimeError, match="ready at the end of training"):
             runner.plugins["swa"].export("x.pth")
     with (
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
             plugins=[Swa(begin=0.5)],
             defaults=(),
         ) as runner,
-        pytest.raises(ValueError, match="is a share of the epochs"),
+        pytest.raises(ValueError, match="is a fraction of the epochs"),
     ):
         runner.train()
 
@@ -335,7 +335,9 @@ def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Path) -> None:
         first.train()
         state = first.state_dict()
         del state["swa_state_dict"]
-        with pytest.raises(ValueError, match=r"no averaged weights .swa_state_dict.: it was cut"):
+        with pytest.raises(
+            ValueError, match=r"no averaged weights .swa_state_dict.: it is incomplete"
+        ):
             second.load_state_dict(state)
 
 
@@ -363,7 +365,7 @@ def test_a_model_without_loss_step_is_refused_before_training(tmp_path: Path) ->
 
 
 def test_beside_a_moving_average(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one swa is enough for a run"):
+    with pytest.raises(ValueError, match="a run can have only one swa"):
         build(tmp_path, Swa(begin=2), Swa(plugin_name="second"))
     with pytest.raises(ValueError, match="swa and 'ema' both choose the weights"):
         build(tmp_path, Swa(begin=2), "ema")
@@ -380,5 +382,5 @@ def test_a_checkpoint_without_averaged_weights(
         with pytest.raises(ValueError, match="no state of 'swa'"):
             runner.load_state_dict(plain.state_dict())
         runner.load_state_dict(plain.state_dict(), allow=["swa"])
-        assert "no averaged weights (swa_state_dict): averaging begins anew" in caplog.text
+        assert "no averaged weights (swa_state_dict): averaging starts over" in caplog.text
         assert "swa/loss" in runner.train()
