@@ -18,41 +18,46 @@ __all__ = ["Clip"]
 class Clip(Plugin, name="clip"):
     """Clip the gradients of each optimizer, just before its step (arXiv:1211.5063).
 
-    It comes after everything else that edits gradients: the loss scale is divided out by then,
-    accumulated gradients are averaged. The norm before clipping, of steps that are really taken,
-    is logged as ``grad_norm`` (``NAME/grad_norm`` where there are several optimizers) without
-    synchronising the device.
+    Clipping comes after everything else that edits gradients: by then, they are divided by the loss
+    scale, and averaged if they are accumulated. For steps that are taken, the norm before clipping
+    is logged as ``grad_norm`` (``NAME/grad_norm`` with several optimizers), without synchronizing
+    the device.
     """
 
-    # Of several who come last the first plugin is the very last: last to edit the gradients, and
-    # asked for the step after amp, which skips by itself what is not finite.
+    # Of several trylast plugins, the first one runs last: this one is the last to edit gradients,
+    # and its optim_step is called after that of amp, which skips non-finite steps by itself.
     before = ("amp", "accumulate")
 
     max_norm: float | None = Field(
         default=None,
         gt=0,
-        description="of all gradients of an optimizer together; inf only measures",
+        description="the maximum norm of all gradients of an optimizer; inf only measures",
     )
     norm_type: float = Field(
-        default=2.0, gt=0, description="the p of the norm; inf for the largest value"
+        default=2.0, gt=0, description="the p of the p-norm; inf for the largest value"
     )
-    clip_value: float | None = Field(default=None, gt=0, description="of each element, instead")
+    clip_value: float | None = Field(
+        default=None, gt=0, description="the maximum magnitude of each element, instead of max_norm"
+    )
     error_if_nonfinite: bool = Field(
         default=False,
-        description="an error instead of a step with NaN or infinite gradients; synchronises",
+        description="raise an error instead of stepping with NaN or infinite gradients; "
+        "synchronizes the device",
     )
-    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
+    optimizer: str | None = Field(
+        default=None, description="clip only the gradients of the optimizer of this name"
+    )
 
     def __post_init__(self) -> None:
-        """Refuse options that do not go together."""
+        """Raise a TypeError unless exactly one way of clipping is chosen."""
         if (self.max_norm is None) == (self.clip_value is None):
             raise TypeError(
-                "clip takes max_norm (clip by norm) or clip_value (clip by value), one of the two; "
+                "clip takes either max_norm (clip by norm) or clip_value (clip by value); "
                 f"got max_norm={self.max_norm}, clip_value={self.clip_value}"
             )
 
     def configure(self) -> None:
-        """Know no optimizer yet."""
+        """Forget all optimizers; ``setup_optimizer`` adds them."""
         self._labels: dict[str, str] = {}
         self._norms: dict[str, Tensor] = {}
 
@@ -62,16 +67,17 @@ class Clip(Plugin, name="clip"):
             for name, other in runner.plugins.items():
                 if isinstance(other, Clip) and optim_wrapper.name in other._labels:
                     raise ValueError(
-                        f"the gradients of the optimizer {optim_wrapper.name!r} are clipped by the "
-                        f"plugin {name!r} already; optimizer=NAME limits each to one"
+                        f"the gradients of the optimizer {optim_wrapper.name!r} are already "
+                        f"clipped by the plugin {name!r}. Limit each plugin to one optimizer with "
+                        "optimizer=NAME"
                     )
             several = len(runner.optim_wrapper.by_name()) > 1
             label = f"{optim_wrapper.name}/grad_norm" if several else "grad_norm"
             self._labels[optim_wrapper.name] = label
 
-    @hookimpl(trylast=True)  # what others add to the gradients is clipped too
+    @hookimpl(trylast=True)  # what other plugins add to the gradients is clipped, too
     def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Clip."""
+        """Clip the gradients, and keep the norm they had before."""
         name = optim_wrapper.name
         if name not in self._labels:
             return
@@ -87,19 +93,23 @@ class Clip(Plugin, name="clip"):
             clip_grad_value_(parameters, self.clip_value)
 
     def after_optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Log the norm."""
+        """Log the norm before clipping."""
         norm = self._norms.get(optim_wrapper.name)
         if norm is not None:
             runner.log({self._labels[optim_wrapper.name]: norm})
 
-    @hookimpl(trylast=True)  # a plugin that skips such a step by itself has answered before
+    @hookimpl(trylast=True)  # plugins that skip such steps by themselves decide first
     def optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Refuse to step with gradients that are not finite, where that was asked for."""
+        """Check that the gradients are finite, with ``error_if_nonfinite``.
+
+        Raises:
+            FloatingPointError: The norm of the gradients is infinite or NaN.
+        """
         if self.error_if_nonfinite and optim_wrapper.name in self._labels:
             norm = self._norms[optim_wrapper.name]
             if not torch.isfinite(norm):
                 raise FloatingPointError(
                     f"the norm of the gradients of {optim_wrapper.name!r} is {norm.item()}: a loss "
                     "or a gradient is not finite. The step was not taken, so the weights are those "
-                    "of the last good one (error_if_nonfinite=False goes on)"
+                    "of the last good step (error_if_nonfinite=False continues)"
                 )
