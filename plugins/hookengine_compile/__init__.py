@@ -17,32 +17,34 @@ __all__ = ["Compile"]
 class Compile(Plugin, name="compile"):
     """Compile the model's forward pass with ``torch.compile``, in place.
 
-    The names of parameters, checkpoints and copies are those of the model as it is. Where the
-    compiler does not work on this machine (no C++ compiler, no Triton), the run goes on without
-    it, after one warning.
+    Parameter names, checkpoints and copies are the same as without compilation. If the compiler
+    does not work on this machine (no C++ compiler, no Triton), a warning is logged once and the run
+    continues without it.
     """
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
-        Field(default="default", description="see torch.compile")
+        Field(default="default", description="the mode of torch.compile")
     )
     backend: str | Callable[..., Any] = Field(
-        default="inductor", description="see torch.compiler.list_backends()"
+        default="inductor", description="the backend; see torch.compiler.list_backends()"
     )
-    fullgraph: bool = Field(default=False, description="an error instead of a break in the graph")
+    fullgraph: bool = Field(
+        default=False, description="raise an error instead of breaking the graph"
+    )
     dynamic: bool | None = Field(
-        default=None, description="whether shapes may change; None finds out"
+        default=None, description="whether shapes may change; None detects it"
     )
     options: dict[str, Any] | None = Field(
-        default=None, description="of the backend, instead of a mode"
+        default=None, description="options of the backend, instead of a mode"
     )
     modules: Sequence[str] = Field(
-        default=(), description="parts of the model to compile instead of the whole, by name"
+        default=(), description="names of parts of the model to compile, instead of the whole"
     )
 
     def __post_init__(self) -> None:
-        """Refuse what torch.compile would refuse."""
+        """Raise a TypeError for options that torch.compile rejects."""
         if self.options and self.mode != "default":
-            raise TypeError("compile takes a mode or options of the backend, one of the two")
+            raise TypeError("compile takes a mode or options of the backend, not both")
         if isinstance(self.backend, str):
             known = torch.compiler.list_backends(exclude_tags=())
             if self.backend not in known:
@@ -53,14 +55,16 @@ class Compile(Plugin, name="compile"):
             try:
                 torch.compile(_something_small, **self._arguments())
             except (RuntimeError, TypeError, AttributeError) as error:
-                raise TypeError(f"compile: options={self.options!r}: {error}") from error
+                raise TypeError(
+                    f"compile: torch rejects options={self.options!r}: {error}"
+                ) from error
 
     def configure(self) -> None:
-        """Not tried yet."""
+        """Forget whether the compiler works."""
         self._works: bool | None = None
 
     def wrap_model(self, runner: Any, model: nn.Module) -> None:
-        """Compile the model, or its parts, where they are."""
+        """Compile the model, or parts of it, in place."""
         parts = [_part(model, name) for name in self.modules] or [model]
         if self._works is None:
             self._works = self._try(runner)
@@ -69,13 +73,13 @@ class Compile(Plugin, name="compile"):
         own_step = isinstance(model, BaseModel) and type(model).train_step != BaseModel.train_step
         if own_step and not self.modules:
             runner.logger.warning(
-                f"compile: {type(model).__name__} has a train_step of its own. Only what it calls "
-                "as self(...) is compiled; for parts that it calls by themselves give "
+                f"compile: {type(model).__name__} overrides train_step, so only what it calls as "
+                "self(...) is compiled. To compile parts that it calls directly, pass "
                 "modules=('generator', ...)"
             )
         for part in parts:
             part.compile(**self._arguments())
-        runner.logger.info("compile: the first iterations compile the model, and take their time")
+        runner.logger.info("compile: the first iterations compile the model, so they take longer")
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -88,7 +92,7 @@ class Compile(Plugin, name="compile"):
         return {**arguments, "mode": self.mode} if self.mode != "default" else arguments
 
     def _try(self, runner: Any) -> bool:
-        """Compile something small, forward and backward: whether there is a compiler that works."""
+        """Compile a small function, forward and backward; return whether the compiler works."""
         try:
             function = torch.compile(_something_small, **self._arguments())
             sample = torch.ones(2, device=runner.device, requires_grad=True)
@@ -96,12 +100,12 @@ class Compile(Plugin, name="compile"):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).strip().splitlines()[:2])  # torch's first says which
+            reason = " ".join(str(error).strip().splitlines()[:2])  # torch names the error first
             runner.logger.warning(
-                f"compile: the model is not compiled, since torch.compile with backend "
-                f"{self.backend!r} does not work here ({type(error).__name__}: {reason}). Install "
-                "a C++ compiler (on GPUs also Triton), or leave compile out; the run goes on "
-                "without it"
+                f"compile: the model is not compiled, because torch.compile with backend "
+                f"{self.backend!r} does not work here ({type(error).__name__}: {reason}); the run "
+                "continues without it. Install a C++ compiler (on GPUs also Triton), or disable "
+                "compile"
             )
             return False
         return True
@@ -112,7 +116,7 @@ def _something_small(x: torch.Tensor) -> torch.Tensor:
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:
-    """The part of that name, also within what was put around the model."""
+    """Return the part of the model with that name, also if the model is wrapped."""
     inner: Any = model
     while isinstance(inner, nn.Module):
         try:

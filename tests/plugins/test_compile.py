@@ -122,7 +122,7 @@ def test_a_train_step_of_its_own_is_warned_of(
     make(model=Own(), plugins=[Compile(backend=backend, modules=("net",))])
     assert not told(caplog)
     make(model=Own(), plugins=[Compile(backend=backend)])
-    assert "Own has a train_step of its own. Only what it calls as self(...)" in told(caplog)[0]
+    assert "Own overrides train_step, so only what it calls as self(...)" in told(caplog)[0]
 
 
 def test_without_a_compiler_the_run_goes_on_after_one_warning(
