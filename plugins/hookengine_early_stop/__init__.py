@@ -1,4 +1,4 @@
-"""Early stopping: the run ends when a metric of validation gets no better."""
+"""Early stopping: end the run when a validation metric no longer improves."""
 
 from __future__ import annotations
 
@@ -14,61 +14,64 @@ __all__ = ["EarlyStop"]
 
 
 class EarlyStop(Plugin, name="early_stop"):
-    """Stop training when a metric has got no better for some validations.
+    """Stop training when a metric has not improved for several validations.
 
-    It is a request, granted at the next safe point: validation is over, what other plugins do
-    after it is done, no gradients are half accumulated.
+    The plugin requests the stop, and training stops at the next safe point: the validation is over,
+    other plugins have acted on it, and no window of accumulated gradients is open.
     """
 
-    metric: str = Field(description="of validation, by its full name")
+    metric: str = Field(description="the validation metric, by its full name")
     patience: int = Field(
-        default=5, ge=1, description="validations in a row without getting better"
+        default=5, ge=1, description="validations in a row without an improvement"
     )
-    min_delta: float = Field(default=0.0, ge=0, description="what counts as better")
+    min_delta: float = Field(
+        default=0.0, ge=0, description="only a larger change counts as an improvement"
+    )
     rule: Literal["greater", "less"] | None = Field(
-        default=None, description="what is better; known by name for accuracy, loss and their kin"
+        default=None,
+        description="which values are better; by default the name decides (accuracy, loss, ...)",
     )
-    threshold: float | None = Field(default=None, description="stop at once where it is reached")
+    threshold: float | None = Field(default=None, description="stop at once when it is reached")
     check_finite: bool = Field(
-        default=True, description="stop at once where the metric is not finite"
+        default=True, description="stop at once when the metric is not finite"
     )
 
     def __post_init__(self) -> None:
-        """Know which is better."""
+        """Determine whether greater values of the metric are better."""
         known = greater_is_better(self.metric)
         if self.rule is None and known is None:
             raise TypeError(
-                f"early_stop: is more or less of {self.metric!r} better? Say rule='greater' or "
-                "rule='less'"
+                f"early_stop: the name of metric={self.metric!r} does not tell whether greater "
+                "values are better. Pass rule='greater' or rule='less'"
             )
         greater = known if self.rule is None else self.rule == "greater"
         self._sign = 1.0 if greater else -1.0
 
     def configure(self, runner: Any) -> None:
-        """Refuse a run that never validates."""
+        """Reset the state; raise a ValueError if training never validates."""
         self._best = -math.inf
         self._waited = 0
-        self._stopped = False  # by what is no matter of patience
-        self._asked = False  # for a stop, in this process
+        self._stopped = False  # for a reason other than patience
+        self._asked = False  # this process has requested a stop
         if runner.train_cfg is not None and runner.val_cfg is None:
             raise ValueError(
-                f"early_stop looks at {self.metric!r} of validation, and this Runner does not "
-                "validate: pass val_dataloader and val_evaluator"
+                f"early_stop needs {self.metric!r} from validation, but this Runner does not "
+                "validate. Pass val_dataloader and val_evaluator"
             )
 
     def before_train(self, runner: Any) -> None:
-        """Who trains on after a stop has patience anew; a run that was resumed stops again."""
+        """Reset the patience if training continues after a stop; stop a resumed run again."""
         ended = self._stopped or self._waited >= self.patience
         if ended and self._asked:
             self._waited, self._stopped = 0, False
         elif ended:
             runner.progress.stopped = "early_stop: the run had stopped here before it was resumed"
-            runner.logger.info(f"{runner.progress.stopped}; call train() again to go on")
+            runner.logger.info(f"{runner.progress.stopped}; call train() again to continue")
             self._asked = True
 
     @hookimpl(trylast=True)
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
-        """Compare, after validations that training asked for."""
+        """Compare the metric with the best one, after a validation that training requested."""
         if not runner.progress.val_due:
             return
         value = metric_value(metrics, self.metric)
@@ -87,16 +90,16 @@ class EarlyStop(Plugin, name="early_stop"):
                 self._asked = True
                 by = f" by more than {self.min_delta:g}" if self.min_delta else ""
                 runner.stop(
-                    f"early_stop: {self.metric} has got no better than "
+                    f"early_stop: {self.metric} has not improved on "
                     f"{self._sign * self._best:.6g}{by} for {self._waited} validations"
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and for how long there was none better."""
+        """Return the best value, the validations since it, and whether the run has stopped."""
         return {"best": self._best, "waited": self._waited, "stopped": self._stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Restore the state saved by ``state_dict``."""
         self._best, self._waited = state["best"], state["waited"]
         self._stopped = state["stopped"]
         self._asked = False

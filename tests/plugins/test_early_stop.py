@@ -64,7 +64,7 @@ def test_the_reason_is_told(make: MakeRunner, caplog: pytest.LogCaptureFixture) 
     )
     with caplog.at_level("INFO"):
         runner.train()
-    assert runner.progress.stopped == "early_stop: loss has got no better than 1 for 2 validations"
+    assert runner.progress.stopped == "early_stop: loss has not improved on 1 for 2 validations"
     assert "training stops" in caplog.text
 
 
@@ -119,7 +119,7 @@ def test_validations_by_hand_do_not_count(make: MakeRunner) -> None:
 
 
 def test_what_cannot_be_is_refused(make: MakeRunner) -> None:
-    with pytest.raises(TypeError, match="more or less of 'distance' better"):
+    with pytest.raises(TypeError, match="metric='distance' does not tell"):
         EarlyStop(metric="distance")
     with pytest.raises(TypeError, match=r"metric=\.\.\. is required"):
         EarlyStop()  # type: ignore[call-arg]
