@@ -1,4 +1,4 @@
-"""MixUp and CutMix, as torchvision has them."""
+"""MixUp and CutMix, with the transforms of torchvision."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ __all__ = ["Mixup"]
 class Mixup(Plugin, name="mixup"):
     """Mix the samples of each training batch, and their labels.
 
-    MixUp (arXiv:1710.09412) blends two images, CutMix (arXiv:1905.04899) pastes a part of one
-    into the other; where both are on, one of them is drawn for each batch. The labels become
-    probabilities, a tensor of shape (N, classes), which ``F.cross_entropy`` takes. Batches of
-    validation and testing stay as they are.
+    MixUp (arXiv:1710.09412) blends two images, CutMix (arXiv:1905.04899) pastes a part of one into
+    the other. If both are enabled, one of them is drawn for each batch. The labels become
+    probabilities, a tensor of shape (N, classes), which ``F.cross_entropy`` accepts. Batches for
+    validation and testing are not changed.
 
     A batch is (images, labels) or a dict with ``labels``: float images of shape (N, C, H, W), and
     class indices of shape (N,) or probabilities.
     """
 
     mixup: float = Field(
-        default=0.2, ge=0, description="alpha of the Beta distribution; 0 for no MixUp"
+        default=0.2, ge=0, description="alpha of the Beta distribution; 0 disables MixUp"
     )
     cutmix: float = Field(
-        default=0.0, ge=0, description="alpha of the Beta distribution; 0 for no CutMix"
+        default=0.0, ge=0, description="alpha of the Beta distribution; 0 disables CutMix"
     )
     num_classes: int | None = Field(
-        default=None, gt=0, description="needed where labels are indices"
+        default=None, gt=0, description="required if the labels are indices"
     )
-    prob: float = Field(default=1.0, gt=0, le=1, description="share of the batches that are mixed")
+    prob: float = Field(default=1.0, gt=0, le=1, description="the fraction of batches to mix")
     switch_prob: float = Field(
-        default=0.5, ge=0, le=1, description="share of CutMix among them, where both are on"
+        default=0.5, ge=0, le=1, description="the fraction of them for CutMix, if both are enabled"
     )
     labels: str | Callable[[Any], Any] | None = Field(
-        default=None, description="key of the labels in a dict, or a function of the batch"
+        default=None, description="the key of the labels in a dict, or a function of the batch"
     )
 
     def __post_init__(self) -> None:
-        """Make the transforms."""
+        """Create the transforms."""
         if not (self.mixup or self.cutmix):
-            raise TypeError("mixup=0 and cutmix=0 leave nothing to do: drop the plugin")
+            raise TypeError("mixup=0 and cutmix=0 leave nothing to do. Disable the plugin")
         labels = self.labels
         getter = (lambda batch: batch[labels]) if isinstance(labels, str) else labels or "default"
         kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
@@ -57,7 +57,7 @@ class Mixup(Plugin, name="mixup"):
         ]
 
     def before_train_iter(self, data_batch: Any) -> Any:
-        """The mixed batch, or None where this one stays as it is."""
+        """Return the mixed batch, or None to leave it unchanged."""
         if self.prob < 1 and torch.rand(()).item() >= self.prob:
             return None
         transform = self._transforms[0]
@@ -67,7 +67,7 @@ class Mixup(Plugin, name="mixup"):
             return transform(data_batch)
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
             error.add_note(
-                "mixup takes (images, labels), or a dict with labels=KEY: float images of shape "
+                "mixup expects (images, labels), or a dict with labels=KEY: float images of shape "
                 "(N, C, H, W) and class indices of shape (N,), with num_classes"
             )
             raise

@@ -134,7 +134,7 @@ def test_what_the_run_writes_names_who_replaces_the_batch_in_order(
 def test_a_batch_that_cannot_be_mixed_is_answered(batch: Any, options: Any, error: Any) -> None:
     with pytest.raises(error) as raised:
         Mixup(**options).before_train_iter(batch)
-    assert "mixup takes (images, labels), or a dict" in raised.value.__notes__[0]
+    assert "mixup expects (images, labels), or a dict" in raised.value.__notes__[0]
 
 
 def test_bad_options_are_refused() -> None:
