@@ -27,7 +27,7 @@ NORM_LAYERS = (
 )
 
 Multipliers = tuple[float, float]
-"""(of the learning rate, of the weight decay)."""
+"""The multipliers of the learning rate and of the weight decay."""
 
 
 def param_groups(
@@ -44,10 +44,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Group the parameters of a module for an optimizer of ``torch.optim``.
 
-    Each multiplier of a parameter comes from the first of these that states it: ``custom_keys``
-    (of several that match the longest), the one for biases, for norm layers, ``layers`` (the
-    nearest class), for flat parameters; otherwise it is 1. Parameters that do not require a
-    gradient are left out. Those that are treated alike share a group.
+    Each multiplier of a parameter comes from the first of these that sets it: ``custom_keys`` (the
+    longest match first), the multipliers for biases, those for norm layers, ``layers`` (the nearest
+    class first), those for flat parameters. Otherwise, it is 1. Parameters that do not require a
+    gradient are left out. Parameters with the same multipliers share a group.
 
     ::
 
@@ -55,25 +55,26 @@ def param_groups(
 
     Args:
         module: The model.
-        lr: The learning rate that is multiplied.
-        weight_decay: The weight decay that is multiplied.
+        lr: The learning rate to multiply.
+        weight_decay: The weight decay to multiply.
         custom_keys: ``{part of a name: dict(lr_mult=..., decay_mult=...)}``.
         layers: ``{class name of a layer: dict(lr_mult=..., decay_mult=...)}``, base classes
             included.
-        bias_lr_mult: For parameters called ``bias``, but those of norm layers.
-        bias_decay_mult: Likewise.
+        bias_lr_mult: For parameters named ``bias``, except those of norm layers.
+        bias_decay_mult: For the same parameters as ``bias_lr_mult``.
         norm_decay_mult: For all parameters of norm layers: torch's, and classes whose name
             contains ``Norm``.
         flat_decay_mult: For parameters with one dimension or none.
 
     Returns:
-        Groups with ``params``, ``lr`` and ``weight_decay`` (where these were given), and
-        ``group_name``, which says which multipliers they have; the one without any first.
+        Groups with ``params``, ``lr`` and ``weight_decay`` (if these were given), and
+        ``group_name``, which states their multipliers. The group without any comes first.
 
     Raises:
-        ValueError: a key matches nothing, a multiplier has nothing to multiply, or a parameter
-            that has two names (tied weights) would be treated in two ways.
-        TypeError: a value that is no dict of multipliers.
+        ValueError: A key matches nothing, a multiplier is invalid or has nothing to multiply, all
+            parameters are frozen, or the names of one parameter (tied weights) get different
+            multipliers.
+        TypeError: A rule is not a dict of multipliers.
     """
     scalars = {
         "bias_lr_mult": bias_lr_mult,
@@ -95,9 +96,9 @@ def param_groups(
         first, others = chosen.setdefault(parameter, (name, multipliers))
         if others != multipliers:
             raise ValueError(
-                f"paramwise: {first!r} and {name!r} are the same parameter (tied weights), and are "
-                f"treated in two ways, {_describe(others)} and {_describe(multipliers)}: give both "
-                "names one rule in custom_keys"
+                f"paramwise: {first!r} and {name!r} are the same parameter (tied weights), but get "
+                f"different multipliers, {_describe(others)} and {_describe(multipliers)}. Give "
+                "both names the same rule in custom_keys"
             )
     rules.check_used(module)
     groups: dict[Multipliers, dict[str, Any]] = {}
@@ -109,12 +110,12 @@ def param_groups(
         raise ValueError(
             f"paramwise: every parameter of {type(module).__name__} is frozen (requires_grad=False)"
         )
-    # What has no multiplier comes first: its learning rate is what one asks an optimizer for.
+    # The group without multipliers comes first: its learning rate is read as the optimizer's.
     return [groups[key] for key in sorted(groups, key=lambda pair: (pair[0] != 1, pair[1] != 1))]
 
 
 class _Rules:
-    """Which multipliers a parameter gets, and which of the keys were of use."""
+    """The rules that give a parameter its multipliers, and which of their keys have matched."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class _Rules:
         self.used: set[str] = set()
 
     def of(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Multipliers:
-        """The multipliers of a parameter."""
+        """Return the multipliers of a parameter."""
         rules: list[Mapping[str, float | None]] = []
         for key, rule in self.keys.items():
             if key in name:
@@ -152,7 +153,7 @@ class _Rules:
         return _first(rules, "lr_mult"), _first(rules, "decay_mult")
 
     def check_used(self, module: nn.Module) -> None:
-        """Refuse keys that matched nothing."""
+        """Raise a ValueError if a key has matched nothing."""
         names = {part for name, _ in module.named_parameters() for part in name.split(".")}
         kinds = {type(owner).__name__ for _, _, owner in _parameters(module)}
         for what, keys, known in (
@@ -172,7 +173,7 @@ def _first(rules: list[Mapping[str, float | None]], name: str) -> float:
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """(name, parameter, the layer that owns it), tied parameters under each of their names."""
+    """Yield (name, parameter, layer that owns it); tied parameters under each of their names."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             yield (f"{prefix}.{name}" if prefix else name), parameter, owner
@@ -183,11 +184,11 @@ def _is_norm(layer: nn.Module) -> bool:
 
 
 def _checked(name: str, given: Any) -> Mapping[str, Mapping[str, float]]:
-    """Refuse what is no dict of dicts of multipliers."""
+    """Return the rules; raise an error unless they are a dict of dicts of multipliers."""
     rules = {} if given is None else given
     example = "'backbone': dict(lr_mult=0.1)" if name == "custom_keys" else "'Embedding': ..."
     if not isinstance(rules, Mapping):
-        raise TypeError(f"paramwise: {name} takes a dict, {{{example}}}, got {given!r}")
+        raise TypeError(f"paramwise: {name} takes a dict such as {{{example}}}, got {given!r}")
     for key, rule in rules.items():
         if not isinstance(key, str) or not isinstance(rule, Mapping) or not rule:
             raise TypeError(
@@ -206,20 +207,25 @@ def _checked(name: str, given: Any) -> Mapping[str, Mapping[str, float]]:
 
 def _check_multiplier(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"paramwise: {name}={value!r} is no multiplier: 0 or more is expected")
+        raise ValueError(
+            f"paramwise: {name}={value!r} is not a valid multiplier; expected a finite "
+            "number of 0 or more"
+        )
 
 
 def _options(
     multipliers: Multipliers, lr: float | None, weight_decay: float | None
 ) -> dict[str, Any]:
-    """What a group says of itself beside its parameters."""
+    """Return the options of a group, besides its parameters."""
     options: dict[str, Any] = {"group_name": _describe(multipliers)}
     base = {"lr": lr, "weight_decay": weight_decay}
     for (name, value), multiplier in zip(base.items(), multipliers, strict=True):
         if value is not None:
             options[name] = value * multiplier
         elif multiplier != 1:
-            raise ValueError(f"paramwise: a multiplier of {name} needs the optimizer's {name}")
+            raise ValueError(
+                f"paramwise: a multiplier of {name} needs the optimizer's {name}. Set it"
+            )
     return options
 
 

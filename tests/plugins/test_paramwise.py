@@ -160,10 +160,14 @@ def test_through_the_runner(make: MakeRunner) -> None:
         (dict(custom_keys=["head"]), TypeError, "custom_keys takes a dict"),
         (dict(custom_keys={"head": 0.1}), TypeError, r"custom_keys\['head'\] takes dict\(lr_mult"),
         (dict(layers={"Linear": {"lr": 1}}), TypeError, "has no option 'lr'"),
-        (dict(layers={"Linear": {"lr_mult": -1}}), ValueError, "lr_mult=-1 is no multiplier"),
+        (
+            dict(layers={"Linear": {"lr_mult": -1}}),
+            ValueError,
+            "lr_mult=-1 is not a valid multiplier",
+        ),
         (dict(custom_keys={"head": {"lr_mult": float("nan")}}), ValueError, "lr_mult=nan is no"),
-        (dict(bias_lr_mult=-1), ValueError, "bias_lr_mult=-1 is no multiplier"),
-        (dict(norm_decay_mult="2"), ValueError, "norm_decay_mult='2' is no multiplier"),
+        (dict(bias_lr_mult=-1), ValueError, "bias_lr_mult=-1 is not a valid multiplier"),
+        (dict(norm_decay_mult="2"), ValueError, "norm_decay_mult='2' is not a valid multiplier"),
         (dict(bias_lr_mul=1), TypeError, "bias_lr_mul"),
     ],
 )
