@@ -1,4 +1,4 @@
-"""Learning-rate schedules: those of ``torch.optim.lr_scheduler``, and a warm-up."""
+"""Learning-rate schedules: those of ``torch.optim.lr_scheduler``, with a warm-up."""
 
 from __future__ import annotations
 
@@ -19,63 +19,64 @@ __all__ = ["Schedule"]
 
 
 class Schedule(Plugin, name="schedule"):
-    """Change the learning rates of each optimizer while the run goes on.
+    """Schedule the learning rates of each optimizer.
 
-    The scheduler moves on after each step that was really taken, or after each epoch in which one
-    was. What a scheduler of torch needs to know of the run's length (``T_max`` of
-    CosineAnnealingLR, ``total_iters`` of PolynomialLR, ``total_steps`` of OneCycleLR) is filled in
-    where it is not given, in optimizer steps or in epochs; beyond that length the learning rate
-    stays where it ended.
+    The scheduler steps after each optimizer step that was taken, not skipped, or after each epoch
+    that had at least one. Some of torch's schedulers need the length of the run: ``T_max`` of
+    CosineAnnealingLR, ``total_iters`` of PolynomialLR and ``total_steps`` of OneCycleLR. If you
+    leave these out, the plugin fills them in, in optimizer steps or in epochs. Beyond that length,
+    the learning rate keeps its last value.
 
     A warm-up multiplies the learning rates by a factor that grows linearly to 1 over the first
-    optimizer steps. A scheduler by step begins after it; one by epoch counts its epochs all along.
+    optimizer steps. A scheduler that steps per optimizer step starts after the warm-up. One that
+    steps per epoch also counts the epochs of the warm-up.
     """
 
     scheduler: Any = Field(
-        description="NAME of torch.optim.lr_scheduler, dict(type=..., ...), a scheduler, a "
-        "function of the optimizer; or a list of these, one after the other at the milestones"
+        description="NAME in torch.optim.lr_scheduler, dict(type=..., ...), a scheduler or a "
+        "function of the optimizer; or a list of these, which follow each other at the milestones"
     )
     by_epoch: bool | None = Field(
         default=None,
-        description="move on per epoch, else per optimizer step; by default as train_cfg, "
-        "OneCycleLR and CyclicLR per step",
+        description="step per epoch instead of per optimizer step; by default as train_cfg counts, "
+        "but OneCycleLR and CyclicLR per optimizer step",
     )
     milestones: Sequence[int] = Field(
-        default=(), description="for a list: after how many epochs (or steps) the next one follows"
+        default=(), description="for a list: the epochs (or steps) after which the next one starts"
     )
     warmup: int | float = Field(
-        default=0, ge=0, description="optimizer steps, or below 1 their share of the run"
+        default=0, ge=0, description="number of optimizer steps, or below 1 their share of the run"
     )
     warmup_factor: float = Field(
-        default=0.01, gt=0, le=1, description="at which the warm-up begins"
+        default=0.01, gt=0, le=1, description="factor at the start of the warm-up"
     )
-    metric: str | None = Field(default=None, description="of validation, for ReduceLROnPlateau")
-    optimizer: str | None = Field(default=None, description="only this one of several optimizers")
+    metric: str | None = Field(default=None, description="validation metric for ReduceLROnPlateau")
+    optimizer: str | None = Field(default=None, description="name of the one optimizer to schedule")
 
     def __post_init__(self) -> None:
-        """Refuse a warm-up that is neither a number of steps nor a share."""
+        """Reject a warm-up that is neither a number of steps nor a share."""
         if self.warmup >= 1 and isinstance(self.warmup, float):
             raise TypeError(
-                f"schedule: warmup={self.warmup} is neither a whole number of optimizer steps nor "
-                "a share of the run below 1"
+                f"schedule: warmup={self.warmup} is invalid. Pass an integer number of optimizer "
+                "steps, or a share of the run below 1"
             )
 
     def configure(self) -> None:
-        """Know no optimizer yet."""
+        """Start without schedules; ``setup_optimizer`` adds one per optimizer."""
         self._tracks: dict[str, _Track] = {}
 
-    @hookimpl(trylast=True)  # whoever accumulates has said by then how many iterations make a step
+    @hookimpl(trylast=True)  # after plugins that accumulate gradients have set window_length
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Make the scheduler of this optimizer."""
+        """Create the scheduler of this optimizer."""
         name = self._optimizer_of_an_instance(runner) or self.optimizer
         if runner.train_cfg is None or optim_wrapper.name not in runner.optim_wrapper.by_name(name):
             return
         for other_name, other in runner.plugins.items():
             if isinstance(other, Schedule) and optim_wrapper.name in other._tracks:
                 raise ValueError(
-                    f"the optimizer {optim_wrapper.name!r} has a schedule already, of the plugin "
-                    f"{other_name!r}. One after another is scheduler=[...] with milestones=[...], "
-                    "a warm-up is warmup=...; torch's ChainedScheduler multiplies several"
+                    f"the optimizer {optim_wrapper.name!r} already has a schedule, from the plugin "
+                    f"{other_name!r}. Use scheduler=[...] with milestones=[...] for a sequence, "
+                    "warmup=... for a warm-up, or torch's ChainedScheduler to multiply several"
                 )
         by_epoch = self.by_epoch
         if by_epoch is None:
@@ -88,7 +89,7 @@ class Schedule(Plugin, name="schedule"):
         )
         self._check_metric(runner, isinstance(built.scheduler, ReduceLROnPlateau))
         if self.by_epoch is None and is_by_step(built.kind):
-            by_epoch = False  # a function has returned it
+            by_epoch = False  # the scheduler comes from a function
         track = _Track(optim_wrapper, built, by_epoch)
         if warmup:
             track.warmup = Warmup(optim_wrapper.optimizer, warmup, self.warmup_factor)
@@ -99,14 +100,14 @@ class Schedule(Plugin, name="schedule"):
         if not isinstance(self.scheduler, LRScheduler):
             return None
         if self.milestones:
-            raise TypeError("schedule: milestones are for a list of schedulers, not for one")
+            raise TypeError("schedule: milestones need a list of schedulers, got a single one")
         wrappers = runner.optim_wrapper.by_name().values()
         names: list[str] = [w.name for w in wrappers if w.optimizer is self.scheduler.optimizer]
         if not names or self.optimizer not in (None, names[0]):
             raise ValueError(
                 f"schedule: the {type(self.scheduler).__name__} belongs to an optimizer that this "
-                f"Runner {'has not' if not names else f'calls {names[0]!r}'}: build it from the "
-                "optimizer that the Runner gets, or pass dict(type=..., ...)"
+                f"Runner {'does not have' if not names else f'calls {names[0]!r}'}. Build it from "
+                "the optimizer that you pass to the Runner, or pass dict(type=..., ...)"
             )
         return names[0]
 
@@ -115,8 +116,8 @@ class Schedule(Plugin, name="schedule"):
             return int(self.warmup)
         if steps is None:
             raise ValueError(
-                f"schedule: warmup={self.warmup} is a share of the run, whose length is not known "
-                "(the dataloader does not tell): give a number of steps"
+                f"schedule: warmup={self.warmup} is a share of the run, but the length of the run "
+                "is unknown because the dataloader has no length. Pass a number of steps"
             )
         return max(round(self.warmup * steps), 1)
 
@@ -124,22 +125,22 @@ class Schedule(Plugin, name="schedule"):
         if not wanted:
             if self.metric is not None:
                 raise TypeError(
-                    f"schedule: metric={self.metric!r} is for ReduceLROnPlateau, which alone "
-                    "looks at one"
+                    f"schedule: metric={self.metric!r} has no effect, because only "
+                    "ReduceLROnPlateau uses a metric. Remove it"
                 )
             return
         if self.metric is None:
             raise TypeError(
-                "schedule: ReduceLROnPlateau needs metric=, the name of a metric of validation"
+                "schedule: ReduceLROnPlateau needs metric=, the name of a validation metric"
             )
         if runner.val_cfg is None:
             raise ValueError(
-                f"schedule: ReduceLROnPlateau looks at {self.metric!r} of validation, and this "
-                "Runner does not validate: pass val_dataloader and val_evaluator"
+                f"schedule: ReduceLROnPlateau needs the validation metric {self.metric!r}, but "
+                "this Runner does not validate. Pass val_dataloader and val_evaluator"
             )
 
     def before_train(self, runner: Any) -> None:
-        """Say what was made of the options; warn where it does not fit the length of this run."""
+        """Log each schedule, and warn if it does not fit the length of this run."""
         for track in self._tracks.values():
             of = f" of {track.optim_wrapper.name!r}" if len(self._tracks) > 1 else ""
             runner.logger.info(f"schedule{of}: {track.describe()}")
@@ -149,8 +150,8 @@ class Schedule(Plugin, name="schedule"):
             if total is not None and planned is not None and total > planned:
                 unit = "epochs" if track.by_epoch else "optimizer steps"
                 runner.logger.warning(
-                    f"schedule: the {track.kind} was made for {planned} {unit}, and this run goes "
-                    f"on to {total}: from there on the learning rate stays where it ended"
+                    f"schedule: the {track.kind} was made for {planned} {unit}, but this run "
+                    f"continues to {total}. Beyond its end, the learning rate keeps its last value"
                 )
             if track.warmup is not None:
                 track.warmup.apply()
@@ -162,18 +163,18 @@ class Schedule(Plugin, name="schedule"):
 
     @hookimpl(tryfirst=True)  # others see the learning rate of the next step
     def after_optim_step(self, optim_wrapper: OptimWrapper) -> None:
-        """Move on, by step."""
+        """Step the warm-up, or the scheduler if it steps per optimizer step."""
         track = self._tracks.get(optim_wrapper.name)
         if track is not None:
             track.after_step()
 
     def after_train_epoch(self) -> None:
-        """Move on, by epoch."""
+        """Step the schedulers that step per epoch."""
         for track in self._tracks.values():
             track.after_epoch()
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
-        """Tell ReduceLROnPlateau the metric, after validations that training asked for."""
+        """Step ReduceLROnPlateau with the metric of a validation that training has started."""
         if not runner.progress.val_due:
             return
         for track in self._tracks.values():
@@ -181,18 +182,20 @@ class Schedule(Plugin, name="schedule"):
                 track.step(metric_value(metrics, self.metric or ""))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedules stand."""
+        """Return the state of each optimizer's schedule."""
         return {name: track.state_dict() for name, track in self._tracks.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the schedules saved by ``state_dict``."""
         for name, track in self._tracks.items():
             track.load_state_dict(state[name])
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Where the optimizer was allowed to begin anew, have it at the same share of its rate.
+        """Scale the learning rates of an optimizer whose state was not loaded.
 
-        torch's schedulers go on from the rate that they find, which was part of its state.
+        The option ``allow`` permits that. torch's schedulers continue from the current learning
+        rate, which is part of the optimizer's state, so it is set to the same share of the initial
+        learning rate as in the checkpoint.
         """
         saved = checkpoint.get("optimizer", {})
         for name, track in self._tracks.items():
@@ -204,9 +207,9 @@ class _Track:
     """The schedule of one optimizer.
 
     Args:
-        optim_wrapper: The optimizer's.
-        built: The scheduler of torch, and where it ends.
-        by_epoch: It moves on per epoch.
+        optim_wrapper: The wrapper of the optimizer.
+        built: torch's scheduler, and where it ends.
+        by_epoch: Whether it steps per epoch instead of per optimizer step.
     """
 
     def __init__(self, optim_wrapper: OptimWrapper, built: Built, by_epoch: bool) -> None:
@@ -216,16 +219,16 @@ class _Track:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.by_epoch = None  # per validation
         self.warmup: Warmup | None = None
-        self._steps = optim_wrapper.steps  # when the last epoch ended
+        self._steps = optim_wrapper.steps  # at the end of the last epoch
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps of the warm-up."""
+        """The number of optimizer steps of the warm-up."""
         return 0 if self.warmup is None else self.warmup.steps
 
     @property
     def planned(self) -> int | None:
-        """The epochs or optimizer steps that it was made for, where they were filled in."""
+        """The epochs or optimizer steps that it was made for; None if no length was filled in."""
         if self.length is None:
             return None
         return self.length + (0 if self.by_epoch else self.warmup_steps)
@@ -237,50 +240,50 @@ class _Track:
 
     @property
     def how(self) -> str:
-        """What it is, and when it moves on."""
+        """The scheduler's class, and when it steps."""
         how = {None: "per validation", True: "per epoch", False: "per optimizer step"}
         return f"{self.kind} {how[self.by_epoch]}"
 
     def describe(self) -> str:
-        """What it is, for people to read."""
+        """Return a description for the log."""
         text = self.how
         if self.planned is not None:
             text += f", made for {self.planned}"
         return f"{text}, warm-up over {self.warmup_steps} steps" if self.warmup_steps else text
 
     def after_step(self) -> None:
-        """A step was taken."""
+        """Step the warm-up; once it is over, step a scheduler that steps per optimizer step."""
         if self.warmup is not None and not self.warmup.over:
             self.warmup.step()
         elif self.by_epoch is False and not self.ended:
             self.scheduler.step()
 
     def after_epoch(self) -> None:
-        """An epoch is over; one without a step does not count."""
+        """Step a scheduler that steps per epoch, unless the epoch had no optimizer step."""
         moved = self.optim_wrapper.steps > self._steps
         if self.by_epoch and moved and not self.ended:
             self.step()
         self._steps = self.optim_wrapper.steps
 
     def step(self, *metric: float) -> None:
-        """Move the scheduler on; it does not see the factor of a warm-up that goes on."""
+        """Step the scheduler, which does not see the factor of a warm-up in progress."""
         step: Callable[..., None] = self.scheduler.step
         going_on = self.warmup is not None and not self.warmup.over
         lifted = self.warmup.lifted() if self.warmup is not None and going_on else nullcontext()
         with lifted, warnings.catch_warnings():
-            # torch knows only of steps in this process: after a resume there may be none yet.
+            # torch knows only the steps of this process: after a resume there may be none yet.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             step(*metric)
 
     def match_rates(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        """Give parameter groups that were not loaded the share of their rate that others had."""
+        """Scale the learning rates of groups that were not loaded as the saved ones were scaled."""
         for group, old in zip(self.optim_wrapper.param_groups, saved, strict=False):
             first = old.get("initial_lr")
             if first and group["lr"] != old["lr"]:  # it was not loaded
                 group["lr"] = group["initial_lr"] * (old["lr"] / first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """Return the state in plain containers."""
         return {
             "how": self.how,
             "scheduler": self.scheduler.state_dict(),
@@ -291,18 +294,18 @@ class _Track:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the schedule as it was made, whatever the length of this run.
+        """Restore the schedule as it was made, whatever the length of this run.
 
         The learning rates themselves are part of the optimizer's state.
 
         Raises:
-            ValueError: it is the state of another scheduler.
+            ValueError: The state belongs to another scheduler.
         """
         if state["how"] != self.how:
             raise ValueError(
-                f"schedule: the state is of {state['how']}, and this run has {self.how}: go "
-                "on with the same one. To begin a schedule anew, drop the state of 'schedule' from "
-                "checkpoint['plugins'] and allow=['schedule']"
+                f"schedule: the saved state is of {state['how']}, but this run has {self.how}. "
+                "Resume with the same scheduler. To start a new schedule, delete 'schedule' from "
+                "checkpoint['plugins'] and set allow=['schedule']"
             )
         self.length, self.end = state["length"], state["end"]
         self.scheduler.load_state_dict(state["scheduler"])

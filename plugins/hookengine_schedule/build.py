@@ -1,4 +1,4 @@
-"""A scheduler from what the user wrote."""
+"""Building a scheduler from the options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialL
 
 from hookengine import did_you_mean, greater_is_better, not_plain
 
-# What these schedulers need to know of the length of the run, and how many moves short of it they
+# The argument that tells these schedulers the length of the run, and how many steps before it they
 # reach their end (OneCycleLR counts its construction as the first step).
 LENGTHS = {
     "CosineAnnealingLR": ("T_max", 0),
@@ -21,16 +21,16 @@ LENGTHS = {
 }
 MMENGINES = {"by_epoch", "begin", "end", "convert_to_iter_based"}
 BY_STEP = ("OneCycleLR", "CyclicLR")
-"""Schedulers whose own text says that they move on after every batch."""
+"""Schedulers that step after every batch, according to their documentation."""
 
 
 class Built(NamedTuple):
-    """A scheduler, and what was made of it.
+    """A scheduler, and how it was built.
 
     Attributes:
-        kind: Its class, and those of its parts.
+        kind: The name of its class, and those of its parts.
         length: The length of the run that was filled in, or None.
-        end: After how many moves it ends then.
+        end: The number of steps after which it ends, if a length was filled in.
     """
 
     scheduler: LRScheduler
@@ -40,7 +40,7 @@ class Built(NamedTuple):
 
 
 def is_by_step(cfg: Any) -> bool:
-    """Whether this is a scheduler that moves on by step, whatever the run counts in."""
+    """Return whether the scheduler steps per optimizer step, whatever unit the run counts in."""
     if isinstance(cfg, (list, tuple)):
         return any(map(is_by_step, cfg))
     kind = cfg.get("type") if isinstance(cfg, Mapping) else cfg
@@ -60,33 +60,35 @@ def build_scheduler(
     Args:
         cfg: A name, ``dict(type=NAME or class, ...)``, a scheduler, a function of the optimizer,
             or a list of these.
-        optimizer: What it is for.
-        milestones: For a list, when each but the first begins.
-        total: How often it will move on, if known.
-        metric: What ReduceLROnPlateau looks at.
+        optimizer: The optimizer to schedule.
+        milestones: For a list, when each scheduler but the first starts.
+        total: The number of steps that it will take, if known.
+        metric: The metric that ReduceLROnPlateau uses.
 
     Raises:
-        KeyError: an unknown name. TypeError, ValueError: what does not fit; the message says why.
+        KeyError: There is no scheduler of that name.
+        TypeError: An argument has the wrong type; the message says which.
+        ValueError: An argument has a value that does not fit; the message says why.
     """
     if not isinstance(cfg, (list, tuple)):
         if milestones:
             raise TypeError(
-                "schedule: milestones are for a list of schedulers; those of MultiStepLR belong in "
-                "its dict, scheduler=dict(type='MultiStepLR', milestones=[...])"
+                "schedule: milestones need a list of schedulers, got a single one. Those of "
+                "MultiStepLR go into its dict: scheduler=dict(type='MultiStepLR', milestones=[...])"
             )
         return _build_one(cfg, optimizer, total, metric)
     ends = [*milestones]
     if len(ends) != len(cfg) - 1 or ends != sorted(set(ends)) or (ends and ends[0] < 1):
         raise ValueError(
-            f"schedule: {len(cfg)} schedulers in sequence need {len(cfg) - 1} milestones that "
-            f"grow, got {ends}"
+            f"schedule: {len(cfg)} schedulers in sequence need {len(cfg) - 1} increasing, positive "
+            f"milestones, got {ends}"
         )
     lengths = [b - a for a, b in zip([0, *ends], [*ends, None], strict=True) if b is not None]
     last = None if total is None else total - (ends[-1] if ends else 0)
     if last is not None and last < 1:
         raise ValueError(
-            f"schedule: the last milestone, {ends[-1]}, lies at or beyond the end of the run, "
-            f"{total}"
+            f"schedule: the last milestone, {ends[-1]}, is at or beyond the end of the run, "
+            f"{total}. Use smaller milestones or a longer run"
         )
     built = [
         _build_one(one, optimizer, length, None)
@@ -103,7 +105,7 @@ def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | 
     if isinstance(cfg, LRScheduler):
         if cfg.optimizer is not optimizer:
             raise ValueError(
-                f"schedule: the {type(cfg).__name__} belongs to another optimizer; pass a dict"
+                f"schedule: the {type(cfg).__name__} belongs to another optimizer. Pass a dict"
             )
         return Built(cfg, type(cfg).__name__)
     if isinstance(cfg, str):
@@ -112,12 +114,12 @@ def _build_one(cfg: Any, optimizer: Optimizer, total: int | None, metric: str | 
         return _from_dict(cfg, optimizer, total, metric)
     if not callable(cfg):
         raise TypeError(
-            "schedule: scheduler takes a name of torch.optim.lr_scheduler, dict(type=..., ...), a "
-            f"scheduler, a function of the optimizer, or a list of these; got {cfg!r}"
+            "schedule: scheduler must be a name in torch.optim.lr_scheduler, dict(type=..., ...), "
+            f"a scheduler, a function of the optimizer, or a list of these; got {cfg!r}"
         )
     scheduler = cfg(optimizer)
     if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"schedule: {cfg!r} must return a scheduler of torch, got {scheduler!r}")
+        raise TypeError(f"schedule: {cfg!r} must return an LRScheduler, got {scheduler!r}")
     return Built(scheduler, type(scheduler).__name__)
 
 
@@ -126,24 +128,24 @@ def _from_dict(
 ) -> Built:
     arguments = dict(cfg)
     if "type" not in arguments:
-        raise KeyError(f"schedule: a scheduler needs a 'type', a name or a class; got {cfg!r}")
+        raise KeyError(f"schedule: a scheduler dict needs a 'type', a name or a class; got {cfg!r}")
     kind = arguments.pop("type")
     factory = _named(kind) if isinstance(kind, str) else kind
     name = getattr(factory, "__name__", "")
     foreign = {*arguments} & MMENGINES - {*inspect.signature(factory).parameters}
     if foreign:
         raise TypeError(
-            f"schedule: {', '.join(sorted(foreign))} of {name}: here by_epoch is an option of the "
-            "plugin, beside scheduler=; a warm-up is warmup=500 (optimizer steps, whatever the "
-            "rest counts in); one scheduler after another is scheduler=[...] with milestones=[...]"
+            f"schedule: {', '.join(sorted(foreign))} cannot be set in the dict of {name}. Set "
+            "by_epoch as an option of the plugin, next to scheduler=; use warmup=500 for a warm-up "
+            "(always in optimizer steps), and scheduler=[...] with milestones=[...] for a sequence"
         )
     end = None
     option, short = LENGTHS.get(name, ("", 0))
     if option and option not in arguments and "steps_per_epoch" not in arguments:
         if total is None:
             raise ValueError(
-                f"schedule: {name} needs {option}, since the length of the run is not known (the "
-                "dataloader does not tell)"
+                f"schedule: {name} needs {option}, because the length of the run is unknown: the "
+                "dataloader has no length"
             )
         arguments[option] = total
         end = total - short
@@ -155,15 +157,16 @@ def _from_dict(
         error.add_note(f"while building the scheduler {dict(cfg)!r}")
         raise
     if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"schedule: {kind!r} is no scheduler of torch, got {scheduler!r}")
+        raise TypeError(f"schedule: {kind!r} must create an LRScheduler, got {scheduler!r}")
     length = None if end is None else total
     return Built(scheduler, type(scheduler).__name__, length, end)
 
 
 def check_plain(scheduler: LRScheduler) -> None:
-    """Refuse a scheduler whose state holds objects that a checkpoint cannot hold.
+    """Reject a scheduler whose state holds objects that a checkpoint cannot hold.
 
-    Subclasses of plain types, such as NumPy's ``float64``, are left to the plugin that saves.
+    Subclasses of plain types, such as NumPy's ``float64``, are left to the plugin that saves
+    checkpoints.
 
     Raises:
         TypeError: The state holds such an object; the message names its place.
@@ -173,7 +176,7 @@ def check_plain(scheduler: LRScheduler) -> None:
             if not isinstance(found, (int, float, str, bytes, list, tuple, dict)):
                 raise TypeError(
                     f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as "
-                    f"{place}, which no checkpoint can keep safely: leave it out of state_dict()"
+                    f"{place}, which a checkpoint cannot hold safely. Leave it out of state_dict()"
                 )
 
 
@@ -191,13 +194,13 @@ def _named(name: str) -> Any:
 
 
 def _choose_mode(arguments: dict[str, Any], metric: str | None) -> None:
-    """Fill in whether ReduceLROnPlateau waits for more or for less of the metric."""
+    """Set the ``mode`` of ReduceLROnPlateau: whether more or less of the metric is better."""
     if "mode" in arguments or metric is None:
         return
     greater = greater_is_better(metric)
     if greater is None:
         raise ValueError(
-            f"schedule: is more or less of {metric!r} better? Say mode='max' or mode='min' in the "
-            "dict of ReduceLROnPlateau"
+            f"schedule: it is unknown whether more or less of {metric!r} is better. Set mode='max' "
+            "or mode='min' in the dict of ReduceLROnPlateau"
         )
     arguments["mode"] = "max" if greater else "min"

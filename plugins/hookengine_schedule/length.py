@@ -1,4 +1,4 @@
-"""How long a run will be, in optimizer steps and in epochs."""
+"""The length of a run, in optimizer steps and in epochs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hookengine import Progress
 
 
 def total_steps(progress: Progress, window_length: int) -> int | None:
-    """Optimizer steps of the whole run, or None where its length is not known.
+    """Return the number of optimizer steps of the whole run, or None if its length is unknown.
 
     A window of accumulated gradients ends with the epoch, so each epoch rounds up.
     """
@@ -23,7 +23,7 @@ def total_steps(progress: Progress, window_length: int) -> int | None:
 
 
 def total_epochs(progress: Progress) -> int | None:
-    """Epochs of the whole run, the last one counted where it is begun; None where not known."""
+    """Return the epochs of the whole run, including a partial last one, or None if unknown."""
     if progress.max_epochs is not None:
         return progress.max_epochs
     if progress.max_iters is None or progress.epoch_length is None:

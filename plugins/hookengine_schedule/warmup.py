@@ -1,4 +1,4 @@
-"""The warm-up: a factor on whatever learning rates a scheduler sets."""
+"""The warm-up: a factor that multiplies the learning rates of a scheduler."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 class Warmup:
     """Multiplies the learning rates by a factor that grows linearly to 1 (arXiv:1706.02677).
 
-    As ``torch.optim.lr_scheduler.LinearLR``, but absolute: it keeps the learning rates as they are
-    without it, and lifts itself while a scheduler moves on beneath it. What others set meanwhile
-    does not last.
+    Unlike ``torch.optim.lr_scheduler.LinearLR``, it keeps the learning rates without the factor,
+    and removes the factor while another scheduler steps. Learning rates that anything else sets
+    during the warm-up are overwritten.
 
     Args:
-        optimizer: Its learning rates are multiplied at once.
-        steps: Optimizer steps until the factor is 1.
+        optimizer: The optimizer, whose learning rates are multiplied immediately.
+        steps: The number of optimizer steps until the factor is 1.
         start: The factor at the start.
 
     Attributes:
-        done: Steps taken.
+        done: The number of steps taken.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, start: float) -> None:
@@ -41,22 +41,22 @@ class Warmup:
 
     @property
     def factor(self) -> float:
-        """The present factor."""
+        """The current factor."""
         return self._start + (1 - self._start) * min(self.done / self.steps, 1)
 
     def step(self) -> None:
-        """Go on after an optimizer step."""
+        """Count an optimizer step, and set the learning rates for the next one."""
         self.done += 1
         self._write([lr * self.factor for lr in self._base])
 
     def apply(self) -> None:
-        """Set the learning rates, unless the warm-up is over."""
+        """Multiply the learning rates by the factor, unless the warm-up is over."""
         if not self.over:
             self._write([lr * self.factor for lr in self._base])
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """The learning rates without the warm-up; those that are set meanwhile count."""
+        """Remove the factor within the block, and keep the learning rates that are set there."""
         self._write(self._base)
         try:
             yield
@@ -65,7 +65,7 @@ class Warmup:
             self.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return the state as plain numbers."""
         return {
             "steps": self.steps,
             "start": self._start,
@@ -75,7 +75,7 @@ class Warmup:
 
     @classmethod
     def from_state_dict(cls, optimizer: Optimizer, state: Mapping[str, Any]) -> Self:
-        """Go on; the optimizer has its learning rates from a state of its own."""
+        """Restore a warm-up; the learning rates are restored with the optimizer's state."""
         warmup = cls.__new__(cls)
         warmup.optimizer = optimizer
         warmup.steps, warmup._start = state["steps"], state["start"]
