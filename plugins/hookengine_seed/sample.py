@@ -1,4 +1,4 @@
-"""Seeding of single samples, where they are read."""
+"""Seeding single samples where they are read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def derive(seed: int, *names: object) -> int:
-    """A seed for one purpose: a pure function of ``seed`` and what the purpose is called.
+    """Derive the seed for one purpose, a pure function of ``seed`` and the names of the purpose.
 
     Returns:
-        0 to 2**63 - 1.
+        The derived seed, from 0 to 2**63 - 1.
     """
     text = "/".join(map(str, (seed, *names)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -31,14 +31,17 @@ def derive(seed: int, *names: object) -> int:
 
 
 def nth(seed: int, number: int) -> int:
-    """The seed of the sample of that number in a pass: cheap, and far from its neighbours'."""
+    """Return the seed of a sample by its number in a pass, far from its neighbors' seeds.
+
+    This function is cheaper than ``derive``.
+    """
     mixed = (seed + (number + 1) * _GOLDEN) & _MASK
     mixed ^= mixed >> 31
     return (mixed * 0xBF58476D1CE4E5B9) & _MASK
 
 
 def seed_here(seed: int) -> None:
-    """Seed Python, NumPy (where it is in use) and torch's generator of the CPU."""
+    """Seed Python, NumPy (if it is imported) and torch's CPU generator."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed & 0xFFFFFFFF)
@@ -47,24 +50,24 @@ def seed_here(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside; afterwards the random states are what they were."""
+    """Draw from ``seed`` within the block, and restore the random states afterwards."""
     with preserved_random_state():
         seed_here(seed)
         yield
 
 
 class SeededDataset:
-    """A map-style dataset whose sample (seed, index) is read with that seed.
+    """A map-style dataset that takes (seed, index) and reads the sample with that seed.
 
-    So what is random in a sample depends neither on the worker that reads it nor on what was read
-    before.
+    The randomness of a sample thus depends neither on the worker that reads it nor on the samples
+    read before.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not there yet, while it is unpickled
+        if name == "dataset":  # does not exist yet during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -78,7 +81,7 @@ class SeededDataset:
 
     @property
     def __getitems__(self) -> Callable[[tuple[int, Any]], Any] | None:
-        """Where the dataset reads whole batches, one seed for each of them; else None."""
+        """A function that reads a batch with one seed, if the dataset reads batches; else None."""
         innermost = self.dataset
         while type(innermost) is Subset:
             innermost = innermost.dataset
@@ -91,12 +94,12 @@ class SeededDataset:
 
 
 class SeededIterable:
-    """An iterable dataset whose workers begin each pass with a seed of the pass and the worker.
+    """An iterable dataset whose workers start each pass with a seed of that pass and worker.
 
     Args:
         dataset: The dataset.
-        seed: int64 tensor in shared memory, which the main process sets before each pass:
-            workers that persist have no other way to learn of it.
+        seed: An int64 tensor in shared memory, which the main process sets before each pass.
+            Persistent workers have no other way to receive the seed.
     """
 
     def __init__(self, dataset: Any, seed: torch.Tensor) -> None:
@@ -110,10 +113,11 @@ class SeededIterable:
 
 
 class WorkerInit:
-    """A ``worker_init_fn``: calls the user's, which sees the dataset itself.
+    """A ``worker_init_fn`` that calls the user's function, which sees the dataset itself.
 
-    A scheduler sends SIGTERM to a whole group of processes. It is for the main one, which has its
-    workers end when it has saved; so the first one gives a worker half a minute.
+    A cluster scheduler sends SIGTERM to a whole group of processes, but only the main process
+    should act on it: it saves a checkpoint and then ends its workers. The first SIGTERM therefore
+    leaves a worker half a minute; a second one ends it immediately.
     """
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:

@@ -406,7 +406,7 @@ def test_deterministic_algorithms_are_switched_on_and_back(make: MakeRunner) -> 
 
 def test_another_seed_than_that_of_the_state_is_refused(make: MakeRunner) -> None:
     state = make(plugins=[dict(type="seed", seed=1)]).state_dict()
-    with pytest.raises(ValueError, match="trained with seed 1, and this run has seed=2"):
+    with pytest.raises(ValueError, match="trained with seed 1, but this run has seed=2"):
         make(plugins=[dict(type="seed", seed=2)]).load_state_dict(state)
     runner = make(plugins=["seed"])
     runner.load_state_dict(state)
@@ -424,7 +424,7 @@ def test_another_seed_than_that_of_the_state_is_refused(make: MakeRunner) -> Non
             lambda: stateful(batch_size=4, generator=generator_of_my_own()),
             "later epochs get a different order",
         ),
-        (lambda: (batch for batch in LOADERS["a list"]()), "generator is left as it is"),
+        (lambda: (batch for batch in LOADERS["a list"]()), "generator is left unchanged"),
     ],
 )
 def test_what_cannot_be_exact_is_said(
