@@ -17,13 +17,13 @@ __all__ = ["SyncBN", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 
 
 class SyncBN(Plugin, name="syncbn"):
-    """Replace batch norm by torch's SyncBatchNorm where several ranks train on GPUs.
+    """Replace batch norm with torch's SyncBatchNorm if several ranks train on GPUs.
 
-    Inert on one rank. torch has no SyncBatchNorm for the CPU.
+    The plugin does nothing on one rank. torch has no SyncBatchNorm for the CPU.
     """
 
     def convert_model(self, runner: Any, model: nn.Module) -> nn.Module | None:
-        """Convert, and say how many layers there were."""
+        """Convert the batch-norm layers, and log how many there are."""
         ranks = dist.get_world_size()
         if ranks == 1:
             return None
@@ -31,10 +31,10 @@ class SyncBN(Plugin, name="syncbn"):
         if runner.device.type == "cpu" and layers:
             raise ValueError(
                 f"syncbn: torch's SyncBatchNorm does not run on the CPU, where {ranks} ranks train "
-                f"this model with {layers} batch-norm layers: leave syncbn out, or train on GPUs"
+                f"this model with {layers} batch-norm layers. Remove syncbn, or train on GPUs"
             )
         runner.logger.info(
-            f"syncbn: {layers} batch-norm layers are synchronised over {ranks} ranks"
+            f"syncbn: {layers} batch-norm layers are synchronized over {ranks} ranks"
         )
         return convert_sync_batchnorm(model)
 
@@ -43,54 +43,55 @@ CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"
 
 
 class BatchNormXd(_BatchNorm):
-    """Batch norm of inputs of any number of dimensions: a SyncBatchNorm whose origin is unknown."""
+    """Batch norm for any number of dimensions, replacing a SyncBatchNorm of unknown origin."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        """Any will do."""
+        """Accept any number of dimensions."""
 
 
 def convert_sync_batchnorm(module: nn.Module, implementation: str = "torch") -> nn.Module:
-    """Replace every batch-norm layer of a module by a SyncBatchNorm.
+    """Replace every batch-norm layer of a module with a SyncBatchNorm.
 
-    The new layers have the parameters and buffers of the old ones, the same objects, and their
-    mode. InstanceNorm, which has no batch statistics, stays.
+    The new layers hold the same parameter and buffer objects as the old ones, and have their mode.
+    InstanceNorm layers, which have no batch statistics, are left unchanged.
 
     Args:
         module: The module; its children are replaced in place.
-        implementation: ``"torch"``.
+        implementation: Only ``"torch"`` is supported.
 
     Returns:
-        The module, or where it is a batch-norm layer itself, what replaces it.
+        The module or, if it is a batch-norm layer itself, its replacement.
 
     Raises:
-        ValueError: another implementation; or a layer that SyncBatchNorm cannot stand for, with a
-            forward of its own, parametrized, or not initialised.
+        ValueError: ``implementation`` is not supported, or SyncBatchNorm cannot replace a layer
+            because it has its own forward, is parametrized, or is not initialized.
     """
     if implementation != "torch":
         raise ValueError(
-            f"implementation={implementation!r}: only torch's SyncBatchNorm is known here "
-            "(MMCV's needs its own build of CUDA extensions)"
+            f"implementation={implementation!r} is not supported. Use 'torch' (MMCV's needs its "
+            "own build of CUDA extensions)"
         )
     return _replace(module, _to_sync)
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace every SyncBatchNorm of a module by the batch norm that it was made from.
+    """Replace every SyncBatchNorm of a module with the batch norm that it was made from.
 
-    One that ``convert_sync_batchnorm`` made becomes the class that it was; another one a batch norm
-    for inputs of any number of dimensions. Parameters, buffers and mode are kept.
+    A layer that ``convert_sync_batchnorm`` has made becomes its former class again. Any other layer
+    becomes a batch norm for inputs with any number of dimensions. Parameters, buffers and mode are
+    kept.
 
     Args:
         module: The module; its children are replaced in place.
 
     Returns:
-        The module, or where it is a SyncBatchNorm itself, what replaces it.
+        The module or, if it is a SyncBatchNorm itself, its replacement.
     """
     return _replace(module, _from_sync)
 
 
 def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Replace a module and everything within by what ``make`` makes of it, each once."""
+    """Replace a module and everything in it with what ``make`` returns, called once for each."""
     made: dict[nn.Module, nn.Module] = {}
 
     def replaced(layer: nn.Module) -> nn.Module:
@@ -113,17 +114,17 @@ def _to_sync(layer: nn.Module) -> nn.Module:
     kind = type(layer)
     problem = None
     if kind.forward is not _BatchNorm.forward:
-        problem = "has a forward of its own, which SyncBatchNorm would not run"
+        problem = "has its own forward, which SyncBatchNorm would not run"
     elif is_parametrized(layer):
-        problem = "is parametrized, which SyncBatchNorm cannot be"
+        problem = "is parametrized, which SyncBatchNorm does not support"
     elif any(map(is_lazy, layer.parameters())) or any(map(is_lazy, layer.buffers())):
-        problem = "is not initialised yet: run one batch through the model first"
+        problem = "is not initialized yet. Run one batch through the model first"
     if problem is not None:
         raise ValueError(f"the batch norm {kind.__module__}.{kind.__name__} {problem}")
     sync = nn.SyncBatchNorm(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
     )
-    sync.__dict__["made_from"] = layer  # as it is, and no child of it
+    sync.__dict__["made_from"] = layer  # not as a child module
     return _with_contents_of(layer, sync)
 
 
@@ -139,7 +140,7 @@ def _from_sync(layer: nn.Module) -> nn.Module:
 
 
 def _with_contents_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """``new`` with what ``old`` holds: parameters, buffers, children, hooks; and its mode."""
+    """Return ``new`` with the parameters, buffers, children, hooks and mode of ``old``."""
     for name, value in old.__dict__.items():
         if name in CONTENTS or name.endswith(
             ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")

@@ -131,16 +131,16 @@ def test_what_syncbatchnorm_cannot_stand_for_is_refused() -> None:
     parametrized = nn.BatchNorm1d(3)
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     for layer, message in (
-        (Activated(3), "Activated has a forward of its own"),
+        (Activated(3), "Activated has its own forward"),
         (parametrized, "is parametrized"),
-        (nn.LazyBatchNorm1d(), "is not initialised yet: run one batch"),
+        (nn.LazyBatchNorm1d(), "is not initialized yet. Run one batch"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_sync_batchnorm(nn.Sequential(layer))
 
 
 def test_another_implementation_is_refused() -> None:
-    with pytest.raises(ValueError, match="only torch's SyncBatchNorm is known here"):
+    with pytest.raises(ValueError, match="implementation='mmcv' is not supported"):
         convert_sync_batchnorm(nn.BatchNorm2d(3), implementation="mmcv")
 
 
