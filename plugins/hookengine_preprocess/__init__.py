@@ -1,4 +1,4 @@
-"""Data preprocessors: from what a dataloader gives to what a model takes, on its device."""
+"""Data preprocessors: turn what a dataloader yields into what a model takes, on its device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["BaseDataPreprocessor", "ImgDataPreprocessor", "Preprocess", "stack_b
 
 
 class BaseDataPreprocessor(nn.Module):
-    """Move a batch to the device of the model that this module is part of.
+    """Move a batch to the device of the model that contains this module.
 
     Args:
-        non_blocking: Copy from pinned memory while the host goes on.
+        non_blocking: Whether to copy from pinned memory while the host continues.
     """
 
     _anchor: Tensor
@@ -27,32 +27,33 @@ class BaseDataPreprocessor(nn.Module):
     def __init__(self, non_blocking: bool | None = False) -> None:
         super().__init__()
         self._non_blocking = bool(non_blocking)
-        # An empty buffer goes wherever the model goes, by whatever method it is moved.
+        # An empty buffer follows the model, whatever method moves it.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         self._device = self._anchor.device
 
     @property
     def device(self) -> torch.device:
-        """Where batches are moved to."""
+        """The device that batches are moved to."""
         return self._device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What every method that moves a module calls, on each of its children too."""
+        """Note the new device. Every method that moves a module calls this on its children too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._device = self._anchor.device
         return self
 
     def cast_data(self, data: Any) -> Any:
-        """Move a batch of any nesting.
+        """Move a batch of any nesting to the device.
 
-        Dicts, lists, tuples and namedtuples are gone through; tensors, and anything else with a
-        method ``to(device)``, are moved; str, bytes, None and the rest stay as they are.
+        The items of dicts, lists, tuples and namedtuples are moved one by one. Tensors, and
+        anything else with a method ``to(device)``, are moved. str, bytes, None and everything else
+        are left unchanged.
         """
         device = self._device
         kind = type(data)
         if kind is list or kind is tuple:
             items = []
-            for item in data:  # .to() costs microseconds also where it has nothing to do
+            for item in data:  # .to() costs microseconds even if it does nothing
                 here = isinstance(item, Tensor) and item.device == device
                 items.append(item if here else self.cast_data(item))
             return items if kind is list else tuple(items)
@@ -71,34 +72,37 @@ class BaseDataPreprocessor(nn.Module):
         """Preprocess a batch.
 
         Args:
-            data: What the dataloader gave.
-            training: Whether for training; a subclass may augment then.
+            data: What the dataloader yielded.
+            training: Whether the batch is for training; a subclass may then augment it.
 
         Returns:
-            What becomes the arguments of the model's ``forward``: a dict, tuple or list.
+            The arguments of the model's ``forward``, as a dict, tuple or list.
         """
         return self.cast_data(data)
 
 
 class ImgDataPreprocessor(BaseDataPreprocessor):
-    """Normalise, convert and pad images into one batch.
+    """Normalize, convert and pad images into one batch.
 
-    A batch is a dict with ``inputs``, or a tuple or list whose first item is it: a list of images
-    of shape (C, H, W), also of different sizes, or a stacked batch of shape (N, C, H, W), of any
-    dtype. They become float32 of shape (N, C, H', W'): channels swapped, then normalised, then
-    padded at the right and bottom to the largest image and to ``pad_size_divisor``.
+    A batch is a dict with the images under ``inputs``, or a tuple or list with the images as its
+    first item. The images are a list of shape (C, H, W) each, which may differ in size, or a
+    stacked batch of shape (N, C, H, W), of any dtype. They become float32 of shape (N, C, H', W'):
+    their channels are swapped, then they are normalized, then padded at the right and bottom to
+    the size of the largest image and to a multiple of ``pad_size_divisor``.
 
     Args:
-        mean: Per channel, in the order after the swap; 1 or 3 numbers. None: no normalisation.
-        std: Likewise.
+        mean: The mean per channel, in the order after the swap; 1 or 3 numbers. None disables
+            normalization.
+        std: The standard deviation per channel, in the same order; 1 or 3 numbers.
         pad_size_divisor: H' and W' are multiples of it.
-        pad_value: What is padded, after normalisation.
-        bgr_to_rgb: Swap the first and the last of 3 channels.
-        rgb_to_bgr: The same swap, the other way round.
+        pad_value: The value of the padding, which is added after normalization.
+        bgr_to_rgb: Whether to swap the first and the last of 3 channels.
+        rgb_to_bgr: Whether to swap them the other way around, which is the same swap.
         non_blocking: See ``BaseDataPreprocessor``.
 
     Raises:
-        ValueError: both swaps; only one of mean and std; another number of them than 1 or 3.
+        ValueError: Both swaps are set, only one of ``mean`` and ``std`` is set, or one of them does
+            not have 1 or 3 numbers.
     """
 
     mean: Tensor
@@ -116,9 +120,9 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
     ) -> None:
         super().__init__(non_blocking)
         if bgr_to_rgb and rgb_to_bgr:
-            raise ValueError("bgr_to_rgb and rgb_to_bgr are one and the same swap: give one")
+            raise ValueError("bgr_to_rgb and rgb_to_bgr are the same swap. Set only one of them")
         if (mean is None) != (std is None):
-            raise ValueError("mean and std are given together, or neither is")
+            raise ValueError("only one of mean and std is set. Set both or neither")
         self._enable_normalize = mean is not None and std is not None
         if mean is not None and std is not None:
             for name, numbers in (("mean", mean), ("std", std)):
@@ -131,7 +135,7 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
         self.pad_value = pad_value
 
     def forward(self, data: Any, training: bool = False) -> Any:
-        """Preprocess; a dict gets ``data_samples=None`` where it has none."""
+        """Preprocess a batch; a dict without ``data_samples`` gets ``data_samples=None``."""
         data = self.cast_data(data)
         if isinstance(data, dict):
             data["inputs"] = self._batch(data.get("inputs"))
@@ -145,7 +149,7 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
         if isinstance(images, Tensor):
             if images.dim() != 4:
                 raise ValueError(
-                    f"a stacked batch of images has shape (N, C, H, W), got {tuple(images.shape)}"
+                    f"stacked images must have the shape (N, C, H, W), got {tuple(images.shape)}"
                 )
             batch = self._convert(images)
             pad = [-size % self.pad_size_divisor for size in batch.shape[:1:-1]]
@@ -156,11 +160,11 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
         raise TypeError(_EXPECTED.format(type(images).__name__))
 
     def _convert(self, images: Tensor) -> Tensor:
-        """Swap channels, make float32, normalise: (..., C, H, W)."""
+        """Swap channels, convert to float32 and normalize images of shape (..., C, H, W)."""
         channels = images.shape[-3] if images.dim() >= 3 else 0
         if (self._channel_conversion or self._normalizes_three) and channels != 3:
             raise ValueError(
-                "mean of 3 numbers and channel swaps need images of shape (3, H, W), got "
+                "a mean of 3 numbers and channel swaps need images of shape (3, H, W), got "
                 f"{tuple(images.shape)}"
             )
         if self._channel_conversion:
@@ -174,7 +178,7 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
 
 
 _EXPECTED = (
-    "ImgDataPreprocessor takes dict(inputs=images, ...) or (images, ...), where images are a list "
+    "ImgDataPreprocessor takes dict(inputs=images, ...) or (images, ...), where images is a list "
     "of tensors or one stacked tensor, got {}"
 )
 
@@ -182,31 +186,34 @@ _EXPECTED = (
 def stack_batch(
     tensor_list: list[Tensor], pad_size_divisor: int = 1, pad_value: float = 0
 ) -> Tensor:
-    """Stack tensors of different sizes, padded at the end of each dimension but the first.
+    """Stack tensors of different sizes, padding the end of each dimension but the first.
 
     Args:
-        tensor_list: Tensors of the same number of dimensions and the same first one, (C, H, W).
+        tensor_list: Tensors with the same number of dimensions and the same first dimension, such
+            as (C, H, W).
         pad_size_divisor: The padded dimensions are multiples of it.
-        pad_value: What is padded.
+        pad_value: The value of the padding.
 
     Returns:
         A tensor of shape (N, C, H', W').
 
     Raises:
-        TypeError: no list of tensors. ValueError: empty, or the dimensions do not fit.
+        TypeError: ``tensor_list`` is not a list of tensors.
+        ValueError: The list is empty, ``pad_size_divisor`` is below 1, or the dimensions do not
+            match.
     """
     if not isinstance(tensor_list, list):
         raise TypeError(f"stack_batch takes a list of tensors, got {type(tensor_list).__name__}")
     if wrong := [type(item).__name__ for item in tensor_list if not isinstance(item, Tensor)]:
-        raise TypeError(f"stack_batch takes a list of tensors, got one with {', '.join(wrong)}")
+        raise TypeError(f"stack_batch takes a list of tensors, got a list with {', '.join(wrong)}")
     if not tensor_list or pad_size_divisor < 1:
         raise ValueError(
-            "stack_batch takes at least one tensor, and a pad_size_divisor of at least 1; got "
-            f"{len(tensor_list)} tensors, pad_size_divisor={pad_size_divisor}"
+            "stack_batch needs at least one tensor and a pad_size_divisor of at least 1, got "
+            f"{len(tensor_list)} tensors and pad_size_divisor={pad_size_divisor}"
         )
     if len({(tensor.dim(), *tensor.shape[:1]) for tensor in tensor_list}) != 1:
         raise ValueError(
-            "the tensors to stack must have the same number of dimensions and the same first one, "
+            "the tensors to stack must have equally many dimensions and the same first dimension, "
             f"got shapes {[tuple(tensor.shape) for tensor in tensor_list]}"
         )
     sizes = zip(*(tensor.shape[1:] for tensor in tensor_list), strict=True)
@@ -220,30 +227,31 @@ def stack_batch(
 
 
 class Preprocess(Plugin, name="preprocess"):
-    """Prefetch: copy the next training batch to the GPU on a side stream, behind the computation.
+    """Copy the next training batch to the GPU on a side stream, during the computation.
 
-    On devices other than CUDA, and without ``prefetch``, there is nothing to do: the model's data
+    On devices other than CUDA, and without ``prefetch``, the plugin does nothing: the model's data
     preprocessor moves the batches.
     """
 
     prefetch: bool = Field(
-        default=False, description="copy the next batch while this one is trained on"
+        default=False, description="copy the next batch while training on this one"
     )
 
     def setup_dataloader(self, runner: Any, dataloader: Iterable[Any], phase: str) -> Any:
-        """Put the prefetching dataloader around the training dataloader."""
+        """Wrap the training dataloader in one that prefetches."""
         if not self.prefetch or phase != "train":
             return None
         if runner.device.type != "cuda":
-            runner.logger.info("prefetch has nothing to do", device=str(runner.device))
+            runner.logger.info("prefetch=True has no effect", device=str(runner.device))
             return None
         return CudaPrefetcher(dataloader, runner.device)
 
 
 class CudaPrefetcher:
-    """A dataloader whose next batch is copied on a side stream while the last one is in use.
+    """A dataloader that copies the next batch on a side stream while the last one is in use.
 
-    The copy overlaps where the batches lie in pinned memory (``pin_memory=True``).
+    The copy overlaps with the computation if the batches are in pinned memory
+    (``pin_memory=True``).
     """
 
     def __init__(self, dataloader: Iterable[Any], device: torch.device) -> None:
@@ -284,7 +292,7 @@ def _next(batches: Iterator[Any]) -> list[Any]:
 
 
 def _record(data: Any, stream: torch.cuda.Stream) -> None:
-    """Keep the memory of ``data`` until ``stream`` has used it."""
+    """Keep the memory of ``data`` from being reused until ``stream`` has used it."""
     if isinstance(data, Tensor):
         data.record_stream(stream)
     elif isinstance(data, Mapping):

@@ -126,8 +126,8 @@ def test_images_of_different_sizes_are_padded_to_the_largest() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(bgr_to_rgb=True, rgb_to_bgr=True), "one and the same swap"),
-        (dict(mean=[1.0]), "given together"),
+        (dict(bgr_to_rgb=True, rgb_to_bgr=True), "are the same swap"),
+        (dict(mean=[1.0]), "only one of mean and std is set"),
         (dict(mean=[1.0, 2.0], std=[1.0]), "mean takes 1 or 3 numbers, got 2"),
     ],
 )
@@ -165,10 +165,10 @@ def test_stack_batch_pads_all_dimensions_but_the_first() -> None:
     ("tensors", "error", "message"),
     [
         (torch.ones(2, 3), TypeError, "list of tensors, got Tensor"),
-        ([torch.ones(1), 3], TypeError, "list of tensors, got one with int"),
+        ([torch.ones(1), 3], TypeError, "list of tensors, got a list with int"),
         ([], ValueError, "at least one tensor"),
         ([torch.ones(1, 2), torch.ones(1, 2, 3)], ValueError, r"shapes \[\(1, 2\), \(1, 2, 3\)\]"),
-        ([torch.ones(1, 2), torch.ones(2, 2)], ValueError, "the same first one"),
+        ([torch.ones(1, 2), torch.ones(2, 2)], ValueError, "the same first dimension"),
     ],
 )
 def test_what_cannot_be_stacked_is_answered(tensors: Any, error: type, message: str) -> None:
@@ -181,7 +181,7 @@ def test_prefetch_on_the_cpu_says_that_it_has_nothing_to_do(
 ) -> None:
     runner = make(plugins=[dict(type="preprocess", prefetch=True)], device="cpu")
     assert isinstance(runner.train_loop.dataloader, DataLoader)
-    assert "prefetch has nothing to do" in caplog.text
+    assert "prefetch=True has no effect" in caplog.text
     runner.train()
 
 
