@@ -1,4 +1,4 @@
-"""A progress bar on a terminal; silent elsewhere."""
+"""A progress bar on terminals, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ __all__ = ["ProgressBar"]
 
 
 class ProgressBar(Plugin, name="progress_bar"):
-    """Show how far the epoch, and the validation, have come.
+    """Show the progress of the epoch and of validation.
 
-    The bar is drawn by rich's own thread from the Runner's counters: training pays nothing for
-    it. What is printed meanwhile appears above it.
+    A thread of rich draws the bar from the Runner's counters, so the bar costs training nothing.
+    Other output appears above it.
     """
 
     refresh_per_second: float = Field(default=5.0, gt=0, description="how often the bar is drawn")
 
     def configure(self) -> None:
-        """Nothing is drawn yet."""
+        """Start without a bar."""
         self._bar: _Bar | None = None
 
     def before_run(self, runner: Any) -> None:
-        """Begin to draw, on a terminal and on rank 0."""
+        """Start drawing, on a terminal and on rank 0 only."""
         console = Console()
-        # In a notebook rich would break the lines of the log at a width of its own.
+        # In a notebook, rich would wrap the lines of the log at its own width.
         if dist.is_main_process() and console.is_terminal and not console.is_jupyter:
             self._bar = _Bar(runner, console, self.refresh_per_second)
             self._bar.start()
 
     def after_run(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def unconfigure(self) -> None:
-        """Leave the terminal as it was, also when the plugin is removed in mid-run."""
+        """Restore the terminal, even if the plugin is removed during a run."""
         self.after_run()
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Show the validation."""
+        """Show the progress of the validation."""
         self._show("val", runner.val_loop)
 
     def before_test_epoch(self, runner: Any) -> None:
-        """Show the test."""
+        """Show the progress of the test."""
         self._show("test", runner.test_loop)
 
     def _show(self, phase: str, loop: Any) -> None:
@@ -66,21 +66,21 @@ class ProgressBar(Plugin, name="progress_bar"):
             self._bar.begin(phase, loop.dataloader)
 
     def after_val_iter(self, batch_idx: int) -> None:
-        """Count."""
+        """Update the number of evaluated batches."""
         if self._bar is not None:
             self._bar.evaluated = batch_idx + 1
 
     def after_test_iter(self, batch_idx: int) -> None:
-        """Count."""
+        """Update the number of evaluated batches."""
         if self._bar is not None:
             self._bar.evaluated = batch_idx + 1
 
     def after_val(self) -> None:
-        """Show training again."""
+        """Show the progress of training again."""
         self._end()
 
     def after_test(self) -> None:
-        """Nothing more to show."""
+        """Hide the progress of the test."""
         self._end()
 
     def _end(self) -> None:
@@ -89,7 +89,7 @@ class ProgressBar(Plugin, name="progress_bar"):
 
 
 class _Bar(Progress):
-    """rich's progress bar, which reads the counters whenever it is about to be drawn."""
+    """A progress bar of rich that reads the Runner's counters each time it is drawn."""
 
     def __init__(self, runner: Any, console: Console, refresh_per_second: float) -> None:
         self.runner = runner
@@ -110,21 +110,21 @@ class _Bar(Progress):
         self._evaluation = self.add_task("val", visible=False)
 
     def begin(self, phase: str, dataloader: Any) -> None:
-        """Show a pass over ``dataloader``."""
+        """Show the progress of a pass over ``dataloader``."""
         self.evaluated = 0
         self.evaluating = True
         total = length_of(dataloader)
         self.reset(self._evaluation, description=phase, total=total, visible=True)
 
     def end(self) -> None:
-        """Hide it."""
+        """Hide the progress of that pass."""
         self.evaluating = False
         self.update(self._evaluation, visible=False)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Read the counters, and draw."""
+        """Read the counters, and return what rich draws."""
         progress = self.runner.progress
-        if not self.task_ids:  # rich asks once before there is anything to show
+        if not self.task_ids:  # rich calls this once before any task exists
             return ()
         if progress.iter:
             by_epoch = progress.max_epochs is not None
