@@ -1,4 +1,4 @@
-"""Several processes: DDP and FSDP, shares of the data, and decisions that all ranks make alike."""
+"""Several processes: DDP and FSDP, shares of the data, and decisions that all ranks share."""
 
 from __future__ import annotations
 
@@ -53,58 +53,58 @@ __all__ = [
 
 
 class Distributed(Plugin, name="distributed"):
-    """Train the same script on several processes, started by ``torchrun``.
+    """Run the same training script on several processes, started by ``torchrun``.
 
-    Inert on one process. On several it joins their process group (NCCL on CUDA, gloo on the CPU),
-    gives each its device, the weights of rank 0, a share of every dataloader, and the model in a
-    wrapper that exchanges gradients. What a user sets stays: a batch size is that of one rank, and
-    a learning rate is not rescaled.
+    The plugin does nothing in a single process. With several, it joins their process group (NCCL on
+    CUDA, gloo on the CPU), and gives each process its device, the weights of rank 0, a share of
+    every dataloader and a wrapper around the model that exchanges gradients. Your settings are not
+    changed: a batch size is that of one rank, and the learning rate is not rescaled.
 
-    - In training all ranks get equally many samples: the first are repeated until they do, or with
-      ``drop_last`` what is left over is dropped. In evaluation each rank gets some of the batches
-      of one process, nothing twice.
-    - All ranks stop, save and end together; an error of one ends all of them.
-    - Plugin options, parameters and datasets that differ between ranks are an error.
+    - In training, all ranks get the same number of samples: the first ones are repeated as needed
+      or, with ``drop_last``, the remainder is dropped. In evaluation, each rank gets some of the
+      batches of a single process, and no batch is evaluated twice.
+    - All ranks stop, save and end together. An error on one rank ends all of them.
+    - Plugin options, parameters or datasets that differ between ranks raise an error.
     """
 
     strategy: Literal["ddp", "fsdp", "none"] = Field(
-        default="ddp", description="'none': gradients are left to the model's own train_step"
+        default="ddp", description="'none': the model's own train_step exchanges gradients"
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of the wrapper, as find_unused_parameters=True"
+        default_factory=dict, description="wrapper arguments, such as find_unused_parameters=True"
     )
     wrapper: str | type[nn.Module] | None = Field(
-        default=None, description="another wrapper: its name in MODEL_WRAPPERS, or the class"
+        default=None, description="a different wrapper: its name in MODEL_WRAPPERS, or its class"
     )
     backend: str | None = Field(
-        default=None, description="by default NCCL on CUDA, gloo on the CPU"
+        default=None, description="by default NCCL on CUDA and gloo on the CPU"
     )
     timeout: float | None = Field(
-        default=None, gt=0, description="seconds that a rank waits for others; by default torch's"
+        default=None, gt=0, description="seconds to wait for other ranks; by default torch's"
     )
     share_data: bool = Field(
         default=True, description="give each rank its share of the dataloaders"
     )
     split_batches: bool = Field(
-        default=False, description="a batch size is that of all ranks together; else of each"
+        default=False, description="the batch size is that of all ranks together, not of each"
     )
     uneven: Literal["repeat", "drop"] | None = Field(
         default=None,
-        description="training samples left over; by default as the dataloader's drop_last",
+        description="how to even out training samples; by default as the dataloader's drop_last",
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that do not go together."""
+        """Reject options that contradict each other."""
         if self.wrapper is not None and self.strategy != "ddp":
-            raise TypeError("distributed takes a strategy or a wrapper, one of the two")
+            raise TypeError("distributed takes a strategy or a wrapper, not both")
         if self.options and self.strategy == "none":
-            raise TypeError("distributed: strategy='none' wraps nothing: drop the options")
+            raise TypeError("distributed: strategy='none' wraps nothing. Remove options")
 
     # -- the life of the process group ----------------------------------------------------------
 
     @hookimpl(tryfirst=True)
     def configure(self, runner: Any) -> None:
-        """Join the others."""
+        """Join the process group, and check that all ranks have the same options."""
         self._ranks = 1
         self._watch: Watch | None = None
         self._wrapper: Any = None
@@ -133,7 +133,7 @@ class Distributed(Plugin, name="distributed"):
 
     @hookimpl(tryfirst=True)
     def before_train(self, runner: Any) -> None:
-        """See that all ranks do the same; refuse to go on after an error."""
+        """Check that no rank has failed, and that all ranks train the same."""
         if self._watch is not None:
             self._watch.check()
             counters = "max_epochs", "max_iters", "epoch", "iter", "batch"
@@ -141,20 +141,20 @@ class Distributed(Plugin, name="distributed"):
 
     @hookimpl(trylast=True)
     def before_run(self, runner: Any) -> None:
-        """Take the name that rank 0 has found a folder for."""
+        """Use the name under which rank 0 has found a folder for the run."""
         if self._watch is not None:
             name = dist.broadcast_object(runner.name)
             if name != runner.name:
                 runner.continue_run(name)
 
-    @hookimpl(tryfirst=True)  # the others wait
+    @hookimpl(tryfirst=True)  # the other ranks are waiting
     def on_exception(self, error: BaseException) -> None:
-        """Tell the other ranks."""
+        """Report the error to the other ranks."""
         if self._watch is not None:
             self._watch.tell(error)
 
     def unconfigure(self) -> None:
-        """Leave; tell the others, where an error is the reason."""
+        """Leave the process group, after reporting any error to the other ranks."""
         if self._watch is None:
             return
         error = sys.exception() or uncaught()
@@ -167,14 +167,14 @@ class Distributed(Plugin, name="distributed"):
     # -- the model ------------------------------------------------------------------------------
 
     def wrap_model(self, runner: Any, model: nn.Module, role: str) -> nn.Module | None:
-        """Give all ranks the weights of rank 0, and wrap."""
+        """Give all ranks the weights of rank 0, and wrap the model."""
         if self._ranks == 1:
             return None
         if isinstance(model, tuple(MODEL_WRAPPERS.objects())):
             raise TypeError(
-                f"distributed: the model is in a {type(model).__name__} already: pass the model "
-                "itself to the Runner. dict(type='distributed', wrapper=..., options=dict(...)) "
-                "says how to wrap it"
+                f"distributed: the model is already wrapped in {type(model).__name__}. Pass the "
+                "model itself to the Runner; to choose how it is wrapped, use "
+                "dict(type='distributed', wrapper=..., options=dict(...))"
             )
         require_same("model", shapes(model))
         tensors = [*model.parameters(), *model.buffers()]
@@ -198,7 +198,7 @@ class Distributed(Plugin, name="distributed"):
         return wrapper
 
     def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Refuse optimizers that differ."""
+        """Reject optimizers that differ between ranks."""
         if self._ranks > 1:
             facts = {"class": type(optim_wrapper.optimizer).__name__}
             for number, group in enumerate(optim_wrapper.param_groups):
@@ -211,19 +211,19 @@ class Distributed(Plugin, name="distributed"):
             require_same(f"optimizer {optim_wrapper.name!r}", facts)
 
     def forward_context(self, optim_wrapper: OptimWrapper | None) -> None:
-        """Tell the wrapper for whose step the next forward pass is."""
+        """Note in the wrapper which optimizer's step the next forward pass is for."""
         if optim_wrapper is not None and (told := getattr(self._wrapper, "exchange", None)):
             told.expect(optim_wrapper)
 
     @hookimpl(tryfirst=True)
     def backward(self) -> None:
-        """Tell the wrapper that a backward pass begins; the kernel runs it."""
+        """Note in the wrapper that a backward pass begins; the kernel runs that pass."""
         if told := getattr(self._wrapper, "exchange", None):
             told.before_backward()
 
     @hookimpl(tryfirst=True)
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
-        """Exchange what no backward pass has exchanged; refuse what none ever would."""
+        """Exchange gradients that no backward pass has exchanged; raise if none ever would."""
         wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
         if told is None:
             return
@@ -238,9 +238,9 @@ class Distributed(Plugin, name="distributed"):
 
     # -- the data -------------------------------------------------------------------------------
 
-    @hookimpl(tryfirst=True)  # before anybody wraps it
+    @hookimpl(tryfirst=True)  # before other plugins wrap it
     def setup_dataloader(self, runner: Any, dataloader: Any, phase: str) -> Any:
-        """Put this rank's share in the place of the whole."""
+        """Replace the dataloader with this rank's share of it."""
         if self._ranks == 1:
             return None
         name = f"{phase}_dataloader"
@@ -250,8 +250,8 @@ class Distributed(Plugin, name="distributed"):
         self._batches[phase] = exchange(f"{name}'s length", length_of(loader))
         if phase == "train" and len(set(self._batches[phase])) > 1:
             raise ValueError(
-                f"{name} has {', '.join(map(str, self._batches[phase]))} batches on the ranks: "
-                "all must train on equally many, since each step needs all of them"
+                f"{name} has {', '.join(map(str, self._batches[phase]))} batches on the ranks, but "
+                "all ranks must train on the same number, because every step needs all of them"
             )
         return shared
 
@@ -259,7 +259,7 @@ class Distributed(Plugin, name="distributed"):
         samples = length_of(getattr(loader, "dataset", ()))
         require_same(name, {"class": type(loader).__name__, "samples": samples})
         if not self.share_data:
-            return None, "is left as it is (share_data=False)"
+            return None, "left unchanged (share_data=False)"
         drop = None if self.uneven is None else self.uneven == "drop"
         if isinstance(loader, (list, tuple)):
             alike = len(set(exchange(name, fingerprint(loader)))) == 1
@@ -270,12 +270,12 @@ class Distributed(Plugin, name="distributed"):
         return shared, text
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Have all ranks draw the same order."""
+        """Make all ranks draw the same order of samples."""
         self._draw_alike("train", runner.train_loop.dataloader, runner.progress.epoch)
 
     def _draw_alike(self, phase: str, dataloader: Any, epoch: int) -> None:
         share = self._shares.get(phase)
-        # Where a pass can be sought, it is a function of its number already.
+        # With seek, a pass is already a function of its number.
         if share is not None and not hasattr(dataloader, "seek"):
             share.seed = self._seed
             share.set_epoch(epoch)
@@ -283,13 +283,13 @@ class Distributed(Plugin, name="distributed"):
     # -- evaluation -----------------------------------------------------------------------------
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Give all ranks the buffers of rank 0, which are those that are saved."""
+        """Give all ranks the buffers of rank 0, which are the ones that are saved."""
         self._before_evaluation("validation")
         self._draw_alike("val", runner.val_loop.dataloader, 0)
         self._evaluation.begin(self._models)
 
     def before_test_epoch(self, runner: Any) -> None:
-        """Likewise."""
+        """Give all ranks the buffers of rank 0."""
         self._before_evaluation("test")
         self._draw_alike("test", runner.test_loop.dataloader, 0)
         self._evaluation.begin(self._models)
@@ -299,35 +299,36 @@ class Distributed(Plugin, name="distributed"):
             self._watch.check()
             require_same(name, {})
 
-    @hookimpl(trylast=True)  # the batch is what it will be
+    @hookimpl(trylast=True)  # after other plugins may have replaced the batch
     def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:
-        """Keep a batch, for passes that are not counted."""
+        """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("val", ()))
 
     @hookimpl(trylast=True)
     def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
-        """Likewise."""
+        """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("test", ()))
 
     def before_metrics(self, runner: Any, model: nn.Module, phase: str) -> None:
-        """Run the forward passes that sharded ranks with more batches need this one for."""
+        """Join the forward passes of ranks with more batches, if the model is sharded."""
         self._evaluation.catch_up(runner, model, phase, self._batches.get(phase, ()))
 
     def after_val(self) -> None:
-        """Give the rank its own buffers back; what validation asks for is settled at once."""
+        """Restore this rank's own buffers; the next requests are agreed on immediately."""
         self._evaluation.end()
         self._after_val = True
 
     def after_test(self) -> None:
-        """Give the rank its own buffers back."""
+        """Restore this rank's own buffers."""
         self._evaluation.end()
 
     # -- decisions ------------------------------------------------------------------------------
 
     def agree(self, runner: Any, requests: Mapping[str, str]) -> dict[str, str] | None:
-        """One answer to the requests of all ranks.
+        """Combine the requests of all ranks.
 
-        Between epochs and after a validation at once; within an epoch about a second later.
+        The answer is immediate between epochs and after a validation. Within an epoch, it comes
+        about a second later.
         """
         if self._watch is None:
             return None
@@ -339,13 +340,13 @@ class Distributed(Plugin, name="distributed"):
     # -- state ----------------------------------------------------------------------------------
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """The buffers of this rank; those of rank 0 are the model's."""
+        """Return the buffers of this rank; those of rank 0 are saved with the model."""
         if self._ranks == 1 or dist.is_main_process():
             return {}
         return {"buffers": {name: b.detach().cpu() for name, b in self._bare.named_buffers()}}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Restore the buffers saved by ``rank_state_dict``."""
         if self._ranks == 1:
             return
         own = dict(self._bare.named_buffers())
@@ -355,7 +356,7 @@ class Distributed(Plugin, name="distributed"):
 
 
 def _options(runner: Any) -> dict[str, str]:
-    """What the Runners of all ranks were given."""
+    """Return the options of the Runner, which must be the same on all ranks."""
     facts = {f"the plugin {n!r}": described(options_of(p)) for n, p in runner.plugins.items()}
     for phase in ("train", "val", "test"):
         facts[f"{phase}_cfg"] = described(getattr(runner, f"{phase}_cfg"))

@@ -1,4 +1,4 @@
-"""Requests to stop or to save, made one for all ranks."""
+"""Combining the requests of all ranks to stop or to save."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST = 100
 
 
 class Agreement:
-    """Asks the other ranks, about once a second, whether one of them has a request.
+    """Asks all ranks, about once a second, whether one of them has a request.
 
-    That is an all-reduce of two numbers by a group of its own, which goes on behind the training
-    until the next question. Only where somebody has a request do the ranks exchange what they want.
+    This takes one all-reduce of two numbers in a separate process group, which runs during training
+    until the next question. The ranks exchange their requests only if one of them has any.
 
     Args:
-        group: A group on the CPU, which nobody else uses.
+        group: A process group on the CPU that nothing else uses.
     """
 
     def __init__(self, group: torch_dist.ProcessGroup) -> None:
@@ -32,11 +32,11 @@ class Agreement:
         self._points = 0
 
     def settle(self, requests: Mapping[str, str], at_once: bool) -> dict[str, str]:
-        """What all ranks agree on at this safe point; all of them ask at the same ones.
+        """Return what all ranks agree on at this safe point; all must call it at the same ones.
 
         Args:
-            requests: Of this rank.
-            at_once: Ask now and wait for the answer.
+            requests: The requests of this rank.
+            at_once: Whether to ask now and wait for the answer.
         """
         self._points += 1
         self._left -= 1
@@ -61,7 +61,7 @@ class Agreement:
         )
 
     def _answer(self) -> bool:
-        """Whether any rank had a request when it was asked; the next question's time follows."""
+        """Return whether any rank had a request when asked, and schedule the next question."""
         if self._work is None or self._asked is None:
             return False
         self._work.wait()

@@ -1,4 +1,4 @@
-"""DistributedDataParallel with the steps of a model: around the whole, or around each child."""
+"""DistributedDataParallel with the steps of a model, around the model or around each child."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ _ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 
 
 class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
-    """DistributedDataParallel with ``train_step``, ``val_step`` and ``test_step`` of the model.
+    """DistributedDataParallel with the model's ``train_step``, ``val_step`` and ``test_step``.
 
-    The model's own ``train_step`` is run. Where it calls itself, as ``self(...)``, the call goes
+    It runs the model's own ``train_step``. If that calls the model as ``self(...)``, the call goes
     through ``DistributedDataParallel.forward``, so that the backward pass averages the gradients
-    over the ranks; in an iteration without an optimizer step (``optim_wrapper.will_step``) they
-    stay where they are. Several optimizers that train parts of the model need
-    ``MMSeparateDistributedDataParallel``. Without a Runner, as in torch, each backward pass needs a
-    forward pass of its own.
+    over the ranks. In an iteration without an optimizer step (``optim_wrapper.will_step``), the
+    gradients are not exchanged. If several optimizers train parts of the model, use
+    ``MMSeparateDistributedDataParallel``. Without a Runner, as in torch, each backward pass needs
+    its own forward pass.
 
     Args:
         module: The model, on its device.
-        detect_anomalous_params: Log an error that names the parameters that took no part in the
-            losses, in each iteration; for a search only, since it walks through the whole graph.
+        detect_anomalous_params: Whether to log, in each iteration, an error that names the
+            parameters that did not contribute to the losses. Use it for debugging only, because it
+            walks through the whole graph.
         **kwargs: Further arguments of ``DistributedDataParallel``.
 
     Attributes:
-        exchange: Which gradients were exchanged.
-        held: The parameters whose gradients are exchanged: those to train when it was made.
+        exchange: Tracks which gradients were exchanged.
+        held: The parameters whose gradients are exchanged: those that required gradients when the
+            wrapper was created.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
         if "broadcast_buffers" in kwargs and "forward_sync_buffers" in _ARGUMENTS:
             kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")  # torch's newer name
         empty = [name for name, buffer in module.named_buffers() if not buffer.numel()]
-        ignored = [*getattr(module, _IGNORED, ()), *empty]  # else a broadcast per iteration
+        ignored = [*getattr(module, _IGNORED, ()), *empty]  # saves a broadcast per iteration
         setattr(module, _IGNORED, ignored)
         super().__init__(module=module, **kwargs)
         self.detect_anomalous_params = detect_anomalous_params
@@ -62,7 +64,7 @@ class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
         """Run the model's ``train_step``.
 
         Raises:
-            RuntimeError: it never called the model with gradients.
+            RuntimeError: ``train_step`` never called the model with gradients enabled.
         """
         self.exchange.begin(optim_wrapper)
         with self.route:
@@ -74,11 +76,11 @@ class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
         """Run the model; the backward pass exchanges gradients if this iteration steps."""
         if not torch.is_grad_enabled():
             return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        own = vars(self)  # faster than nn.Module's own ways
+        own = vars(self)  # faster than the attribute access of nn.Module
         wanted = own["require_backward_grad_sync"]  # False within no_sync()
         exchanges = self.exchange.decide(id(self), wanted)
         if self.static_graph and not self._has_begun:
-            exchanges = self._has_begun = True  # torch looks at the graph in the first pass
+            exchanges = self._has_begun = True  # torch records the graph in the first pass
         own["require_backward_grad_sync"] = exchanges
         try:
             outputs = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
@@ -93,10 +95,10 @@ class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
 
 
 class _Route:
-    """Within, what calls a module calls its wrapper.
+    """A context in which calls of a module go through its wrapper.
 
-    ``nn.Module.__call__`` looks up what it runs in the instance: replaced there, the hooks of the
-    module run once, in the call that the wrapper makes.
+    ``nn.Module.__call__`` looks up its implementation in the instance. If it is replaced there, the
+    module's hooks run only once, in the call that the wrapper makes.
     """
 
     def __init__(self, wrapper: MMDistributedDataParallel) -> None:
@@ -126,7 +128,7 @@ class _Route:
         own = vars(wrapper.module)
         self._unset(own)
         try:
-            # Without gradients nothing is exchanged, and no rank need wait for another.
+            # Without gradients, nothing is exchanged, and no rank has to wait for another.
             target = wrapper if torch.is_grad_enabled() else wrapper.module
             return target(*args, **kwargs)
         finally:
@@ -134,22 +136,22 @@ class _Route:
 
 
 class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
-    """Each child of a model in a DistributedDataParallel of its own, as GANs need it.
+    """Wrap each child of a model in its own DistributedDataParallel, as GANs need it.
 
-    A step that trains the discriminator gives the generator no gradients, which one
-    DistributedDataParallel around both would wait for. Children without parameters and frozen ones
-    are left as they are. The children stay in their places, under their names: their calls within
-    ``train_step`` go through their wrappers.
+    A step that trains the discriminator computes no gradients for the generator, and a single
+    DistributedDataParallel around both would wait for them. Children without parameters and frozen
+    children are not wrapped. The children keep their places and names; within ``train_step``, their
+    calls go through their wrappers.
 
     Args:
-        module: The model, on its device, with a ``train_step`` of its own that calls its children.
+        module: The model, on its device, with its own ``train_step`` that calls its children.
         broadcast_buffers: See ``DistributedDataParallel``.
         find_unused_parameters: See ``DistributedDataParallel``.
         **kwargs: Further arguments of ``MMDistributedDataParallel``.
 
     Attributes:
-        wrappers: Those of the children, by name.
-        exchange: Which gradients were exchanged.
+        wrappers: The wrappers of the children, by name.
+        exchange: Tracks which gradients were exchanged.
         held: The parameters whose gradients are exchanged.
     """
 
@@ -167,8 +169,8 @@ class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
         own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
         if own:
             raise ValueError(
-                f"{type(module).__name__} has parameters of its own ({', '.join(own)}), beside "
-                "those of its children, which no wrapper would hold: put them into a child"
+                f"{type(module).__name__} has parameters of its own ({', '.join(own)}), besides "
+                "those of its children, and no wrapper would hold them. Move them into a child"
             )
         for name, child in module.named_children():
             if any(parameter.requires_grad for parameter in child.parameters()):
@@ -188,7 +190,7 @@ class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
         """Run the model's ``train_step``.
 
         Raises:
-            RuntimeError: it never called one of the children with gradients.
+            RuntimeError: ``train_step`` called none of the children with gradients enabled.
         """
         self.exchange.begin(optim_wrapper)
         with ExitStack() as stack:
@@ -204,14 +206,14 @@ class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within, no child exchanges gradients."""
+        """Disable the exchange of gradients in all children within the block."""
         with ExitStack() as stack:
             for wrapper in self.wrappers.values():
                 stack.enter_context(wrapper.no_sync())
             yield
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the model, and of the wrappers of its children."""
+        """Set the mode of the model and of its children's wrappers."""
         super().train(mode)
         for wrapper in self.wrappers.values():
             wrapper.train(mode)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Evaluation of shares: the buffers of rank 0, and passes that only sharded ranks need."""
+"""Evaluation on shares of the data: rank 0's buffers, and extra passes of sharded models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hookengine_distributed.fsdp import is_sharded, reshard
 
 
 class Evaluation:
-    """What ranks do together while each evaluates its share; nothing on one process."""
+    """Coordinates ranks while each evaluates its share; does nothing in a single process."""
 
     def __init__(self) -> None:
         self._own_buffers: list[tuple[Tensor, Tensor]] = []
@@ -30,21 +30,21 @@ class Evaluation:
         dist.broadcast_tensors(buffers)
 
     def end(self) -> None:
-        """Give the rank its own buffers back."""
+        """Restore this rank's own buffers."""
         with torch.no_grad():
             for buffer, own in self._own_buffers:
                 buffer.copy_(own)
         self._own_buffers = []
 
-    # A forward pass of a sharded model needs all ranks, and one of them may have fewer batches.
+    # A forward pass of a sharded model needs all ranks, but some may have fewer batches.
 
     def keep(self, batch: Any, is_first: bool, numbers: Sequence[int | None]) -> None:
-        """Keep a batch for passes that are not counted; give the first one to ranks that have none.
+        """Keep a batch for extra passes, and give the first one to ranks that have no batches.
 
         Args:
-            batch: As it goes into the model.
-            is_first: Of the pass.
-            numbers: The batches of each rank.
+            batch: The batch that the model receives.
+            is_first: Whether it is the first batch of the pass.
+            numbers: The number of batches of each rank.
         """
         if self._sharded:
             self._kept = batch
@@ -59,18 +59,18 @@ class Evaluation:
     def catch_up(
         self, runner: Any, model: nn.Module, phase: str, numbers: Sequence[int | None]
     ) -> None:
-        """Run the passes of ranks with more batches along, and forget what comes of them.
+        """Join the passes of ranks with more batches, and discard the results.
 
         Raises:
-            ValueError: the number of batches is not known.
+            ValueError: The number of batches is unknown.
         """
         if not (self._sharded and is_sharded(model)):
             return
         counts = [number for number in numbers if number is not None]
         if len(counts) < len(numbers):
             raise ValueError(
-                f"{phase}_dataloader has no length, and each forward pass of a sharded model needs "
-                "all ranks: give one with a length, or evaluate with strategy='ddp'"
+                f"{phase}_dataloader has no length, but each forward pass of a sharded model needs "
+                "all ranks. Use a dataloader with a length, or evaluate with strategy='ddp'"
             )
         own = counts[dist.get_rank()]
         if own == 0:
@@ -85,4 +85,4 @@ class Evaluation:
                 step(kept)
                 if cfg.loss:
                     model.loss_step(kept)  # type: ignore[operator]
-        reshard(model)  # what stays whole for a backward pass, which does not come
+        reshard(model)  # free what was gathered for a backward pass that never comes

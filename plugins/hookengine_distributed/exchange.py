@@ -1,4 +1,4 @@
-"""When the ranks exchange gradients: once per optimizer step, and never too late."""
+"""When the ranks exchange gradients: once per optimizer step, and always before it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hookengine import OptimWrapper, dist
 
 
 class Exchange:
-    """Which gradients of a model were exchanged.
+    """Tracks which gradients of a model were exchanged.
 
     Attributes:
-        reached: Whether a forward pass went through the wrapper since the iteration began.
-        armed: The wrappers that a forward pass has prepared to exchange in its backward pass.
+        reached: Whether a forward pass has gone through the wrapper since the iteration began.
+        armed: The ids of wrappers that will exchange in the backward pass of a forward pass.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Exchange:
         self._local: set[str] = set()
 
     def begin(self, optim_wrapper: OptimWrapper | Mapping[str, OptimWrapper]) -> None:
-        """Begin an iteration that will step with these."""
+        """Begin an iteration in which these optimizers step."""
         self.reached = False
         self.armed.clear()
         self._within.clear()
@@ -40,19 +40,19 @@ class Exchange:
             self._one, self._all = optim_wrapper, [optim_wrapper]
 
     def expect(self, optim_wrapper: OptimWrapper) -> None:
-        """The next forward pass is for a step of this one."""
+        """Note that the next forward pass is for a step of this optimizer."""
         self._one = optim_wrapper
 
     def decide(self, wrapper: int, allowed: bool = True) -> bool:
-        """Whether the backward pass that belongs to this forward pass exchanges gradients.
+        """Return whether the backward pass of this forward pass exchanges gradients.
 
         Args:
-            wrapper: The ``id`` of who asks.
-            allowed: Without, it does not.
+            wrapper: The ``id`` of the wrapper that asks.
+            allowed: Whether it may exchange; False within ``no_sync()``.
         """
         self.reached = True
         one = self._one
-        if one is None:  # several, and nobody said whose turn it is: once too often does no harm
+        if one is None:  # several, and unknown which one steps: an extra exchange does no harm
             exchanges = allowed and (not self._all or any(w.will_step for w in self._all))
         else:
             exchanges = allowed and one.will_step
@@ -65,12 +65,12 @@ class Exchange:
         return True
 
     def before_backward(self) -> None:
-        """A backward pass begins: one that no forward pass was for exchanges nothing."""
+        """Note that a backward pass begins; without a forward pass for it, it exchanges nothing."""
         if not self.armed:
             self._note_local()
 
     def within_backward(self, wrapper: int) -> None:
-        """A backward pass has come to one of the outputs of a wrapper, and exchanges once at most.
+        """Note that a backward pass has reached an output of a wrapper; it exchanges at most once.
 
         Gradients reach the outputs of one or several forward passes one after another.
         """
@@ -90,35 +90,35 @@ class Exchange:
             self._local.add(optim_wrapper.name)
 
     def take_local(self, name: str) -> bool:
-        """Whether gradients of that optimizer are not exchanged yet, which they now will be."""
+        """Return whether the optimizer has gradients left to exchange, and mark them exchanged."""
         local = name in self._local
         self._local.discard(name)
         return local
 
     def check(self, model: str, call: str = "self(...)") -> None:
-        """Refuse an iteration whose gradients stayed with the rank.
+        """Raise if the gradients of an iteration could not be exchanged.
 
         Args:
-            model: The class whose iteration it was.
-            call: What it should have called.
+            model: The name of the class whose iteration it was.
+            call: The call that it should have made.
 
         Raises:
-            RuntimeError: no forward pass went through the wrapper.
+            RuntimeError: No forward pass went through the wrapper.
         """
         if not self.reached:
             raise RuntimeError(
-                f"the train_step of {model} never called {call} with gradients, "
-                "which is how they are exchanged: the ranks would drift apart. Call the model as "
+                f"the train_step of {model} never called {call} with gradients enabled, so the "
+                "gradients are not exchanged and the ranks would diverge. Call the model as "
                 f"{call} (not its forward(...), and not its layers one by one), or exchange the "
-                "gradients yourself, with dict(type='distributed', strategy='none')"
+                "gradients yourself with dict(type='distributed', strategy='none')"
             )
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients over all ranks; where no rank has one there is none afterwards.
+    """Average the gradients over all ranks; a parameter that has none on any rank gets none.
 
     Args:
-        parameters: In the same order on all ranks.
+        parameters: The parameters, in the same order on all ranks.
     """
     by_kind: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -136,11 +136,11 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def find_tensors(value: Any, losses: bool = False) -> list[Tensor]:
-    """The tensors with gradients in the outputs of a model.
+    """Return the tensors that require gradients in the outputs of a model.
 
     Args:
         value: The outputs.
-        losses: Of dicts those that are called so, if there are any.
+        losses: Whether to take only dict entries with ``loss`` in their names, if there are any.
     """
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []

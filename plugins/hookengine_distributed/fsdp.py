@@ -1,4 +1,4 @@
-"""Fully sharded training on torch's FSDP2, with the interface of MMEngine's wrapper."""
+"""Fully sharded training with torch's FSDP2, behind the interface of MMEngine's wrapper."""
 
 from __future__ import annotations
 
@@ -27,37 +27,39 @@ Policy: TypeAlias = (
 )
 
 RESHARDS = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}
-"""What FSDP1's sharding strategies are for FSDP2's ``reshard_after_forward``."""
+"""FSDP2's ``reshard_after_forward`` for each of FSDP1's sharding strategies."""
 
 
 class MMFullyShardedDataParallel(ModelSteps, nn.Module):
-    """A model whose parameters, gradients and optimizer states are spread over the ranks.
+    """Shard the parameters, gradients and optimizer states of a model across the ranks.
 
-    It is torch's FSDP2 (``fully_shard``), in place: ``module`` keeps the names of its parameters,
-    which become DTensors. An optimizer that holds the parameters from before is pointed to them in
-    the first ``train_step``, or by the Runner.
+    It uses torch's FSDP2 (``fully_shard``) in place: ``module`` keeps the names of its parameters,
+    which become DTensors. If an optimizer holds the parameters from before, the first
+    ``train_step``, or the Runner, replaces them with the DTensors.
 
     Args:
         module: The model, with the same weights on all ranks.
-        process_group: The ranks to spread over; by default all. (Or pass ``mesh=``.)
+        process_group: The ranks to shard across; by default all. You can pass ``mesh=`` instead.
         sharding_strategy: ``"FULL_SHARD"`` (default) or ``"SHARD_GRAD_OP"``, which keeps the
-            parameters whole between the forward and the backward pass.
-        cpu_offload: Keep parameters, gradients and optimizer states in host memory.
-        auto_wrap_policy: Which parts are gathered by themselves, so that not all parameters are
-            whole at once. A number: parts of at least that many parameters; classes of modules or
-            their names: those; ``dict(type="size_based_auto_wrap_policy", min_num_params=...)`` or
-            ``dict(type="transformer_auto_wrap_policy", transformer_layer_cls=...)``; or a function
-            of ``(module, recurse, nonwrapped_numel)`` as FSDP1 has it. A part must be used by
-            calling it. By default the model is one part.
-        backward_prefetch: FSDP2 prefetches by itself: ``"BACKWARD_PRE"`` or None.
+            parameters unsharded between the forward and the backward pass.
+        cpu_offload: Whether to keep parameters, gradients and optimizer states in host memory.
+        auto_wrap_policy: Which parts are gathered separately, so that not all parameters are
+            unsharded at once. A number selects parts with at least that many parameters. Classes of
+            modules, or their names, select those modules. You can also pass
+            ``dict(type="size_based_auto_wrap_policy", min_num_params=...)``,
+            ``dict(type="transformer_auto_wrap_policy", transformer_layer_cls=...)``, or a function
+            of ``(module, recurse, nonwrapped_numel)``, as in FSDP1. The model must use a part by
+            calling it. By default, the model is one part.
+        backward_prefetch: ``"BACKWARD_PRE"`` or None, because FSDP2 prefetches by itself.
         mixed_precision: ``dict(param_dtype="bfloat16", reduce_dtype="float32")``, or torch's
             ``MixedPrecisionPolicy``.
-        param_init_fn: Not needed here, and refused: the model is initialised before.
-        use_orig_params: Always so.
+        param_init_fn: Must be None, because the model is already initialized.
+        use_orig_params: Must be True.
         **kwargs: Further arguments of ``fully_shard``.
 
     Raises:
-        ValueError, TypeError: an argument of FSDP1 that FSDP2 has no counterpart for.
+        ValueError: An argument of FSDP1 has a value that FSDP2 does not support.
+        TypeError: An argument has the wrong type.
     """
 
     def __init__(
@@ -76,20 +78,21 @@ class MMFullyShardedDataParallel(ModelSteps, nn.Module):
         super().__init__()
         if param_init_fn is not None or not use_orig_params:
             raise ValueError(
-                "MMFullyShardedDataParallel shards a model that is initialised, and keeps its "
-                "parameters' names: drop param_init_fn and use_orig_params"
+                "MMFullyShardedDataParallel shards an initialized model and keeps the names of its "
+                "parameters. Remove param_init_fn and use_orig_params"
             )
         if backward_prefetch not in (None, "BACKWARD_PRE"):
             raise ValueError(
-                f"backward_prefetch={backward_prefetch!r}: FSDP2 prefetches as 'BACKWARD_PRE' "
-                "says; drop it (set_modules_to_backward_prefetch gives an order of your own)"
+                f"backward_prefetch={backward_prefetch!r} is not supported, because FSDP2 "
+                "prefetches like 'BACKWARD_PRE'. Remove it, or set your own order with "
+                "set_modules_to_backward_prefetch"
             )
         if sharding_strategy is not None:
             if sharding_strategy not in RESHARDS:
                 raise ValueError(
-                    f"sharding_strategy={sharding_strategy!r}: {' or '.join(RESHARDS)} is known "
-                    "here. NO_SHARD is strategy='ddp'; for HYBRID_SHARD pass mesh=, a DeviceMesh "
-                    "of two dimensions"
+                    f"sharding_strategy={sharding_strategy!r} must be {' or '.join(RESHARDS)}. "
+                    "Instead of NO_SHARD, use strategy='ddp'; instead of HYBRID_SHARD, pass mesh=, "
+                    "a DeviceMesh of two dimensions"
                 )
             kwargs.setdefault("reshard_after_forward", RESHARDS[sharding_strategy])
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -115,7 +118,7 @@ class MMFullyShardedDataParallel(ModelSteps, nn.Module):
         """Run the model's ``train_step``.
 
         Raises:
-            RuntimeError: it never called the model with gradients.
+            RuntimeError: ``train_step`` never called the model with gradients enabled.
         """
         if self._before:
             self._point_at_shards(optim_wrapper)
@@ -125,7 +128,7 @@ class MMFullyShardedDataParallel(ModelSteps, nn.Module):
         return outputs
 
     def _point_at_shards(self, optim_wrapper: OptimWrapper | OptimWrapperDict) -> None:
-        """Replace the parameters of an optimizer that was built before they were sharded."""
+        """Replace the parameters of an optimizer that was built before the model was sharded."""
         now = dict(self.module.named_parameters())
         for wrapper in optim_wrapper.by_name().values():
             for group in wrapper.param_groups:
@@ -140,9 +143,9 @@ class MMFullyShardedDataParallel(ModelSteps, nn.Module):
         return self.module(*args, **kwargs)
 
     def exchange_now(self) -> None:
-        """Exchange the gradients that earlier backward passes have left with the ranks."""
+        """Exchange the gradients that earlier backward passes have left on the ranks."""
         self.module.set_requires_gradient_sync(True)
-        # What FSDP2 does when a backward pass ends; there is no public name for it.
+        # FSDP2 does this at the end of a backward pass; it has no public name.
         self.module._get_fsdp_state()._root_post_backward_final_callback()
 
 
@@ -156,7 +159,7 @@ def _offload(wanted: bool | OffloadPolicy | None, device: torch.device) -> Offlo
     if isinstance(wanted, OffloadPolicy):
         return wanted
     if wanted is not None and not isinstance(wanted, bool):
-        raise TypeError(f"cpu_offload takes True, False or torch's OffloadPolicy, got {wanted!r}")
+        raise TypeError(f"cpu_offload must be True, False or torch's OffloadPolicy, got {wanted!r}")
     return CPUOffloadPolicy(pin_memory=device.type == "cuda") if wanted else OffloadPolicy()
 
 
@@ -167,11 +170,11 @@ def _precision(wanted: Mapping[str, Any] | MixedPrecisionPolicy | None) -> Mixed
         return wanted
     if not isinstance(wanted, Mapping):
         raise TypeError(
-            "mixed_precision takes dict(param_dtype=..., reduce_dtype=...) or torch's "
+            "mixed_precision must be dict(param_dtype=..., reduce_dtype=...) or torch's "
             f"MixedPrecisionPolicy, got {wanted!r}"
         )
     if "buffer_dtype" in wanted:
-        raise ValueError("mixed_precision: FSDP2 leaves buffers as they are: drop buffer_dtype")
+        raise ValueError("mixed_precision: FSDP2 does not convert buffers. Remove buffer_dtype")
     dtypes = {
         name: getattr(torch, value) if isinstance(value, str) and name.endswith("dtype") else value
         for name, value in wanted.items()
@@ -183,14 +186,15 @@ def _precision(wanted: Mapping[str, Any] | MixedPrecisionPolicy | None) -> Mixed
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _WHOLE = (nn.MultiheadAttention,)
-"""What uses the weights of its children without calling them."""
+"""Modules that use the weights of their children without calling them."""
 
 
 def parts_to_wrap(module: nn.Module, policy: Policy | None) -> list[nn.Module]:
-    """The parts within ``module`` that a policy chooses, the innermost first.
+    """Return the parts of ``module`` that a policy selects, the innermost first.
 
     Raises:
-        TypeError, ValueError: it is no policy; or it names a class of which the model has no part.
+        TypeError: The policy has the wrong type.
+        ValueError: The policy is invalid, or it names a class that no part of the model has.
     """
     if policy is None:
         return []
@@ -202,12 +206,12 @@ def parts_to_wrap(module: nn.Module, policy: Policy | None) -> list[nn.Module]:
             owners.setdefault(parameter, set()).add(owner)
 
     def is_closed(part: nn.Module) -> bool:
-        """Whether no parameter of the part is tied to one outside."""
+        """Return whether the part shares none of its parameters with a module outside."""
         inside = {*part.modules()}
         return all(owners[parameter] <= inside for parameter in part.parameters())
 
     def visit(part: nn.Module, is_root: bool) -> int:
-        """Parameters of the part that no chosen part within it has."""
+        """Count the parameters of the part that are in no selected part within it."""
         left = sum(p.numel() for p in part.parameters(recurse=False))
         if isinstance(part, _WHOLE):
             left = sum(p.numel() for p in part.parameters())
@@ -233,7 +237,7 @@ def _chooser(module: nn.Module, policy: Any) -> Callable[[nn.Module, int], bool]
         }
         if known.get(kind) not in options or len(options) != 1:
             wanted = " or ".join(f"dict(type={k!r}, {v}=...)" for k, v in known.items())
-            raise ValueError(f"auto_wrap_policy takes {wanted}, got {dict(policy)!r}")
+            raise ValueError(f"auto_wrap_policy must be {wanted}, got {dict(policy)!r}")
         (policy,) = options.values()
     if isinstance(policy, (int, float)) and not isinstance(policy, bool):
         return lambda part, left: left >= policy
@@ -257,12 +261,12 @@ def _chooser(module: nn.Module, policy: Any) -> Callable[[nn.Module, int], bool]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model needs all ranks."""
+    """Return whether a forward pass of the model needs all ranks."""
     return any(isinstance(part, FSDPModule) for part in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Have each rank hold its shards alone again, after a forward pass without gradients."""
+    """Make each rank hold only its shards again, after a forward pass without gradients."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

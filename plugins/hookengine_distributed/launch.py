@@ -1,4 +1,4 @@
-"""Where a process stands among the others, and the process group that joins them."""
+"""The rank and device of a process, and the process group that connects the processes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Launch:
-    """What ``torchrun`` tells a process by its environment.
+    """The environment variables that ``torchrun`` sets for a process.
 
     Attributes:
-        rank: Number of the process.
-        world_size: Number of processes.
-        local_rank: Number of the process on its machine.
+        rank: The number of the process.
+        world_size: The number of processes.
+        local_rank: The number of the process on its machine.
     """
 
     rank: int
@@ -38,40 +38,40 @@ class Launch:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Launch | None:
-        """What the environment says; None where there is one process.
+        """Read the environment; return None if there is only one process.
 
         Raises:
-            ValueError: it is not complete.
+            ValueError: Some of the variables are missing.
         """
         if int(environment.get("WORLD_SIZE", "1")) == 1:
             return None
         if missing := [name for name in NEEDED if name not in environment]:
             raise ValueError(
-                f"WORLD_SIZE={environment['WORLD_SIZE']} is set and {', '.join(missing)} is not: "
-                "start the script with torchrun, which sets them all, or unset WORLD_SIZE"
+                f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but {', '.join(missing)} is not. "
+                "Start the script with torchrun, which sets all of them, or unset WORLD_SIZE"
             )
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         return cls(rank, world_size, int(environment.get("LOCAL_RANK", rank)))
 
 
 def own_device(device: torch.device, launch: Launch) -> torch.device:
-    """The accelerator of this process, of the kind that ``device`` is; the CPU stays.
+    """Return the accelerator of this process, of the same type as ``device``; the CPU is kept.
 
     Raises:
-        ValueError: this machine has fewer of them than processes.
+        ValueError: This machine has fewer accelerators than processes.
     """
     if device.type in ("cpu", "meta"):
         return device
     count = torch.get_device_module(device).device_count()
     if count == 0:
         raise ValueError(
-            f"this machine has no {device.type} device: train on the CPU with Runner(device='cpu')"
+            f"this machine has no {device.type} device. Train on the CPU with Runner(device='cpu')"
         )
     if launch.local_rank >= count:
         raise ValueError(
-            f"rank {launch.rank} is process {launch.local_rank} of its machine, which has {count} "
-            f"{device.type} devices: start at most {count} there (torchrun --nproc-per-node "
-            f"{count}), or train on the CPU with Runner(device='cpu')"
+            f"rank {launch.rank} has local rank {launch.local_rank} on a machine with only {count} "
+            f"{device.type} devices. Start at most {count} processes there (torchrun "
+            f"--nproc-per-node {count}), or train on the CPU with Runner(device='cpu')"
         )
     own = torch.device(device.type, launch.local_rank)
     torch.get_device_module(own).set_device(own)
@@ -79,10 +79,10 @@ def own_device(device: torch.device, launch: Launch) -> torch.device:
 
 
 def choose_backend(device: torch.device, wanted: str | None) -> str:
-    """The backend: torch's for the device, beside gloo for what is on the CPU.
+    """Return the backend: by default torch's for the device; gloo is added for CPU tensors.
 
     Raises:
-        ValueError: this torch has none of that name.
+        ValueError: The installed torch has no backend of that name.
     """
     backend = wanted or torch_dist.get_default_backend_for_device(device)
     for part in backend.split(","):
@@ -99,10 +99,10 @@ def choose_backend(device: torch.device, wanted: str | None) -> str:
 
 
 def join(launch: Launch, backend: str, timeout: float | None) -> None:
-    """Make the process group; it is left at the end of the process.
+    """Create the process group, which is destroyed when the process ends.
 
     Raises:
-        RuntimeError: the processes do not find each other.
+        RuntimeError: The processes do not find each other.
     """
     options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     try:
@@ -113,11 +113,11 @@ def join(launch: Launch, backend: str, timeout: float | None) -> None:
         )
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        fix = "see that all machines reach that address, and that all processes were started"
+        fix = "check that all machines can reach that address and that all processes have started"
         if "in use" in str(error).lower():
             fix = (
-                "another job has that port: give another one, torchrun --master-port PORT (or "
-                "--rdzv-endpoint HOST:PORT); torchrun --standalone finds a free one"
+                "another job uses that port. Choose another with torchrun --master-port PORT (or "
+                "--rdzv-endpoint HOST:PORT), or let torchrun --standalone find a free one"
             )
         error.add_note(f"rank {launch.rank} of {launch.world_size}, at {address}: {fix}")
         raise
@@ -125,13 +125,13 @@ def join(launch: Launch, backend: str, timeout: float | None) -> None:
 
 
 def _meet(store: Any, rank: int, world_size: int) -> str:
-    """A name that the processes of this start have in common, and no earlier ones.
+    """Return a name that only the processes of this start share, not those of earlier starts.
 
-    torchrun keeps one store when it starts processes anew, with the addresses of those that are
-    dead. So each says hello with a name of its own, to which rank 0 answers.
+    torchrun keeps the store when it restarts processes, including the addresses of dead ones.
+    Therefore each process announces itself under a unique name, to which rank 0 replies.
 
     Raises:
-        RuntimeError: some do not come within the store's timeout.
+        RuntimeError: Some processes do not arrive within the store's timeout.
     """
     own = uuid.uuid4().hex
     if rank > 0:
@@ -146,23 +146,23 @@ def _meet(store: Any, rank: int, world_size: int) -> str:
         for other in missing:
             if store.check([f"hookengine/hello/{other}"]):
                 hello = store.get(f"hookengine/hello/{other}").decode()
-                if hello not in answered:  # the first one may be of a process that is dead
+                if hello not in answered:  # the first one may come from a dead process
                     answered.add(hello)
                     store.set(f"hookengine/answer/{hello}", own)
         missing = [r for r in missing if not store.check([f"hookengine/{own}/{r}"])]
         if missing and time.monotonic() > deadline:
             raise RuntimeError(
-                f"of {world_size} processes these did not come: rank {', '.join(map(str, missing))}"
+                f"of {world_size} processes, these are missing: rank {', '.join(map(str, missing))}"
             )
         time.sleep(0.01 if missing else 0)
     return own
 
 
 class _Exit:
-    """Leaves the process group when the process ends, after the last Runner that uses it."""
+    """Destroys the process group when the process ends, once no Runner uses it anymore."""
 
     users = 0
-    joined = False  # by us: a group that the user made is left to the user
+    joined = False  # by this plugin; a group that the user created is left to the user
     prepared = False
     now = False
 
@@ -184,24 +184,24 @@ class _Exit:
 
 
 def backend_of(device: torch.device) -> str:
-    """The backend by which tensors on a device are exchanged."""
+    """Return the backend that exchanges tensors on a device."""
     config = str(torch_dist.get_backend_config())
     pairs = (part.partition(":") for part in config.split(","))
     return next((name for kind, _, name in pairs if kind == device.type), config)
 
 
 def use() -> None:
-    """Count one who uses the process group."""
+    """Count one more user of the process group."""
     _Exit.prepare()
     _Exit.users += 1
 
 
 def uncaught() -> BaseException | None:
-    """The error that ends the process, where one does."""
+    """Return the error that ends the process, or None."""
     return getattr(sys, "last_value", None) if _Exit.now else None
 
 
 def leave() -> None:
-    """That one needs it no more."""
+    """Count one user fewer; at exit, the last one destroys the process group."""
     _Exit.users -= 1
     _Exit.leave_if_last()

@@ -1,4 +1,4 @@
-"""What must be the same on all ranks."""
+"""Checks of what must be the same on all ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from hookengine import dist
 
 
 def exchange(what: str, facts: Any) -> list[Any]:
-    """What each rank says; all of them call it together.
+    """Return the facts of each rank; all ranks call it together.
 
     Raises:
-        ValueError: they are not at the same place: one was built from other parts.
+        ValueError: The ranks are not at the same place, because their Runners have different parts.
     """
     everybody = dist.all_gather_objects((what, facts))
     for rank, (place, _) in enumerate(everybody):
         if place != everybody[0][0]:
             raise ValueError(
-                f"the ranks do different things: rank 0 is at its {everybody[0][0]}, rank {rank} "
-                f"at its {place}. All must make the same Runner, and call it alike"
+                f"the ranks are out of step: rank 0 is at its {everybody[0][0]}, rank {rank} at "
+                f"its {place}. All ranks must create the same Runner and make the same calls"
             )
     return [said for _, said in everybody]
 
 
 def require_same(what: str, facts: Mapping[str, Any]) -> None:
-    """Refuse ranks that differ, all of them with the same error.
+    """Raise the same error on all ranks if they differ.
 
     Args:
         what: What is compared.
         facts: Plain values by name.
 
     Raises:
-        ValueError: with the first thing that differs, and how.
+        ValueError: The ranks differ; the message gives the first difference.
     """
     everybody = exchange(what, dict(facts))
     for rank, said in enumerate(everybody):
@@ -49,7 +49,7 @@ def require_same(what: str, facts: Mapping[str, Any]) -> None:
 
 
 def described(value: Any) -> str:
-    """A value as text that is the same in another process."""
+    """Return a value as text that is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(_ordered(value)))
 
 

@@ -1,4 +1,4 @@
-"""What a wrapper hands on to the model in it."""
+"""The steps that a wrapper forwards to its model."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from typing import Any
 
 
 class ModelSteps:
-    """``val_step``, ``test_step`` and ``loss_step`` of ``self.module``.
+    """Forward ``val_step``, ``test_step`` and ``loss_step`` to ``self.module``.
 
-    In DDP no rank waits for another in them; a sharded model needs all ranks equally often.
+    With DDP, no rank waits for another in these steps. If the model is sharded, all ranks must call
+    them equally often.
     """
 
     module: Any
 
     def val_step(self, data: Any) -> Any:
-        """The predictions of the model."""
+        """Return the predictions of the model."""
         return self.module.val_step(data)
 
     def test_step(self, data: Any) -> Any:
-        """The predictions of the model, as ``val_step``."""
+        """Return the predictions of the model, like ``val_step``."""
         return self.module.test_step(data)
 
     def loss_step(self, data: Any) -> Any:
-        """The losses of the model, without an update."""
+        """Return the losses of the model without updating it."""
         return self.module.loss_step(data)

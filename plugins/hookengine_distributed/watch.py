@@ -1,4 +1,4 @@
-"""An error of one rank ends all of them, and each says whose it was."""
+"""Ending all ranks after an error on one of them; each rank reports whose error it was."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class RankError(RuntimeError):
 
 
 class Watch:
-    """Tells the other ranks of an error, and looks whether one of them has told of one.
+    """Reports errors to the other ranks, and watches for errors that they report.
 
-    All ranks make one together.
+    All ranks create one together.
 
-    What a rank tells is kept by the store in which the ranks have found each other. A thread of
-    each looks there. A rank that waits for one that failed mostly learns of it when the connection
-    breaks; one that has not ended after a while is ended by the thread.
+    The store through which the ranks have found each other keeps the reports, and a thread on each
+    rank checks it. A rank that waits for a failed one usually notices that when the connection
+    breaks. If it has not ended after a while, the thread ends the process.
 
     Args:
-        runner: Its logger is told of the error of another rank.
+        runner: The Runner, whose logger logs the errors of other ranks.
 
     Attributes:
-        failure: What another rank has told, or None.
-        told: Whether this one has told of an error.
+        failure: The error that another rank has reported, or None.
+        told: Whether this rank has reported an error.
     """
 
     def __init__(self, runner: Any) -> None:
         self.failure: str | None = None
         self.told = False
         self._rank = dist.get_rank()
-        # The store may outlive the processes: torchrun's does when it starts them again.
+        # The store may outlive the processes: torchrun keeps it when it restarts them.
         self._key = f"hookengine/{dist.broadcast_object(uuid.uuid4().hex)}/failure"
         self._runner = runner
         self._over = threading.Event()
@@ -52,7 +52,7 @@ class Watch:
         self._thread.start()
 
     def tell(self, error: BaseException) -> None:
-        """Tell the others; where one of them was the first, the error gets a note that says so."""
+        """Report an error to the other ranks, and add a note to it if another rank failed first."""
         if self.told:
             return
         self.told = True
@@ -62,27 +62,27 @@ class Watch:
         error.add_note(f"on rank {self._rank} of {dist.get_world_size()}")
         lost = "closed by peer" in str(error) or "reset by peer" in str(error)
         if first is not None and not first.endswith(text):
-            error.add_note(f"another rank failed before, which may be why: {first}")
-            self._runner.logger.error(f"rank {self._rank} ends, since another failed: {first}")
+            error.add_note(f"another rank failed first, which may be the cause: {first}")
+            self._runner.logger.error(f"rank {self._rank} ends because another failed: {first}")
         elif lost and (gone := self._ended()):
             error.add_note(
-                f"rank {gone[0]} has closed its Runner already: all ranks must call train(), val() "
-                "and test() alike"
+                f"rank {gone[0]} has already closed its Runner. All ranks must make the same calls "
+                "of train(), val() and test()"
             )
         elif lost:
-            error.add_note("another rank ended without a word: was it killed, or out of memory?")
+            error.add_note("another rank ended unexpectedly: was it killed, or out of memory?")
 
     def _ended(self) -> list[int]:
-        """The ranks that have closed their Runner."""
+        """Return the ranks that have closed their Runner."""
         ranks = range(dist.get_world_size())
-        with suppress(Exception):  # who keeps the store is gone
+        with suppress(Exception):  # the process that keeps the store is gone
             return [r for r in ranks if self._store.check([f"{self._key}/closed/{r}"])]
         return []
 
     def _first(self, text: str) -> str | None:
         try:
             told: bytes = self._store.compare_set(self._key, "", text)
-        except Exception:  # who keeps the store is gone
+        except Exception:  # the process that keeps the store is gone
             return self.failure
         return told.decode(errors="replace")
 
@@ -90,17 +90,17 @@ class Watch:
         """Raise if a rank has failed.
 
         Raises:
-            RankError: one has.
+            RankError: This rank or another one has failed.
         """
         if self.failure is not None:
             raise RankError(self.failure)
         if self.told:
             raise RankError(
-                f"rank {self._rank} has failed before, and the others have ended: start all anew"
+                f"rank {self._rank} has already failed, and the others have ended. Restart them all"
             )
 
     def stop(self) -> None:
-        """Look no more; the Runner is closed."""
+        """Stop watching, because the Runner is closed."""
         if not self.told:
             with suppress(Exception):
                 self._store.set(f"{self._key}/closed/{self._rank}", "closed")
@@ -113,7 +113,7 @@ class Watch:
                 if not self._store.check([self._key]):
                     continue
                 self.failure = self._store.get(self._key).decode(errors="replace")
-            except Exception:  # who keeps the store is gone: torchrun, or rank 0 at its end
+            except Exception:  # torchrun, or rank 0 at its end, keeps the store and is gone
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     return
                 self.failure = "torchrun has ended"
@@ -121,8 +121,8 @@ class Watch:
         if self.failure is None or self._over.wait(GRACE_SECONDS):
             return
         self._runner.logger.error(
-            f"{self.failure}; rank {self._rank} still waits after {GRACE_SECONDS:g} s, and its "
-            "process is ended"
+            f"{self.failure}; rank {self._rank} is still waiting after {GRACE_SECONDS:g} s, so its "
+            "process is terminated"
         )
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Which wrapper a model gets, and what the wrapper does not see to by itself."""
+"""The wrapper of a model, and the parameters that the wrapper does not handle by itself."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from hookengine_distributed.fsdp import MMFullyShardedDataParallel
 def wrapper_class(
     strategy: str, wrapper: str | type[nn.Module] | None, optimizers: int
 ) -> type[nn.Module]:
-    """The class for a strategy; or the one that was asked for.
+    """Return the wrapper class of a strategy, or the requested one.
 
     Raises:
-        KeyError: there is none of that name. TypeError: it has no ``train_step``. ValueError:
-            several optimizers, and ``strategy="fsdp"``.
+        KeyError: No wrapper has that name.
+        TypeError: The wrapper has no ``train_step``.
+        ValueError: There are several optimizers with ``strategy="fsdp"``.
     """
     if wrapper is None:
         if strategy == "fsdp" and optimizers > 1:
             raise ValueError(
-                "distributed: strategy='fsdp' shards a model that is called as a whole, and "
-                "several optimizers train parts of it: take strategy='ddp'"
+                "distributed: strategy='fsdp' shards a model that is called as a whole, but "
+                "several optimizers train parts of it. Use strategy='ddp'"
             )
         if strategy == "fsdp":
             return MMFullyShardedDataParallel
@@ -40,13 +41,13 @@ def wrapper_class(
     if not hasattr(cls, "train_step"):
         raise TypeError(
             f"distributed: the wrapper {cls.__name__} has no train_step(data, optim_wrapper), "
-            "val_step(data) and test_step(data): derive it from MMDistributedDataParallel"
+            "val_step(data) and test_step(data). Derive it from MMDistributedDataParallel"
         )
     return cls
 
 
 def wrap(cls: type[nn.Module], model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """The model in a wrapper; it has the weights of rank 0 already."""
+    """Wrap the model, which already has the weights of rank 0."""
     options = dict(options)
     if issubclass(cls, (MMSeparateDistributedDataParallel, DistributedDataParallel)):
         options.setdefault("init_sync", False)
@@ -58,7 +59,7 @@ def wrap(cls: type[nn.Module], model: nn.Module, options: Mapping[str, Any]) -> 
 
 
 def shapes(model: nn.Module) -> dict[str, str]:
-    """What must be the same of a model on all ranks, by the names of its tensors."""
+    """Return what must be the same on all ranks, by the names of the model's tensors."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
         name: f"{tuple(tensor.shape)} {tensor.dtype}{' frozen' * (not tensor.requires_grad)}"
@@ -68,15 +69,15 @@ def shapes(model: nn.Module) -> dict[str, str]:
 
 
 def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> None:
-    """See to the parameters that DistributedDataParallel waits for in vain, or not at all.
+    """Handle parameters that DistributedDataParallel waits for in vain, or does not handle.
 
     Args:
-        optim_wrapper: Is about to step.
-        wrapper: One of ours.
-        model: In it, with the names of the parameters.
+        optim_wrapper: The optimizer that is about to step.
+        wrapper: The wrapper, one of this package.
+        model: The wrapped model, which names the parameters.
 
     Raises:
-        RuntimeError: the other ranks wait for gradients that this one does not have.
+        RuntimeError: The other ranks wait for gradients that this rank does not have.
     """
     held = wrapper.held
     odd = [
@@ -86,7 +87,7 @@ def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> N
     ]
     if not odd:
         return
-    average_gradients(p for p in odd if p.requires_grad and p not in held)  # nobody else does
+    average_gradients(p for p in odd if p.requires_grad and p not in held)  # nothing else does
     if not isinstance(wrapper, MMDistributedDataParallel):
         return
     if wrapper.find_unused_parameters or wrapper.static_graph:
@@ -96,8 +97,8 @@ def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> N
     if names:
         raise RuntimeError(
             f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, for which "
-            f"DistributedDataParallel would wait: {', '.join(names[:8])}. See that the loss "
-            "depends on them, or freeze them before the Runner is made (later, give them lr=0); "
-            "where it depends on the batch, dict(type='distributed', options=dict("
+            f"DistributedDataParallel would wait: {', '.join(names[:8])}. Make the loss depend on "
+            "them, or freeze them before you create the Runner (afterwards, set lr=0 for them). If "
+            "their use depends on the batch, set dict(type='distributed', options=dict("
             "find_unused_parameters=True))"
         )

@@ -118,7 +118,7 @@ SAME: dict[str, Case] = {
                 n: dict(optimizer=dict(type="SGD", lr=0.1)) for n in ("first", "second")
             },
         ),
-        r"several optimizers train parts of it: take strategy='ddp'",
+        r"several optimizers train parts of it. Use strategy='ddp'",
     ),
     "dataset": (
         lambda: dict(train_dataloader=loader(on_second(19, 16))),
@@ -144,7 +144,7 @@ SAME: dict[str, Case] = {
         lambda: dict(
             train_dataloader=loader(16, batch_size=on_second(2, 4)),
         ),
-        r"train_dataloader has 2, 4 batches on the ranks: all must train on equally many",
+        r"train_dataloader has 2, 4 batches on the ranks, but all ranks must train on the same",
     ),
     "split": (
         lambda: dict(
@@ -164,7 +164,7 @@ SAME: dict[str, Case] = {
     ),
     "unused": (
         lambda: dict(model=Net()),
-        r"2 parameters got no gradient on rank \d, .* wait: unused.weight, unused.bias. See that",
+        r"2 parameters got no gradient on rank \d, .* wait: unused.weight, unused.bias. Make",
     ),
     "past the wrapper": (
         lambda: dict(model=PastTheWrapper()),
@@ -176,15 +176,15 @@ SAME: dict[str, Case] = {
     ),
     "wrapped": (
         lambda: dict(model=MMDistributedDataParallel(Used())),
-        r"the model is in a MMDistributedDataParallel already: pass the model itself",
+        r"the model is already wrapped in MMDistributedDataParallel. Pass the model itself",
     ),
     "foreign wrapper": (
         lambda: dict(plugins=[dict(type="distributed", wrapper="DistributedDataParallel")]),
-        r"DistributedDataParallel has no train_step.*derive it from MMDistributedDataParallel",
+        r"DistributedDataParallel has no train_step.*Derive it from MMDistributedDataParallel",
     ),
     "frozen later": (
         lambda: dict(model=FrozenLater()),
-        r"2 parameters got no gradient on rank \d.*unused.weight, unused.bias.*give them lr=0",
+        r"2 parameters got no gradient on rank \d.*unused.weight, unused.bias.*set lr=0 for them",
     ),
     "policy": (
         lambda: dict(
@@ -264,7 +264,7 @@ def go_on(folder: Path) -> list[str]:
 def test_after_an_error_nothing_goes_on(tmp_path: Path) -> None:
     for ends in on_ranks(2, go_on, tmp_path):
         assert ends[0] == "ZeroDivisionError: division by zero"
-        assert re.match(r"RankError: rank \d has failed before, .* start all anew", ends[1])
+        assert re.match(r"RankError: rank \d has already failed, .* Restart them all", ends[1])
 
 
 def do_other_things(folder: Path) -> list[str]:
@@ -319,7 +319,7 @@ def test_what_one_rank_sees_ends_the_other_with_it(
 ) -> None:
     first, second = on_ranks(2, function, tmp_path)
     assert second.startswith(message)
-    assert "another rank failed before" in first
+    assert "another rank failed first" in first
     assert f"rank 1: {message}" in first
 
 
@@ -331,7 +331,7 @@ def test_a_missing_backend_names_those_that_are_there(
     with pytest.raises(ValueError, match=r"no backend 'mpi'; it has .*gloo"):
         make(plugins=[Distributed(backend="mpi")], device="cpu")
     monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(ValueError, match=r"MASTER_PORT is not: start the script with torchrun"):
+    with pytest.raises(ValueError, match=r"MASTER_PORT is not. Start the script with torchrun"):
         make(plugins=["distributed"], device="cpu")
 
 

@@ -210,13 +210,13 @@ def test_a_policy_chooses_parts_from_the_innermost_on(policy: Any, names: list[s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sharding_strategy="NO_SHARD"), r"NO_SHARD is strategy='ddp'"),
-        (dict(backward_prefetch="BACKWARD_POST"), "FSDP2 prefetches"),
-        (dict(param_init_fn=print), "drop param_init_fn"),
-        (dict(use_orig_params=False), "drop param_init_fn and use_orig_params"),
-        (dict(mixed_precision=dict(buffer_dtype="float32"), mesh=0), "drop buffer_dtype"),
-        (dict(mixed_precision="float16", mesh=0), "mixed_precision takes dict"),
-        (dict(cpu_offload="yes", mesh=0), "cpu_offload takes True, False"),
+        (dict(sharding_strategy="NO_SHARD"), r"Instead of NO_SHARD, use strategy='ddp'"),
+        (dict(backward_prefetch="BACKWARD_POST"), "FSDP2 prefetches like"),
+        (dict(param_init_fn=print), "Remove param_init_fn"),
+        (dict(use_orig_params=False), "Remove param_init_fn and use_orig_params"),
+        (dict(mixed_precision=dict(buffer_dtype="float32"), mesh=0), "Remove buffer_dtype"),
+        (dict(mixed_precision="float16", mesh=0), "mixed_precision must be dict"),
+        (dict(cpu_offload="yes", mesh=0), "cpu_offload must be True, False"),
     ],
 )
 def test_what_fsdp2_has_no_counterpart_for_is_refused(
