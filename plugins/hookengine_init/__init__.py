@@ -1,4 +1,4 @@
-"""Weight initialization: initializers, ``init_cfg``, weights from files; the plugin ``init``."""
+"""Weight initialization: initializers, ``init_cfg``, weights from files, the plugin ``init``."""
 
 from __future__ import annotations
 
@@ -71,23 +71,25 @@ def _as_tuple(names: Any) -> Any:
 
 
 class Init(Plugin, name="init"):
-    """Initialise the weights of a ``BaseModule`` before it is trained, as ``init_cfg`` says.
+    """Initialize the weights of a ``BaseModule`` before training, as its ``init_cfg`` says.
 
-    Once, on the CPU, before the model is converted, wrapped or loaded. A model that was
-    initialised already, a plain ``nn.Module``, and a Runner that does not train are left alone.
-    Of several ranks all get rank 0's weights.
+    This happens once, on the CPU, before the model is converted, wrapped or loaded. Nothing is
+    initialized if the model already was, if it is a plain ``nn.Module``, or if the Runner does not
+    train. With several ranks, all of them receive rank 0's weights.
     """
 
     keep: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         default=(),
-        description="names of submodules to leave as they are, a pretrained backbone say",
+        description="names of submodules to leave unchanged, such as a pretrained backbone",
     )
     seed: int | None = Field(
-        default=None, ge=0, description="makes the weights depend on this alone, on no draw before"
+        default=None,
+        ge=0,
+        description="makes the weights depend on this seed alone, not on earlier random draws",
     )
 
     def initialize_model(self, runner: Any, model: nn.Module) -> None:
-        """Call the model's ``init_weights()``, and report."""
+        """Call the model's ``init_weights()``, and log how each parameter was initialized."""
         if not isinstance(model, BaseModule):
             self._tell_of_parts(runner, model)
             return
@@ -95,7 +97,7 @@ class Init(Plugin, name="init"):
             return
         if not model.is_init:
             self._initialize(runner, model)
-        # Also of weights that are there already, which each rank may have made for itself.
+        # Even if the model was already initialized: each rank may have drawn other weights.
         dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
 
     def _initialize(self, runner: Any, model: BaseModule) -> None:
@@ -107,17 +109,17 @@ class Init(Plugin, name="init"):
             runner.logger.info(record.summary(), run_log=record.table())
 
     def _tell_of_parts(self, runner: Any, model: nn.Module) -> None:
-        """Of parts that look as if they were initialised here, within a plain module."""
+        """Warn about the first part of a plain module whose ``init_cfg`` is not applied."""
         for name, part in model.named_modules():
             if isinstance(part, BaseModule) and part.init_cfg and not part.is_init:
                 runner.logger.warning(
-                    f"the model is a plain {type(model).__name__}, which is not initialised: the "
-                    f"init_cfg of {name!r} waits for its init_weights()"
+                    f"the model is a plain {type(model).__name__}, which is not initialized: the "
+                    f"init_cfg of {name!r} takes effect only if you call its init_weights()"
                 )
                 return
 
     def before_run(self, runner: Any) -> None:
-        """Say so where weights that the model asks for were never loaded."""
+        """Warn if pretrained weights that the model asks for were never loaded."""
         if runner.train_cfg is not None:
             return
         for name, part in runner.bare_model.named_modules():
@@ -130,13 +132,13 @@ class Init(Plugin, name="init"):
                 where = f" of {name!r}" if name else ""
                 runner.logger.warning(
                     f"the init_cfg{where} names pretrained weights, which only a Runner that "
-                    "trains loads: load weights, or call init_weights() of the model before"
+                    "trains loads. Load weights, or call the model's init_weights() first"
                 )
                 return
 
 
 def _seed_all(seed: int) -> None:
-    """Seed the generators that an ``init_weights`` may draw from."""
+    """Seed the random number generators that ``init_weights`` may use."""
     random.seed(seed)
     torch.manual_seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:

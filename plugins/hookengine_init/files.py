@@ -1,4 +1,4 @@
-"""Files with weights: read without executing anything of what is in them."""
+"""Read weights from files without executing any of their content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from hookengine import did_you_mean
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
-"""Where checkpoints keep the weights: hookengine and MMEngine, torchvision and timm, others."""
+"""Keys that hold weights in checkpoints of hookengine, MMEngine, torchvision, timm and others."""
 
 SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".safetensors")
 
@@ -24,43 +24,44 @@ SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".safetensors")
 def read_weights(
     checkpoint: str | os.PathLike[str], map_location: Any = "cpu"
 ) -> Mapping[str, Any]:
-    """The weights in a file, by name. Nothing in the file is executed.
+    """Read the weights in a file, by name, without executing anything in it.
 
     Args:
-        checkpoint: A file of ``torch.save`` or a ``.safetensors``, told apart by what is in it; a
-            URL of one (``https://``), downloaded once; or ``torchvision://resnet50``. The weights
-            may be the whole of it, or stand in it as one of ``CONTAINERS``.
-        map_location: Where tensors are read to.
+        checkpoint: A file written by ``torch.save`` or a ``.safetensors`` file, distinguished by
+            content; a URL of one (``https://``), which is downloaded once; or
+            ``torchvision://resnet50``. The weights may be the whole content, or be stored under
+            one of the keys in ``CONTAINERS``.
+        map_location: Where to load the tensors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds no weights, or objects that only code could restore;
-            or there is no such device.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, holds no weights, or holds objects that only code could
+            restore; or the device does not exist.
     """
     _check_device(map_location)
     path, url = _local(checkpoint)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the file of the weights")
+        raise ValueError(f"{path} is a folder. Pass the path of the weights file")
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}{_neighbours(path)}")
+        raise FileNotFoundError(f"checkpoint {path} does not exist{_neighbours(path)}")
     try:
         return weights_in(_read(path, map_location), str(path))
     except ValueError as error:
-        if url is not None:  # so that the next try downloads it anew
+        if url is not None:  # so that the next call downloads it again
             path.unlink()
-            error.add_note(f"it came from {url}, and is deleted")
+            error.add_note(f"it was downloaded from {url}, and has been deleted")
         raise
 
 
 def weights_in(content: Any, source: str) -> Mapping[str, Any]:
-    """The tensors by name in what a checkpoint holds.
+    """Return the tensors in the content of a checkpoint, by name.
 
     Args:
-        content: The tensors by name, or a dict that holds them as one of ``CONTAINERS``.
-        source: Where it comes from, for messages.
+        content: The tensors by name, or a dict that holds them under a key in ``CONTAINERS``.
+        source: Where the content comes from, for error messages.
 
     Raises:
-        ValueError: there are none.
+        ValueError: The content holds no tensors by name.
     """
     if isinstance(content, Mapping):
         for key in CONTAINERS:
@@ -71,12 +72,12 @@ def weights_in(content: Any, source: str) -> Mapping[str, Any]:
             return content
         what = f"a dict with {', '.join(map(repr, content)) or 'nothing'}"
         if any(isinstance(value, _Inert) for value in content.values()):
-            what += ", whose values are numpy's or other objects"
+            what += ", whose values include NumPy arrays or other objects instead of tensors"
     else:
         what = f"a {type(content).__name__}"
     raise ValueError(
-        f"{source} holds no weights: it is {what}; expected tensors by name, by themselves or as "
-        f"{', '.join(map(repr, CONTAINERS))}"
+        f"{source} holds no weights: it is {what}. Expected tensors by name, directly or under one "
+        f"of the keys {', '.join(map(repr, CONTAINERS))}"
     )
 
 
@@ -88,21 +89,23 @@ def _holds_tensors(content: Mapping[Any, Any]) -> bool:
 
 
 def _check_device(map_location: Any) -> None:
-    """Refuse a device that is not there, before torch takes the file for the culprit."""
+    """Raise an error for a missing device, for which torch would blame the file."""
     if not isinstance(map_location, (str, torch.device)):
         return
     try:
         device = torch.device(map_location)
     except RuntimeError as error:
-        raise ValueError(f"map_location={map_location!r} is no device of torch: {error}") from error
+        raise ValueError(f"map_location={map_location!r} is not a torch device: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"map_location={str(map_location)!r}: no CUDA device is here; use 'cpu'")
+        raise ValueError(
+            f"map_location={str(map_location)!r}, but no CUDA device is available. Use 'cpu'"
+        )
 
 
 def _read(path: Path, map_location: Any) -> Any:
     with path.open("rb") as file:
         head = file.read(64)
-    if head[8:9] == b"{":  # the length of the header, and the header, which is JSON
+    if head[8:9] == b"{":  # safetensors: the header's length, then the header, in JSON
         return _read_safetensors(path, map_location)
     return _read_torch(path, map_location, head)
 
@@ -121,28 +124,28 @@ def _read_safetensors(path: Path, map_location: Any) -> Any:
 
 
 def _read_torch(path: Path, map_location: Any, head: bytes) -> Any:
-    """Read a file of ``torch.save`` by torch's unpickler of weights alone."""
+    """Read a file written by ``torch.save`` with torch's weights-only unpickler."""
     try:
         with (
-            path.open("rb") as file,  # of a path torch would read more into the suffix
+            path.open("rb") as file,  # for a path, torch would also interpret the suffix
             torch.serialization.safe_globals([(_Inert, name) for name in NO_WEIGHTS]),
         ):
             return torch.load(file, map_location=map_location, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle fails in every way there is
+    except Exception as error:  # a damaged pickle can raise any exception
         if head.startswith(b"version https://git-lfs"):
             raise ValueError(
-                f"{path} is a pointer of git-lfs: fetch it with git lfs pull"
+                f"{path} is a git-lfs pointer. Fetch the file with git lfs pull"
             ) from None
         if head.lstrip()[:1] == b"<":
-            raise ValueError(f"{path} is a web page: download the file itself") from None
+            raise ValueError(f"{path} is a web page. Download the file itself") from None
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            # Without the original, which advises to load it by weights_only=False.
+            # from None: the original message advises weights_only=False.
             raise ValueError(
                 f"{path} holds more than weights: it refers to {named[1]}, which could run code. "
-                "Nothing was loaded or run. Where you know where it comes from, save its weights "
-                "alone: torch.save(model.state_dict(), path)"
+                "Nothing was loaded or run. If you trust its source, save the weights alone: "
+                "torch.save(model.state_dict(), path)"
             ) from None
         raise ValueError(_damaged(path, error)) from error
 
@@ -151,11 +154,11 @@ def _damaged(path: Path, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": .")
     size = path.stat().st_size
-    return f"{path} ({size} bytes) is damaged, or no file of weights: {reason}"
+    return f"{path} ({size} bytes) is damaged or not a weights file: {reason}"
 
 
 class _Inert:
-    """Takes the place of an object in a checkpoint that is no weight: keeps and does nothing."""
+    """Placeholder for an object in a checkpoint that is not a weight: stores and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -166,33 +169,33 @@ class _Inert:
 
 
 NO_WEIGHTS = (
-    # MMEngine's history of losses, and what pickle rebuilds it with
+    # MMEngine's loss history, and what pickle rebuilds it with
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
-    # numpy's scalars and arrays, as in losses and metrics
+    # NumPy scalars and arrays, such as losses and metrics
     "numpy.core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
     "numpy.ndarray",
     "numpy.dtype",
-    # options of a script
+    # the options of a script
     "argparse.Namespace",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",  # Python 3.13's name
     "pathlib._local.WindowsPath",
 )
-"""Objects beside the weights in checkpoints of others; each is read as an ``_Inert``."""
+"""Objects beside the weights in other projects' checkpoints; each is read as an ``_Inert``."""
 
 
-# -- where it is --------------------------------------------------------------------------------
+# -- finding a file -----------------------------------------------------------------------------
 
 
 def _local(checkpoint: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """The path of a checkpoint; of one from elsewhere, which is downloaded once, also the URL."""
+    """Return the path of a checkpoint, and the URL it was downloaded from, or None."""
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(f"a checkpoint is a path or a URL, got {checkpoint!r}")
+        raise TypeError(f"checkpoint must be a path or a URL, got {checkpoint!r}")
     text = os.fspath(checkpoint)
     scheme, colon, rest = text.partition("://")
     if not colon:
@@ -201,10 +204,10 @@ def _local(checkpoint: str | os.PathLike[str]) -> tuple[Path, str | None]:
         text = _torchvision_url(rest)
     elif scheme not in ("http", "https"):
         raise ValueError(
-            f"cannot read {text}: a checkpoint is a path, a URL that begins with https://, or "
+            f"cannot read {text}. Expected a path, a URL that starts with https://, or "
             "torchvision://NAME"
         )
-    # Names such as model.pth are common, so the URL is part of the path.
+    # Names such as model.pth are common, so the path contains a hash of the URL.
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = text.partition("?")[0].rpartition("/")[2] or "weights"
     path = Path(torch.hub.get_dir()) / "hookengine" / key / name
@@ -214,13 +217,13 @@ def _local(checkpoint: str | os.PathLike[str]) -> tuple[Path, str | None]:
             torch.hub.download_url_to_file(text, str(path), progress=False)
         except OSError as error:
             raise OSError(
-                f"cannot download {text}: {error}. Download it yourself, and give the path"
+                f"cannot download {text}: {error}. Download it yourself and pass the path"
             ) from error
     return path, text
 
 
 def _torchvision_url(name: str) -> str:
-    """The URL of torchvision's weights: ``resnet50``, or ``resnet50.IMAGENET1K_V2``."""
+    """Return the URL of torchvision weights: ``resnet50``, or ``resnet50.IMAGENET1K_V2``."""
     try:
         from torchvision import models
     except ImportError as error:
@@ -233,14 +236,16 @@ def _torchvision_url(name: str) -> str:
     weights = {w.name.casefold(): w for w in models.get_model_weights(model)}
     chosen = weights.get(version.casefold()) if version else next(iter(weights.values()), None)
     if chosen is None:
-        raise ValueError(f"torchvision has no weights {version!r} of {model}: {', '.join(weights)}")
+        raise ValueError(
+            f"torchvision has no weights {version!r} for {model}, which has {', '.join(weights)}"
+        )
     return str(chosen.url)
 
 
 def _neighbours(path: Path) -> str:
-    """What a user may have meant by a file that does not exist."""
+    """Describe what a user may have meant by a file that does not exist."""
     if not path.parent.is_dir():
-        return f", nor a folder {path.parent}"
+        return f", nor does its folder {path.parent}"
     there = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES]
     near = difflib.get_close_matches(path.name, there, n=5, cutoff=0)
-    return f"; there are {', '.join(near)}" if near else ""
+    return f". Its folder contains {', '.join(near)}" if near else ""

@@ -1,4 +1,4 @@
-"""``init_cfg``: one module initialised as a configuration says."""
+"""``init_cfg``: initialize one module from a configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Cfg = Mapping[str, Any]
 
 
 def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
-    """Initialise a module as a configuration says, in the order of the list.
+    """Initialize a module from a configuration; a list is applied in order.
 
     ::
 
@@ -28,34 +28,40 @@ def initialize(module: nn.Module, init_cfg: Cfg | list[Cfg]) -> None:
 
     Args:
         module: Any module.
-        init_cfg: One dict or a list. ``type``: a name of ``WEIGHT_INITIALIZERS`` or a class;
-            ``layer``: which layers; ``override``: one dict or a list, each with the ``name`` of a
-            submodule, all of which is initialised by the ``type`` and options beside it, or by
-            the outer ones where there are none; the rest are options of the initializer.
+        init_cfg: One dict or a list of dicts, with these keys:
+
+            - ``type``: A name in ``WEIGHT_INITIALIZERS``, or a class.
+            - ``layer``: Class names of the layers to initialize.
+            - ``override``: One dict or a list of dicts, each with the ``name`` of a submodule. The
+              whole submodule is initialized by the ``type`` and options beside the name, or by
+              the outer ones if the name stands alone.
+
+            All other keys are options of the initializer.
 
     Raises:
-        TypeError: a dict was expected, or an option has another type.
-        KeyError: no ``type``, or an unknown one.
-        ValueError: neither ``layer`` nor ``override``; one of them matches nothing in the module.
+        TypeError: A dict was expected, or an option is unknown or has the wrong type.
+        KeyError: ``type`` is missing or unknown.
+        ValueError: Neither ``layer`` nor ``override`` is set, or one of them matches nothing in
+            the module.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"initialize takes a module, got {type(module).__name__}")
+        raise TypeError(f"initialize() expects an nn.Module, got {type(module).__name__}")
     follow(module, plan(module, as_list(init_cfg, "init_cfg")))
 
 
 class Step(NamedTuple):
-    """One initializer, and what it is called with."""
+    """One initializer, and the module that it is called with."""
 
     cfg: Cfg
-    """The configuration that it comes from."""
+    """The configuration that the step comes from."""
     target: nn.Module
     initializer: Any
     loads: bool
-    """Whether weights are loaded, or what was loaded is overridden."""
+    """Whether the step loads weights, or overrides loaded ones."""
 
 
 def plan(module: nn.Module, cfgs: list[Cfg]) -> list[Step]:
-    """What the configurations of a module say, checked as far as it can be; nothing is changed."""
+    """Turn configurations of a module into steps, checked as far as possible; change nothing."""
     steps: list[Step] = []
     for cfg in cfgs:
         try:
@@ -67,7 +73,7 @@ def plan(module: nn.Module, cfgs: list[Cfg]) -> list[Step]:
 
 
 def follow(module: nn.Module, steps: list[Step]) -> None:
-    """Do what a plan for a module says."""
+    """Apply the steps planned for a module."""
     for step in steps:
         try:
             _apply(step.initializer, step.target)
@@ -85,7 +91,7 @@ def _add_note(error: Exception, module: nn.Module, cfg: Cfg) -> None:
 
 
 def names_weights(cfg: Cfg) -> bool:
-    """Whether a configuration, or an override of it, is ``Pretrained``."""
+    """Return whether a configuration, or one of its overrides, is ``Pretrained``."""
     override = cfg.get("override")
     parts = (cfg, *as_list(override, "override")) if override is not None else (cfg,)
     return any(part.get("type") in ("Pretrained", PretrainedInit) for part in parts)
@@ -110,8 +116,8 @@ def _steps(module: nn.Module, cfg: Cfg) -> list[Step]:
 def _build(options: Cfg) -> Any:
     if "bias" in options and "bias_prob" in options:
         raise ValueError(
-            f"bias={options['bias']!r} and bias_prob={options['bias_prob']!r} both say what the "
-            "bias is: give one"
+            f"bias={options['bias']!r} and bias_prob={options['bias_prob']!r} both set the bias. "
+            "Pass only one of them"
         )
     try:
         initializer = WEIGHT_INITIALIZERS.build(options)
@@ -120,16 +126,16 @@ def _build(options: Cfg) -> Any:
         raise
     if not callable(initializer):
         raise TypeError(
-            f"the weight initializer {options['type']!r} must build something to call with a "
-            f"module, as a subclass of BaseInit does; got {initializer!r}"
+            f"the weight initializer {options['type']!r} must build a callable that takes a "
+            f"module, as a subclass of BaseInit does, got {initializer!r}"
         )
     return initializer
 
 
 def _check_options(options: Cfg) -> None:
-    """Say which option an initializer does not have, or lacks.
+    """Raise TypeError for an option that an initializer does not have, or that is missing.
 
-    ``**kwargs`` of a class stand for what the next one in the order of inheritance takes.
+    ``**kwargs`` of a class stand for the options of the next class in its ``__mro__``.
     """
     kind = options.get("type")
     cls = WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
@@ -152,7 +158,7 @@ def _check_options(options: Cfg) -> None:
 
 
 def _fills_layers(initializer: Any) -> bool:
-    """Whether it does what ``BaseInit`` does, and says itself what it writes."""
+    """Return whether it fills layers as ``BaseInit`` does, and so records what it writes."""
     cls = type(initializer)
     return (
         isinstance(initializer, BaseInit)
@@ -162,7 +168,7 @@ def _fills_layers(initializer: Any) -> bool:
 
 
 def _apply(initializer: Any, module: nn.Module) -> None:
-    """Call an initializer; of one that is not ours the record finds out what it changed."""
+    """Call an initializer; for one that is not ours, the record detects what it changed."""
     record = record_of(module)
     if _fills_layers(initializer) or isinstance(initializer, PretrainedInit):
         initializer(module)
@@ -179,27 +185,27 @@ def _apply(initializer: Any, module: nn.Module) -> None:
 
 
 def _override(module: nn.Module, cfg: Cfg, outer: Cfg) -> tuple[nn.Module, Any]:
-    """The submodule that an override names, and its initializer."""
+    """Return the submodule that an override names, and its initializer."""
     options = dict(cfg)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"an override needs the 'name' of a submodule, got {dict(cfg)!r}")
     if options and "type" not in options:
         raise ValueError(
-            f"the override of {name!r} has options and no 'type': give its type, or the name "
-            f"alone for the outer one; got {dict(cfg)!r}"
+            f"the override of {name!r} has options but no 'type', got {dict(cfg)!r}. Add a type, "
+            "or pass the name alone to use the outer type"
         )
     if "layer" in options:
         raise ValueError(
-            f"the override of {name!r} initialises all of it: drop 'layer', or give {name!r} an "
-            "init_cfg of its own"
+            f"the override of {name!r} initializes the whole submodule. Remove 'layer', or give "
+            f"{name!r} its own init_cfg"
         )
     try:
         target = module.get_submodule(name)
     except AttributeError as error:
         raise ValueError(
-            f"the override names {name!r}, and {type(module).__name__} has no such submodule"
-            f"{' (it is no module)' * hasattr(module, name)}: it has "
+            f"the override names {name!r}, but {type(module).__name__} has no such submodule"
+            f"{' (it is not a module)' * hasattr(module, name)}. It has "
             f"{', '.join(n for n, _ in module.named_children()) or 'none'}"
         ) from error
     initializer = _build(options or {k: v for k, v in outer.items() if k != "layer"})
@@ -208,10 +214,10 @@ def _override(module: nn.Module, cfg: Cfg, outer: Cfg) -> tuple[nn.Module, Any]:
 
 
 def as_list(cfg: Any, what: str) -> list[Cfg]:
-    """One dict or several, as a list."""
+    """Return one dict or several as a list."""
     if type(cfg) is dict:
         return [cfg]
     cfgs = [cfg] if isinstance(cfg, Mapping) else cfg
     if not isinstance(cfgs, (list, tuple)) or not all(isinstance(c, Mapping) for c in cfgs):
-        raise TypeError(f"{what} takes a dict or a list of dicts, got {cfg!r}")
+        raise TypeError(f"{what} must be a dict or a list of dicts, got {cfg!r}")
     return list(cfgs)

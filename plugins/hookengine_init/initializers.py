@@ -1,6 +1,6 @@
-"""The initializers, as ``init_cfg`` names them.
+"""The initializers that ``init_cfg`` names.
 
-The numbers are those of MMEngine 0.10.7 under the same random state.
+With the same random state, they produce the same numbers as MMEngine 0.10.7.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ Number = int | float
 
 
 def bias_init_with_prob(prior_prob: float) -> float:
-    """The bias with which a sigmoid gives a probability (arXiv:1708.02002, section 4.1).
+    """Return the bias for which a sigmoid gives a probability (arXiv:1708.02002, section 4.1).
 
     Raises:
         ValueError: ``prior_prob`` is not between 0 and 1.
     """
     if not 0 < prior_prob < 1:
-        raise ValueError(f"a prior probability lies between 0 and 1, got {prior_prob!r}")
+        raise ValueError(f"prior_prob must be between 0 and 1, got {prior_prob!r}")
     return float(-math.log((1 - prior_prob) / prior_prob))
 
 
 class BaseInit:
     """Base class of initializers: ``fill`` the weights, set the biases.
 
-    A subclass of one's own implements ``fill``, or ``__call__`` where weights and biases of layers
-    are not all there is. Register it with ``@WEIGHT_INITIALIZERS.register_module()``.
+    A subclass implements ``fill``, or ``__call__`` if it initializes more than the weights and
+    biases of layers. Register your own with ``@WEIGHT_INITIALIZERS.register_module()``.
 
     Args:
-        bias: What the biases become.
-        bias_prob: In its place a probability, of which they become the log odds.
-        layer: Class names of the layers to initialise, their own or a direct base class's
+        bias: The value of the biases.
+        bias_prob: Instead of ``bias``, a probability whose log odds are the value of the biases.
+        layer: Class names of the layers to initialize, their own or that of a direct base class
             (``"_BatchNorm"``).
 
     Raises:
-        TypeError: an argument of another type. ValueError: both ``bias`` and ``bias_prob``.
+        TypeError: An argument has the wrong type.
+        ValueError: Both ``bias`` and ``bias_prob`` are set.
     """
 
     wholemodule: bool = False
-    """Initialise every layer, whatever its class: set for an ``override``."""
+    """Whether to initialize every layer, whatever its class; set for an ``override``."""
 
     def __init__(
         self,
@@ -65,32 +66,34 @@ class BaseInit:
                 raise TypeError(f"bias_prob must be a float between 0 and 1, got {bias_prob!r}")
             if bias != 0:
                 raise ValueError(
-                    f"bias={bias!r} and bias_prob={bias_prob!r} both say what the bias is: give one"
+                    f"bias={bias!r} and bias_prob={bias_prob!r} both set the bias. Pass only one "
+                    "of them"
                 )
             bias = bias_init_with_prob(bias_prob)
         names = [layer] if isinstance(layer, str) else [] if layer is None else layer
         if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
             raise TypeError(
-                "layer takes the name of a class, as in layer='Conv2d', or a list of names, got "
+                "layer must be a class name, as in layer='Conv2d', or a list of class names, got "
                 f"{layer!r}"
             )
         self.bias = bias
         self.layer = list(names)
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``layer`` names the module's class or a direct base of it."""
+        """Return whether ``layer`` names the module's class or a direct base class."""
         cls = type(module)
         return cls.__name__ in self.layer or any(b.__name__ in self.layer for b in cls.__bases__)
 
     def fill(self, weight: Tensor) -> Tensor | None:
-        """Fill a weight in place; autograd does not look."""
+        """Fill a weight in place; gradients are disabled meanwhile."""
         raise NotImplementedError(f"{type(self).__name__} implements neither fill nor __call__")
 
     def __call__(self, module: nn.Module) -> None:
-        """Initialise the layers of ``module`` that match; children come before parents.
+        """Initialize the matching layers of ``module``, children before parents.
 
         Raises:
-            ValueError: no layer matches, or those that do have neither ``weight`` nor ``bias``.
+            ValueError: No layer matches, or the parameters of those that do are named neither
+                ``weight`` nor ``bias``.
         """
         write = writing(module, self._get_init_info())
         matched: dict[type, bool] = {}
@@ -111,16 +114,16 @@ class BaseInit:
             check_filled(module, [cls for cls, matches in matched.items() if matches])
 
     def init_layer(self, layer: nn.Module, write: Write = ignore) -> bool:
-        """Initialise ``weight`` and ``bias`` of one layer, where it has them.
+        """Initialize ``weight`` and ``bias`` of one layer, if it has them.
 
         Args:
-            layer: Its children are left alone.
-            write: Told each tensor that is written, and the constant that it was filled with.
+            layer: The layer; its children are left unchanged.
+            write: Called with each tensor that is written, and the constant that fills it or None.
 
         Returns:
-            Whether it has one of them.
+            Whether the layer has a weight or a bias.
         """
-        own = layer._parameters  # asked first, since a module's attributes are found there last
+        own = layer._parameters  # looked up first: getattr would get to them last
         weight = own["weight"] if "weight" in own else getattr(layer, "weight", None)
         bias = own["bias"] if "bias" in own else getattr(layer, "bias", None)
         try:
@@ -128,8 +131,8 @@ class BaseInit:
                 result = self.fill(weight)
                 if result is not None and result is not weight:
                     raise TypeError(
-                        f"{type(self).__name__}.fill returned a new tensor: it must fill the one "
-                        "that it is given, in place, as weight.copy_(...) does"
+                        f"{type(self).__name__}.fill returned a new tensor. It must fill the given "
+                        "tensor in place, as weight.copy_(...) does"
                     )
                 write(weight, self._constant())
                 if "weight" not in own:
@@ -142,19 +145,19 @@ class BaseInit:
         except Exception as error:
             if any(p is not None and is_lazy(p) for p in own.values()):
                 raise ValueError(
-                    f"{type(layer).__name__} does not know its shape yet: run a batch through the "
-                    "model before its weights are initialised"
+                    f"{type(layer).__name__} does not know its shape yet. Run a batch through the "
+                    "model before its weights are initialized"
                 ) from error
             error.add_note(f"at the layer {layer}")
             raise
         return isinstance(weight, Tensor) or isinstance(bias, Tensor)
 
     def _constant(self) -> Number | None:
-        """The value that ``fill`` gives to every element, where there is such a value."""
+        """Return the value that ``fill`` gives to every element, or None if they differ."""
         return None
 
     def _get_init_info(self) -> str:
-        """What the report says of a parameter that this initializer has changed."""
+        """Describe this initializer for the report on a parameter that it has changed."""
         hidden = ("bias", "layer", "wholemodule")
         options = [f"{name}={value}, " for name, value in vars(self).items() if name not in hidden]
         return f"{type(self).__name__}{': ' if options else ', '}{''.join(options)}bias={self.bias}"
@@ -181,7 +184,7 @@ class ConstantInit(BaseInit):
 
 def _check_distribution(distribution: str) -> str:
     if distribution not in ("uniform", "normal"):
-        raise ValueError(f"distribution is 'uniform' or 'normal', got {distribution!r}")
+        raise ValueError(f"distribution must be 'uniform' or 'normal', got {distribution!r}")
     return distribution
 
 
@@ -226,8 +229,9 @@ class NormalInit(BaseInit):
 class TruncNormalInit(BaseInit):
     """Draw the weights from N(mean, std²), restricted to [a, b].
 
-    By the inverse of the distribution function from one uniform draw each, as MMEngine does; the
-    ``torch.nn.init.trunc_normal_`` of newer versions draws other numbers, by rejection.
+    Each weight is computed from one uniform draw, by the inverse of the distribution function, as
+    in MMEngine. ``torch.nn.init.trunc_normal_`` of newer versions draws other numbers, by
+    rejection.
 
     Args:
         mean: Mean before the restriction.
@@ -252,8 +256,8 @@ class TruncNormalInit(BaseInit):
         mean, std, a, b = self.mean, self.std, self.a, self.b
         if mean < a - 2 * std or mean > b + 2 * std:
             warnings.warn(
-                f"mean={mean} is more than 2 std={std} away from [{a}, {b}]: the distribution of "
-                "the weights may be wrong",
+                f"mean={mean} is more than 2 std (std={std}) outside [{a}, {b}]. The distribution "
+                "of the weights may be incorrect",
                 stacklevel=2,
             )
         lower, upper = ((1 + math.erf((x - mean) / std / math.sqrt(2))) / 2 for x in (a, b))

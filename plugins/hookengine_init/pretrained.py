@@ -1,4 +1,4 @@
-"""``Pretrained``: initialise a module by weights from a file."""
+"""``Pretrained``: initialize a module with weights from a file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hookengine_init.weights import load_weights
 
 
 class PretrainedInit:
-    """Load weights into the module.
+    """Load weights from a file into the module.
 
-    Keys that one side lacks are reported in one warning, as long as something fits; shapes that
-    differ are an error, unless ``ignore_mismatched_sizes`` leaves these tensors as they are.
+    Names that one side lacks are reported in one warning, provided that some tensors fit. Shapes
+    that differ are an error, unless ``ignore_mismatched_sizes`` leaves these tensors unchanged.
 
     Args:
-        checkpoint: Path or URL; see ``read_weights``.
-        prefix: Load what is below it in the checkpoint, as ``"backbone."`` of a detector.
-        map_location: Where tensors are read to.
-        ignore_mismatched_sizes: Leave tensors whose shape differs as they are, a new head say.
+        checkpoint: A path or URL; see ``read_weights``.
+        prefix: Load the weights below this prefix, such as ``"backbone."`` of a detector.
+        map_location: Where to load the tensors.
+        ignore_mismatched_sizes: Leave tensors of a different shape unchanged, such as a new head.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PretrainedInit:
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
 
     def __call__(self, module: nn.Module) -> None:
-        """Load; see ``load_weights`` for what it raises."""
+        """Load the weights; see ``load_weights`` for the errors it raises."""
         record = record_of(module)
         logger = record.logger if record is not None else console()
         what = f"load {self.prefix} in model" if self.prefix is not None else "load model"

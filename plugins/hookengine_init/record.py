@@ -1,4 +1,4 @@
-"""Who initialised each parameter: the record that is kept while ``init_weights`` runs."""
+"""The record of who initialized each parameter, kept while ``init_weights`` runs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.nn.parameter import is_lazy
 from hookengine import dist
 
 ATTRIBUTE = "_params_init_info"
-"""Where each module of the model finds the record meanwhile; MMEngine's name for it."""
+"""The attribute that holds the record in each module meanwhile; named as in MMEngine."""
 
 NARROW = 40
-"""Parameters up to which the console shows each; beyond, one line for each way."""
+"""Up to this many parameters, the console shows each; above, one line per way of initialization."""
 
 
 Write = Callable[[Tensor, float | None], None]
-"""Told a tensor that was written, and the constant that it was filled with."""
+"""Called with a tensor that was written, and the constant that fills it or None."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """What was last seen of a parameter."""
+    """The last known state of a parameter."""
 
     parameter: Tensor
     info: str | None
@@ -39,17 +39,17 @@ class _Entry:
 
 
 class InitRecord:
-    """Who changed each parameter of a model last.
+    """Record who last changed each parameter of a model.
 
-    Our initializers say what they write. Of code of others it is found out: from the version that
-    torch counts up at each change in place, and from a sum, since ``parameter.data`` has a version
-    of its own.
+    The initializers of this package report what they write. Changes by other code are detected:
+    from the version that torch increments at each in-place change, and from a checksum, since
+    ``parameter.data`` has its own version.
 
     Args:
         root: The model.
         modules: All of its modules by name.
-        kept: The parameters and buffers to leave as they are: by ``id``, the reason.
-        logger: Who is told what happens.
+        kept: The reason by ``id`` for each parameter and buffer to leave unchanged.
+        logger: Where to log messages, by default structlog's logger.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class InitRecord:
         self._watching: list[str] = []
 
     def keeps_all_of(self, module: nn.Module) -> bool:
-        """Whether ``module`` has tensors, none of which is to be initialised."""
+        """Return whether ``module`` has tensors and all of them are left unchanged."""
         tensors = [tensor for _, tensor in named_tensors(module)] if self.kept else []
         return bool(tensors) and all(id(tensor) in self.kept for tensor in tensors)
 
     def note(self, text: str, module: nn.Module) -> None:
-        """Add to the report what holds for modules of one kind, each of which is then named."""
+        """Add a note to the report; it lists every module that the same note was added for."""
         names = self.notes.setdefault(text, [])
         if (name := self.name_of(module)) not in names:
             names.append(name)
 
     def name_of(self, module: nn.Module) -> str:
-        """The module's name within the model."""
+        """Return the module's name within the model."""
         return next((name for name, m in self.modules.items() if m is module), "")
 
     def wrote(self, tensor: Tensor, constant: float | None, info: str) -> None:
-        """Note that ``tensor`` was initialised; a constant that it had already changes nothing."""
-        if tensor.is_meta:  # nothing is there to be written
+        """Record that ``tensor`` was initialized; a constant that it already had is no change."""
+        if tensor.is_meta:  # it has no values to write
             return
         entry = self._entries.get(id(tensor))
         if entry is None or constant is None or entry.constant != constant:
@@ -96,8 +96,8 @@ class InitRecord:
 
     @contextmanager
     def watching(self, module: nn.Module, info: str) -> Iterator[None]:
-        """Run code of others, and find out which parameters it changed."""
-        if self._watching:  # what the code around it did so far is not this code's
+        """Run other code, and detect which parameters it changed."""
+        if self._watching:  # changes so far are those of the code around it
             self.update(module, self._watching[-1])
         for parameter in module.parameters():
             entry = self._entries.get(id(parameter))
@@ -111,11 +111,11 @@ class InitRecord:
             yield
         finally:
             self._watching.pop()
-            self.modules = dict(self.root.named_modules())  # which it may have changed
+            self.modules = dict(self.root.named_modules())  # the code may have changed them
         self.update(module, info)
 
     def update(self, module: nn.Module, info: str) -> None:
-        """Note ``info`` for the parameters of ``module`` that changed since they were last seen."""
+        """Record ``info`` for the parameters of ``module`` that changed since the last look."""
         for parameter in module.parameters():
             entry = self._entries.get(id(parameter))
             if (
@@ -129,11 +129,11 @@ class InitRecord:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was initialised, or kept from it."""
+        """Whether anything was initialized, or deliberately left unchanged."""
         return bool(self.kept) or any(e.info is not None for e in self._entries.values())
 
     def rows(self) -> list[tuple[str, Tensor, str]]:
-        """Name, parameter, and by whom it was initialised."""
+        """Return for each parameter its name, the parameter, and how it was initialized."""
         same = (
             "The value is the same before and after calling `init_weights` of "
             f"{type(self.root).__name__}"
@@ -149,12 +149,12 @@ class InitRecord:
         return list(rows.values())
 
     def table(self) -> str:
-        """Every parameter with its shape, and how it was initialised."""
+        """Return a line for every parameter with its shape and how it was initialized."""
         rows = [(name, _shape(p), info) for name, p, info in self.rows()]
         return "\n".join([self.title.format(len(rows)), *_aligned(rows), *self._footer()])
 
     def summary(self) -> str:
-        """The table where it is short, else one line for each way of initialization."""
+        """Return the table if it is short, else one line for each way of initialization."""
         rows = self.rows()
         if len(rows) <= NARROW:
             return self.table()
@@ -165,7 +165,7 @@ class InitRecord:
             (f"{len(those)} x {_span([name for name, _ in those])}", _size(those), info)
             for info, those in ways.items()
         ]
-        title = self.title.format(len(rows)) + ", one by one in run.log"
+        title = self.title.format(len(rows)) + ", listed one by one in run.log"
         return "\n".join([title, *_aligned(lines), *self._footer()])
 
     def _footer(self) -> list[str]:
@@ -173,7 +173,7 @@ class InitRecord:
 
 
 def console() -> Any:
-    """Structlog's logger on rank 0, and on the others one that says nothing but errors."""
+    """Return structlog's logger on rank 0, and on other ranks one that logs only errors."""
     logger = structlog.get_logger("hookengine")
     if dist.is_main_process():
         return logger
@@ -182,19 +182,19 @@ def console() -> Any:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count."""
+    """Return how often a tensor was written in place; 0 for lazy and inference tensors."""
     return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _checksum(parameter: Tensor) -> int | None:
-    """The sum of its words of 64 bits, which nearly every change shows; None without values."""
+    """Return the sum of its 64-bit words, which nearly every change alters; None without values."""
     if is_lazy(parameter) or parameter.is_meta:
         return None
     try:
         octets = parameter.detach().contiguous().view(-1).view(torch.uint8)
         whole = octets.numel() // 8 * 8
         return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
-    except (RuntimeError, NotImplementedError, TypeError):  # the report is not worth a run
+    except (RuntimeError, NotImplementedError, TypeError):  # the report must not fail a run
         return None
 
 
@@ -212,7 +212,7 @@ def _span(names: list[str]) -> str:
 
 
 def _aligned(rows: list[tuple[str, str, str]]) -> Iterator[str]:
-    """Rows of three columns as lines of text."""
+    """Yield rows of three columns as lines of text."""
     first = max((len(row[0]) for row in rows), default=0)
     second = max((len(row[1]) for row in rows), default=0)
     for a, b, c in rows:
@@ -220,16 +220,16 @@ def _aligned(rows: list[tuple[str, str, str]]) -> Iterator[str]:
 
 
 def record_of(module: nn.Module) -> InitRecord | None:
-    """The record of the ``init_weights`` that runs over ``module``, or None."""
+    """Return the record of the ``init_weights`` that is running over ``module``, or None."""
     return module.__dict__.get(ATTRIBUTE)
 
 
 def ignore(tensor: Tensor, constant: float | None) -> None:
-    """Note nothing, where no record is kept."""
+    """Do nothing; used if no record is kept."""
 
 
 def writing(module: nn.Module, info: str) -> Write:
-    """What notes each tensor that is written as ``info``."""
+    """Return a function that records ``info`` for each tensor that is written."""
     record = record_of(module)
     if record is None:
         return ignore
@@ -237,19 +237,19 @@ def writing(module: nn.Module, info: str) -> Write:
 
 
 def update_init_info(module: nn.Module, init_info: str) -> None:
-    """Say, within ``init_weights``, how the parameters that have just changed were initialised.
+    """Report, within ``init_weights``, how the parameters that just changed were initialized.
 
-    For initializers of one's own. Parameters of ``module`` that are as they were keep what the
-    report says of them.
+    Call it from your own initializers. Parameters of ``module`` that have not changed keep their
+    description in the report.
 
     Raises:
-        RuntimeError: no ``init_weights`` runs over ``module``.
+        RuntimeError: No ``init_weights`` is running over ``module``.
     """
     record = record_of(module)
     if record is None:
         raise RuntimeError(
-            f"update_init_info: no init_weights() runs over this {type(module).__name__}, so there "
-            "is no report to add to"
+            f"update_init_info: no init_weights() is running over this {type(module).__name__}, so "
+            "there is no report to add to. Call it within init_weights()"
         )
     record.update(module, init_info)
 
@@ -258,12 +258,12 @@ def update_init_info(module: nn.Module, init_info: str) -> None:
 def recording(
     root: nn.Module, modules: dict[str, nn.Module], kept: dict[int, str], logger: Any = None
 ) -> Iterator[InitRecord]:
-    """Keep a record while ``init_weights`` runs over ``root``, and what is kept as it is.
+    """Keep a record while ``init_weights`` runs over ``root``, and restore what must not change.
 
     Args:
         root: The model.
         modules: All of its modules by name.
-        kept: By ``id``, parameters and buffers that get their values back afterwards, and why.
+        kept: The reason by ``id`` for each parameter and buffer that is restored afterwards.
         logger: See ``InitRecord``.
     """
     record = InitRecord(root, modules, kept, logger)
@@ -288,6 +288,6 @@ def recording(
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a module by name."""
+    """Yield the parameters and buffers of a module by name."""
     yield from module.named_parameters()
     yield from module.named_buffers()

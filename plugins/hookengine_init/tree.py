@@ -1,4 +1,4 @@
-"""A model initialised from the top down, each part as its own ``init_cfg`` says."""
+"""Initialize a model from the top down, each part from its own ``init_cfg``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ INIT = "init_weights"
 
 
 def init_weights(module: BaseModule) -> None:
-    """Initialise a model as its ``init_cfg`` and those of its parts say, and report on it.
+    """Initialize a model from its ``init_cfg`` and those of its parts, and log a report.
 
-    First the module's own ``init_cfg``, then each child (a ``BaseModule`` likewise, at any depth;
-    any other direct child by its ``init_weights()`` where it has one), at last what is
-    ``Pretrained``: the inner configuration wins over the outer, loaded weights over both. Tensors
-    that a state dict was loaded into beforehand stay as they are.
+    The module's own ``init_cfg`` is applied first. Then each child is initialized: a ``BaseModule``
+    in the same way, at any depth; any other direct child by its ``init_weights()``, if it has one.
+    ``Pretrained`` weights are loaded last. So the inner configuration overrides the outer one, and
+    loaded weights override both. Tensors into which a state dict was loaded beforehand are left
+    unchanged.
 
-    What ``BaseModule.init_weights`` does. Called again, it warns and does nothing. After an error
-    within it, it may be called again.
+    ``BaseModule.init_weights`` does the same. A second call warns and does nothing. After an error,
+    it may be called again.
     """
     record = record_of(module)
     if record is not None:
@@ -44,16 +45,16 @@ def init_weights(module: BaseModule) -> None:
 def init_model(
     model: BaseModule, keep: Iterable[str] = (), logger: Any = None, user_code: bool = False
 ) -> InitRecord:
-    """Initialise a model.
+    """Initialize a model, and record how.
 
     Args:
         model: The model.
-        keep: Names of submodules to leave as they are.
-        logger: Who is told what happens, by default structlog's.
-        user_code: Call the model's own ``init_weights``, which may be a subclass's.
+        keep: Names of submodules to leave unchanged.
+        logger: Where to log messages, by default structlog's logger.
+        user_code: Call the model's own ``init_weights``, which a subclass may have overridden.
 
     Returns:
-        Who initialised what.
+        The record of how each parameter was initialized.
     """
     modules = dict(model.named_modules())
     parts = [module for module in modules.values() if isinstance(module, BaseModule)]
@@ -68,7 +69,7 @@ def init_model(
                 model.is_init = True
             else:
                 _init_module(model, record)
-        except BaseException:  # so that a second try begins where the first one did
+        except BaseException:  # so that a second call starts where the first one did
             for part in parts:
                 part.is_init = False
             for part in initialised:
@@ -80,8 +81,8 @@ def init_model(
 
 
 def _kept(root: nn.Module, loaded: list[Tensor], keep: Iterable[str]) -> dict[int, str]:
-    """By ``id``, the tensors that nothing may initialise, and why."""
-    kept = {id(tensor): "loaded before from a state dict: left as it is" for tensor in loaded}
+    """Return the tensors that must not be initialized: the reason by ``id``."""
+    kept = {id(tensor): "already loaded from a state dict: left unchanged" for tensor in loaded}
     modules = dict(root.named_modules(remove_duplicate=False)) if keep else {}
     for name in keep:
         if not name or name not in modules:
@@ -110,15 +111,15 @@ def _init_module(module: BaseModule, record: InitRecord) -> None:
     follow(module, [step for step in steps if not step.loads])
     _init_children(module, record, direct=True)
     follow(module, [step for step in steps if step.loads])
-    object.__setattr__(module, "is_init", True)  # past nn.Module's, which costs as much as a fill
+    object.__setattr__(module, "is_init", True)  # nn.Module's is as slow as filling a tensor
 
 
 def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
-    """Initialise the children; of a plain module, the BaseModules that are somewhere within."""
+    """Initialize the children; in a plain module, the BaseModules at any depth."""
     for child in module.children():
         if not (child._modules or INIT in vars(child) or hasattr(type(child), INIT)):
-            continue  # as most leaves, of which nn.Module's own way to say so is slow
-        child = child._modules.get("_orig_mod") or child  # what torch.compile has wrapped
+            continue  # most leaves; nn.Module's own lookup would be slow
+        child = child._modules.get("_orig_mod") or child  # the module that torch.compile wraps
         init = getattr(child, INIT, None)
         if init is None and MODELS.get("is_model_wrapper")(child):
             child = cast("nn.Module", child.module)
@@ -131,19 +132,19 @@ def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
             _call(child, init, record)
         else:
             record.note(
-                f"init_weights() of {type(child).__name__} was not called, since it is no direct "
-                "child of a BaseModule; in a ModuleList or Sequential of hookengine.model it is",
+                f"init_weights() of {type(child).__name__} was not called, since it is not a "
+                "direct child of a BaseModule; use a ModuleList or Sequential of hookengine.model",
                 child,
             )
 
 
 def _is_base_modules(init_weights: Any) -> bool:
-    """Whether a bound ``init_weights`` is BaseModule's, overridden by nobody."""
+    """Return whether a bound ``init_weights`` is BaseModule's own, not overridden."""
     return getattr(init_weights, "__func__", None) is BaseModule.init_weights
 
 
 def _call(module: nn.Module, init: Callable[[], object], record: InitRecord) -> None:
-    """Call ``init_weights()`` of a module, which may be code of others."""
+    """Call ``init_weights()`` of a module, which may be user code."""
     if record.keeps_all_of(module):
         if isinstance(module, BaseModule):
             module.is_init = True
@@ -162,15 +163,15 @@ def _call(module: nn.Module, init: Callable[[], object], record: InitRecord) -> 
         module.is_init = True
     else:
         record.note(
-            f"initialised by init_weights() of {type(module).__module__}.{cls}; to leave it as it "
-            "is, name it in keep=(...) of the plugin 'init'",
+            f"initialized by init_weights() of {type(module).__module__}.{cls}; to leave it "
+            "unchanged, name it in keep=(...) of the plugin 'init'",
             module,
         )
 
 
 def _warn_of_second_call(module: nn.Module) -> None:
     warnings.warn(
-        f"init_weights() of {type(module).__name__} was called before: nothing is initialised. Set "
-        "is_init = False to initialise it anew",
+        f"init_weights() of {type(module).__name__} was called before: nothing is initialized. Set "
+        "is_init = False to initialize it again",
         stacklevel=4,
     )

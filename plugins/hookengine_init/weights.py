@@ -1,4 +1,4 @@
-"""Weights fitted to a module: all of them that fit, or none."""
+"""Load weights into a module: all that fit, or none."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hookengine_init.files import read_weights, weights_in
 from hookengine_init.record import console, version_of
 
 LEADING = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-"""What DistributedDataParallel and torch.compile put before the names of all weights."""
+"""Prefixes that DistributedDataParallel and torch.compile add to the names of all weights."""
 
 
 class Mismatch(NamedTuple):
-    """What does not fit between a module and the weights for it; false where all fits."""
+    """The differences between a module and the weights for it; false if there are none."""
 
     missing: list[str]
     """Names that the module has and the checkpoint lacks."""
     unexpected: list[str]
     """Names that the checkpoint has and the module lacks."""
     misshapen: dict[str, str]
-    """Names that both have, with the two shapes."""
+    """Names that both have, with the two different shapes."""
 
     def __bool__(self) -> bool:
         return any(self)
@@ -39,7 +39,7 @@ class Mismatch(NamedTuple):
             for label, names in (
                 ("missing in the checkpoint", self.missing),
                 ("unexpected in the checkpoint", self.unexpected),
-                ("of another shape", [f"{n} {shapes}" for n, shapes in self.misshapen.items()]),
+                ("of a different shape", [f"{n} {shapes}" for n, shapes in self.misshapen.items()]),
             )
             if names
         )
@@ -55,29 +55,29 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     logger: Any = None,
 ) -> Mismatch:
-    """Load weights into a module, all that fit or, with an error, none.
+    """Load weights into a module: all that fit or, if there is an error, none.
 
-    Host memory for one more copy of the module is needed meanwhile.
+    To undo a failed load, a second copy of the module's tensors is kept meanwhile, on their device.
 
     Args:
         module: Any module.
-        checkpoint: Path or URL as ``read_weights`` takes it, or a state dict.
-        prefix: Load what is below it in the checkpoint, as ``"backbone."`` of a detector.
-        map_location: Where tensors are read to, as ``torch.load`` takes it.
-        strict: Refuse names that one side lacks; else they are reported in a warning, as long as
-            something fits.
-        ignore_mismatched_sizes: Leave tensors whose shape differs as they are, a new head say.
-        logger: Who gets the warning, by default structlog's.
+        checkpoint: A path or URL, as for ``read_weights``, or a state dict.
+        prefix: Load the weights below this prefix, such as ``"backbone."`` of a detector.
+        map_location: Where to load the tensors, as in ``torch.load``.
+        strict: Raise an error for names that one side lacks. Otherwise they are reported in a
+            warning, provided that some tensors fit.
+        ignore_mismatched_sizes: Leave tensors of a different shape unchanged, such as a new head.
+        logger: Where to log the warning, by default structlog's logger.
 
     Returns:
         What did not fit.
 
     Raises:
-        ValueError: the checkpoint does not fit, or cannot be read.
-        FileNotFoundError: there is none.
+        ValueError: The checkpoint does not fit or cannot be read.
+        FileNotFoundError: The checkpoint does not exist.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"load_weights(module, checkpoint) takes a module, got {module!r}")
+        raise TypeError(f"load_weights() expects an nn.Module first, got {module!r}")
     if isinstance(checkpoint, Mapping):
         source, weights = "the state dict", weights_in(checkpoint, "the state dict")
     else:
@@ -86,7 +86,7 @@ def load_weights(
     state = _named_as(own, weights, prefix, source)
     if any(tensor.is_meta for name, tensor in own.items() if name in state):
         raise ValueError(
-            f"{type(module).__name__} is on the meta device and has no memory to load into: call "
+            f"{type(module).__name__} is on the meta device and has no memory to load into. Call "
             "module.to_empty(device='cpu') first"
         )
 
@@ -96,23 +96,23 @@ def load_weights(
         if not loaded:
             raise _MisfitError(_where_it_fits(own, weights), mismatch)
         if strict and (mismatch.missing or mismatch.unexpected):
-            raise _MisfitError("strict=False loads what is there.", mismatch)
+            raise _MisfitError("strict=False loads the tensors that both have.", mismatch)
     except BaseException as error:
         undo()
         if not isinstance(error, _MisfitError):
             raise
         raise ValueError(
-            f"{source} does not fit {type(module).__name__}, into which nothing was loaded. {error}"
+            f"{source} does not fit {type(module).__name__}, so nothing was loaded. {error}"
         ) from error.__cause__
     if mismatch:
         logger = logger if logger is not None else console()
         fits = f"{len(loaded)} of {len(own)} tensors"
-        logger.warning(f"{source} fits {type(module).__name__} in {fits}{mismatch}")
+        logger.warning(f"loaded {fits} of {type(module).__name__} from {source}{mismatch}")
     return mismatch
 
 
 class _MisfitError(Exception):
-    """Weights that are not to be loaded: what would do, and what does not fit."""
+    """Raised if weights must not be loaded: what would help, and what does not fit."""
 
     def __init__(self, advice: str, mismatch: Mismatch) -> None:
         super().__init__(f"{advice}{mismatch}")
@@ -127,14 +127,16 @@ def _load(
         What does not fit, and the names that were loaded.
 
     Raises:
-        _MisfitError: shapes differ, and are not to be ignored.
+        _MisfitError: Shapes differ and are not ignored, or torch cannot load the state dict.
     """
     misshapen = _differing(own, state)
     adapts = bool(misshapen) and _adapts_in_loading(module)
 
     def leave_misshapen() -> None:
         if not ignore:
-            advice = "Is it of another model? ignore_mismatched_sizes=True loads the other tensors."
+            advice = (
+                "Is it from another model? ignore_mismatched_sizes=True loads the other tensors."
+            )
             raise _MisfitError(advice, _by_name(own, state, misshapen))
         for name in misshapen:
             del state[name]
@@ -158,7 +160,7 @@ def _load(
         for name in result.missing_keys
         if name not in misshapen
         and not _is_counter(name)
-        and id(live.get(name)) not in there  # a tied weight, which is loaded by its other name
+        and id(live.get(name)) not in there  # a tied weight, loaded under its other name
     ]
     return Mismatch(missing, list(result.unexpected_keys), misshapen), loaded
 
@@ -177,19 +179,19 @@ def _differing(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str,
 def _by_name(
     own: Mapping[str, Tensor], state: Mapping[str, Any], misshapen: dict[str, str]
 ) -> Mismatch:
-    """What names and shapes alone tell."""
+    """Return the differences that names and shapes alone show."""
     missing = [name for name in own if name not in state and not _is_counter(name)]
     unexpected = [name for name in state if name not in own and not name.endswith("_extra_state")]
     return Mismatch(missing, unexpected, misshapen)
 
 
 def _is_counter(name: str) -> bool:
-    """Whether it counts a batch norm's batches: old checkpoints lack that, and torch makes it."""
+    """Return whether it counts a batch norm's batches; torch adds it to old checkpoints."""
     return name.endswith("num_batches_tracked")
 
 
 def _adapts_in_loading(module: nn.Module) -> bool:
-    """Whether code of others may change names and shapes while a state dict is loaded."""
+    """Return whether other code may change names and shapes while a state dict is loaded."""
 
     def foreign(function: Any) -> bool:
         home = str(getattr(getattr(function, "hook", function), "__module__", ""))
@@ -205,7 +207,7 @@ def _adapts_in_loading(module: nn.Module) -> bool:
 def _snapshot(
     module: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Callable[[], None]:
-    """What gives a module back what loading has changed, and to BaseModules what they know."""
+    """Return a function that undoes what loading changes in a module and in its BaseModules."""
     values = [(t, version_of(t), t.clone()) for t in own.values() if not is_lazy(t)]
     lazy = [(tensor, type(tensor)) for tensor in own.values() if is_lazy(tensor)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")}
@@ -235,7 +237,7 @@ def _snapshot(
 def _named_as(
     own: Mapping[str, Tensor], weights: Mapping[str, Any], prefix: str | None, source: str
 ) -> dict[str, Any]:
-    """The weights below ``prefix``, under the module's names: without what wrappers prepend."""
+    """Return the weights below ``prefix`` under the module's names, without wrappers' prefixes."""
     below = "" if not prefix else prefix.rstrip(".") + "."
     found = None
     for leading in LEADING:
@@ -246,14 +248,14 @@ def _named_as(
     if not found:
         first = ", ".join(sorted({key.split(".")[0] for key in weights}))
         raise ValueError(
-            f"{source} has nothing below prefix={prefix!r}; its names begin with {first}. "
+            f"{source} has no weights below prefix={prefix!r}. Its names begin with {first}. "
             f"{_where_it_fits(own, weights)}"
         )
     return found
 
 
 def _below(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What begins with ``prefix``, without it; the versions that modules save are kept."""
+    """Return what begins with ``prefix``, without it; keep the versions that modules save."""
     state = OrderedDict((k[len(prefix) :], v) for k, v in weights.items() if k.startswith(prefix))
     metadata = getattr(weights, "_metadata", None)
     if metadata is not None:
@@ -266,19 +268,19 @@ def _below(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _where_it_fits(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
-    """How weights and module could be brought together, of which no name is the same."""
+    """Suggest how to make weights and a module fit if they have no name in common."""
     if prefix := _common_prefix(weights, own):
         return f"It fits with prefix={prefix!r}."
     if part := _common_prefix(own, weights):
         return (
-            f"It fits a part of it: load it into module.get_submodule({part!r}), or in an init_cfg "
-            f"by override=dict(type='Pretrained', name={part!r}, checkpoint=...)."
+            f"It fits a submodule: load it into module.get_submodule({part!r}), or in an init_cfg "
+            f"use override=dict(type='Pretrained', name={part!r}, checkpoint=...)."
         )
-    return "Nothing of it fits: is it of another model?"
+    return "None of its tensors fits. Is it from another model?"
 
 
 def _common_prefix(longer: Mapping[str, Any], shorter: Mapping[str, Any]) -> str:
-    """What most names of ``longer`` have before a name of ``shorter``."""
+    """Return what most names of ``longer`` have before a name of ``shorter``; may be empty."""
     found = Counter(
         name[: index - 1]
         for name in longer

@@ -85,11 +85,11 @@ def test_an_initializer_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("cfg", "error", "message"),
     [
-        ("Constant", TypeError, "init_cfg takes a dict or a list of dicts, got 'Constant'"),
-        ([1], TypeError, r"init_cfg takes a dict or a list of dicts, got \[1\]"),
+        ("Constant", TypeError, "init_cfg must be a dict or a list of dicts, got 'Constant'"),
+        ([1], TypeError, r"init_cfg must be a dict or a list of dicts, got \[1\]"),
         (dict(layer="Conv2d"), KeyError, "needs a 'type'"),
         (dict(type="Kaimin", layer="Conv2d"), KeyError, "Did you mean 'Kaiming'.*Known: Caffe2Xav"),
-        (dict(type="Normal"), ValueError, r"add layer=.*FooNet has Conv2d \(3\), BatchNorm2d \(1"),
+        (dict(type="Normal"), ValueError, r"Add layer=.*FooNet has Conv2d \(3\), BatchNorm2d \(1"),
         (
             dict(type="Normal", layer="Conv3d"),
             ValueError,
@@ -100,7 +100,11 @@ def test_an_initializer_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> 
             ValueError,
             r"layer=\['linear', 'Conv1d'\] matches nothing",
         ),
-        (dict(type="Normal", layer="Conv2d", override=3), TypeError, "override takes a dict or a"),
+        (
+            dict(type="Normal", layer="Conv2d", override=3),
+            TypeError,
+            "override must be a dict or a",
+        ),
         (
             dict(type="Normal", layer="Conv2d", override=dict(type="Xavier")),
             ValueError,
@@ -109,22 +113,22 @@ def test_an_initializer_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> 
         (
             dict(type="Normal", layer="Conv2d", override=dict(name="reg", std=1)),
             ValueError,
-            "override of 'reg' has options and no 'type'",
+            "override of 'reg' has options but no 'type'",
         ),
         (
             dict(type="Normal", layer="Conv2d", override=dict(name="reh")),
             ValueError,
-            "override names 'reh', and FooNet has no such submodule: it has feat, reg, head",
+            "override names 'reh', but FooNet has no such submodule. It has feat, reg, head",
         ),
         (
             dict(type="Normal", override=dict(name="reg", type="Xavier", layer="Conv2d")),
             ValueError,
-            "override of 'reg' initialises all of it: drop 'layer'",
+            "override of 'reg' initializes the whole submodule. Remove 'layer'",
         ),
         (
             dict(type="Normal", layer="Conv2d", bias=0, bias_prob=0.1),
             ValueError,
-            "bias=0 and bias_prob=0.1 both say",
+            "bias=0 and bias_prob=0.1 both set the bias",
         ),
         (
             dict(type="Xavier", layer="Conv2d", distribution="x"),
@@ -138,14 +142,18 @@ def test_an_initializer_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> 
             "no option 'layers'. Did you mean 'layer'",
         ),
         (dict(type="Pretrained", chekpoint="x"), TypeError, "Did you mean 'checkpoint'"),
-        (dict(type="Pretrained", checkpoint=None), TypeError, "is a path or a URL, got None"),
+        (dict(type="Pretrained", checkpoint=None), TypeError, "must be a path or a URL, got None"),
         (
             dict(type="TruncNormal", layer="Conv2d", std=0),
             ValueError,
             "std must be positive and a below b, got std=0, a=-2, b=2",
         ),
-        (dict(type="Normal", layer="Conv2d", override=dict(name="scale")), ValueError, "no module"),
-        (dict(type=dict, val=1), TypeError, "must build something to call with a"),
+        (
+            dict(type="Normal", layer="Conv2d", override=dict(name="scale")),
+            ValueError,
+            "not a module",
+        ),
+        (dict(type=dict, val=1), TypeError, "must build a callable that takes a module"),
         (
             dict(type="Normal", layer="Conv2d", sdt=1),
             TypeError,
@@ -242,7 +250,7 @@ def test_a_weight_that_a_hook_computes_is_warned_of() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(TypeError, match="initialize takes a module, got str"):
+    with pytest.raises(TypeError, match=r"expects an nn\.Module, got str"):
         initialize("net", dict(type="Normal", layer="Linear"))  # type: ignore[arg-type]
 
 

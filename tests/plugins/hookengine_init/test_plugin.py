@@ -158,11 +158,14 @@ def test_the_parts_of_a_plain_module_that_wait_are_told_of(
 ) -> None:
     model = nn.Sequential(Sequential(nn.Linear(4, 3), init_cfg=dict(type="Normal", layer="Linear")))
     make(model=model, loss=F.cross_entropy, defaults=("init", "logging"))
-    assert "the init_cfg of '0' waits for its init_weights()" in capsys.readouterr().out
+    assert (
+        "the init_cfg of '0' takes effect only if you call its init_weights()"
+        in capsys.readouterr().out
+    )
     model[0].init_weights()
     capsys.readouterr()
     make(model=model, loss=F.cross_entropy, defaults=("init", "logging"))
-    assert "waits" not in capsys.readouterr().out
+    assert "takes effect" not in capsys.readouterr().out
 
 
 def test_keep_leaves_named_parts_as_they_are(
@@ -200,7 +203,7 @@ def test_foreign_init_weights_are_listed(
     model.backbone = Foreign(4, 4)
     make(model=model, defaults=("init", "logging"))
     text = capsys.readouterr().out
-    assert f"  backbone: initialised by init_weights() of {__name__}.Foreign; to leave it" in text
+    assert f"  backbone: initialized by init_weights() of {__name__}.Foreign; to leave it" in text
     assert "name it in keep=(...) of the plugin 'init'" in text
 
 
@@ -258,7 +261,7 @@ def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
     model.many = nn.Sequential(*[nn.Linear(1, 1) for _ in range(30)])
     runner = make(model=model, defaults=("init", "logging"))
     console = capsys.readouterr().out
-    assert "weights of Net, 64 parameters, one by one in run.log" in console
+    assert "weights of Net, 64 parameters, listed one by one in run.log" in console
     assert "64 x backbone.weight, ..., many.29.bias  95 values  NormalInit: mean=0" in console
     assert "many.7.weight" not in console
     runner.train()

@@ -122,7 +122,7 @@ def test_one_that_is_no_direct_child_is_left_and_said_so(
     net.init_weights()
     assert net.wrapped[0].calls == 0
     text = capsys.readouterr().out
-    assert "  wrapped.0: init_weights() of Custom was not called, since it is no direct" in text
+    assert "  wrapped.0: init_weights() of Custom was not called, since it is not a direct" in text
 
 
 def test_a_subclass_may_override_it_and_call_super() -> None:
@@ -242,7 +242,7 @@ def test_what_torch_compile_has_wrapped_is_initialised_once(
     net.init_weights()
     assert len(fills) == 2
     assert weight(net.compiled.fc) == weight(net.deep[0].fc) == 2
-    assert f"initialised by init_weights() of {__name__}.Custom" in capsys.readouterr().out
+    assert f"initialized by init_weights() of {__name__}.Custom" in capsys.readouterr().out
     net.is_init = False
     net.init_weights()
     assert len(fills) == 4
@@ -318,7 +318,7 @@ def test_loaded_tensors_are_never_initialised(capsys: pytest.CaptureFixture[str]
     assert net.custom.calls == 0
     rows = report(capsys)
     assert rows["first.bias"] == "ConstantInit: val=1, bias=7"
-    assert rows["first.weight"] == "loaded before from a state dict: left as it is"
+    assert rows["first.weight"] == "already loaded from a state dict: left unchanged"
 
 
 def test_a_loaded_part_of_a_model_stays_too() -> None:
@@ -433,7 +433,7 @@ def test_an_error_leaves_shared_parts_as_they_were() -> None:
 
 
 def test_a_configuration_that_is_none_names_the_part() -> None:
-    with pytest.raises(TypeError, match="init_cfg takes a dict") as caught:
+    with pytest.raises(TypeError, match="init_cfg must be a dict") as caught:
         Net(inner=Block("Kaiming")).init_weights()
     assert "in Block 'inner'" in caught.value.__notes__
 
@@ -467,7 +467,7 @@ def test_each_parameter_is_listed_with_its_shape_and_who_changed_it(
     text = capsys.readouterr().out
     assert "weights of Net, 6 parameters" in text
     assert "  b.weight             [3, 2]  XavierInit: gain=1, distribution=normal, bias=0" in text
-    assert f"  c: initialised by init_weights() of {__name__}.Custom; to leave it as it is" in text
+    assert f"  c: initialized by init_weights() of {__name__}.Custom; to leave it unchanged" in text
 
 
 @pytest.mark.parametrize(

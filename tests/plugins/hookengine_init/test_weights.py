@@ -102,7 +102,9 @@ def test_a_prefix_takes_what_is_below_it(tmp_path: Path, source: Net) -> None:
             dict(type="Pretrained", checkpoint=str(tmp_path / "detector.pth"), prefix=prefix),
         )
         assert same(backbone, source.backbone)
-    with pytest.raises(ValueError, match=r"nothing below prefix='neck'.*begin with backbone, head"):
+    with pytest.raises(
+        ValueError, match=r"no weights below prefix='neck'.*begin with backbone, head"
+    ):
         load_weights(Net().backbone, tmp_path / "detector.pth", prefix="neck")
 
 
@@ -253,14 +255,12 @@ def test_every_key_that_does_not_fit_is_in_one_message(tmp_path: Path, source: N
     state["head.weight"] = torch.ones(7, 4)
     torch.save(state, tmp_path / "net.pth")
     net = filled(1)
-    with pytest.raises(
-        ValueError, match="does not fit Net, into which nothing was loaded"
-    ) as caught:
+    with pytest.raises(ValueError, match="does not fit Net, so nothing was loaded") as caught:
         load_weights(net, tmp_path / "net.pth")
     text = str(caught.value)
     assert "missing in the checkpoint (1): backbone.0.bias" in text
     assert "unexpected in the checkpoint (1): neck.weight" in text
-    assert "of another shape (1): head.weight [3, 4] here, [7, 4] there" in text
+    assert "of a different shape (1): head.weight [3, 4] here, [7, 4] there" in text
     assert "ignore_mismatched_sizes=True loads the other tensors" in text
     assert same(net, filled(1))
     assert not net.loaded_tensors
@@ -271,7 +271,7 @@ def test_strict_refuses_what_one_side_lacks(source: Net) -> None:
     del state["head.bias"]
     net = filled(1)
     with pytest.raises(
-        ValueError, match=r"(?s)strict=False loads what is there.*missing.*head\.bias"
+        ValueError, match=r"(?s)strict=False loads the tensors that both have.*missing.*head\.bias"
     ):
         load_weights(net, state)
     assert same(net, filled(1))
@@ -287,7 +287,7 @@ def test_pretrained_warns_once_of_what_one_side_lacks(
     assert result == (["head.bias"], ["fc.weight"], {})
     first, *rest = capsys.readouterr().out.splitlines()
     assert "warning" in first
-    assert "the state dict fits Net in 8 of 9 tensors" in first
+    assert "loaded 8 of 9 tensors of Net from the state dict" in first
     assert [line.rstrip() for line in rest] == [
         "  missing in the checkpoint (1): head.bias",
         "  unexpected in the checkpoint (1): fc.weight",
@@ -315,7 +315,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save(nn.LSTM(2, 2).state_dict(), tmp_path / "lstm.pth")
     net = Net(dict(type="Pretrained", checkpoint=str(tmp_path / "lstm.pth")))
     with pytest.raises(
-        ValueError, match=r"(?s)Nothing of it fits.*missing in the checkpoint \(8\)"
+        ValueError, match=r"(?s)None of its tensors fits.*missing in the checkpoint \(8\)"
     ):
         net.init_weights()
     assert not net.is_init
@@ -342,9 +342,9 @@ def test_a_module_may_make_old_shapes_fit(source: Net) -> None:
         (
             lambda net: nn.ModuleDict({"det": net}),
             "",
-            "It fits a part of it.*get_submodule..det.*name=.det",
+            "It fits a submodule.*get_submodule..det.*name=.det",
         ),
-        (lambda net: nn.DataParallel(net), "", "It fits a part of it.*get_submodule..module"),
+        (lambda net: nn.DataParallel(net), "", "It fits a submodule.*get_submodule..module"),
     ],
 )
 def test_where_it_would_fit_is_said(target: Any, prefix: str, advice: str, source: Net) -> None:
@@ -494,7 +494,7 @@ def test_weights_are_read_to_an_accelerator(suffix: str, tmp_path: Path, source:
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("cuda", "no CUDA device is here"), ("gpu", "is no device of torch")]
+    ("device", "said"), [("cuda", "no CUDA device is available"), ("gpu", "is not a torch device")]
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_device_that_is_not_there_is_not_the_file_s_fault(
@@ -510,8 +510,8 @@ def test_a_device_that_is_not_there_is_not_the_file_s_fault(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"<!DOCTYPE html><html>404</html>", "is a web page: download the file itself"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of git-lfs"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page. Download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-lfs pointer"),
     ],
 )
 def test_what_a_file_really_is_is_said(content: bytes, said: str, tmp_path: Path) -> None:
@@ -555,10 +555,11 @@ def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
     for name in ("best.safetensors", "epoch_2.pth", "notes.txt"):
         (tmp_path / name).touch()
     with pytest.raises(
-        FileNotFoundError, match=r"epoch_1\.pth; there are epoch_2\.pth, best\.safetensors$"
+        FileNotFoundError,
+        match=r"epoch_1\.pth does not exist. Its folder contains epoch_2\.pth, best\.safetensors$",
     ):
         load_weights(Net(), tmp_path / "epoch_1.pth")
-    with pytest.raises(FileNotFoundError, match="nor a folder"):
+    with pytest.raises(FileNotFoundError, match="nor does its folder"):
         load_weights(Net(), tmp_path / "gone" / "epoch_1.pth")
     with pytest.raises(ValueError, match="is a folder"):
         load_weights(Net(), tmp_path)
@@ -570,7 +571,7 @@ def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
         ([1, 2], "it is a list"),
         ({"epoch": 3}, "it is a dict with 'epoch'"),
         ({"state_dict": {}}, "it is a dict with 'state_dict'"),
-        ({"weight": np.ones(2)}, "it is a dict with 'weight', whose values are numpy's"),
+        ({"weight": np.ones(2)}, "it is a dict with 'weight', whose values include NumPy"),
         ({1: torch.ones(2)}, "it is a dict with 1"),
     ],
 )
@@ -617,7 +618,7 @@ def test_a_url_is_downloaded_once(served: tuple[str, Path], source: Net) -> None
 def test_a_url_that_fails_is_said_so_and_leaves_nothing(served: tuple[str, Path]) -> None:
     url, folder = served
     with pytest.raises(
-        OSError, match=r"cannot download .*/gone\.pth: HTTP Error 404.*give the path"
+        OSError, match=r"cannot download .*/gone\.pth: HTTP Error 404.*pass the path"
     ):
         load_weights(Net(), f"{url}/gone.pth")
     torch.save(Net().state_dict(), folder / "gone.pth")
@@ -631,7 +632,7 @@ def test_a_download_that_was_cut_off_is_not_kept(served: tuple[str, Path], sourc
     (folder / "net.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged") as caught:
         load_weights(Net(), f"{url}/net.pth")
-    assert f"it came from {url}/net.pth, and is deleted" in caught.value.__notes__
+    assert f"it was downloaded from {url}/net.pth, and has been deleted" in caught.value.__notes__
     (folder / "net.pth").write_bytes(whole)
     net = Net()
     load_weights(net, f"{url}/net.pth")
@@ -654,12 +655,10 @@ def test_torchvisions_names_are_its_urls(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "resnet50-11ad3fa6.pth",
     ]
     with pytest.raises(
-        ValueError, match="no weights 'v9' of resnet50: imagenet1k_v1, imagenet1k_v2"
+        ValueError, match="no weights 'v9' for resnet50, which has imagenet1k_v1, imagenet1k_v2"
     ):
         load_weights(nn.Linear(2, 2), "torchvision://resnet50.v9")
     with pytest.raises(ValueError, match=r"no model 'resnet5O'\. Did you mean 'resnet50'"):
         load_weights(nn.Linear(2, 2), "torchvision://resnet5O")
-    with pytest.raises(
-        ValueError, match=r"cannot read s3://bucket/net\.pth: a checkpoint is a path"
-    ):
+    with pytest.raises(ValueError, match=r"cannot read s3://bucket/net\.pth. Expected a path"):
         load_weights(nn.Linear(2, 2), "s3://bucket/net.pth")
