@@ -1,4 +1,4 @@
-"""Weights & Biases: a run there that follows the run here, also offline, also after a kill."""
+"""Weights & Biases: one W&B run that follows the run, even offline and after a kill."""
 
 from __future__ import annotations
 
@@ -22,63 +22,67 @@ from hookengine_wandb.process import SessionLike, SessionProcess
 __all__ = ["Wandb"]
 
 _spec = importlib.util.find_spec("wandb")
-if _spec is None or _spec.origin is None:  # a mere folder; it is imported in another process
+if _spec is None or _spec.origin is None:  # or a mere folder; another process imports it
     raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
 
-_MOST_UPLOADS = 8  # that may wait, each of which keeps its checkpoint on the disk
+_MOST_UPLOADS = 8  # that may wait; each keeps its checkpoint on disk
 
 
 class Wandb(Sink, name="wandb"):
-    """Log to W&B: one run per job, from rank 0, by a process of its own.
+    """Log to W&B from rank 0, in one W&B run per job, from another process.
 
-    Each record is a row, whose values are ``PHASE/NAME``; those of training are drawn over
-    ``iter``, those of evaluations over ``epoch`` where the run counts epochs. The configuration is
-    what ``run.json`` holds. Without a key, or where the server cannot be reached, the run is
-    offline, and the log says how to upload it. A run that goes on continues the same run there:
-    each record is in it once, whatever was lost or is repeated.
+    Each record is a row with values named ``PHASE/NAME``. Values of training are plotted over
+    ``iter``; those of evaluations over ``epoch`` if the run counts epochs. The configuration is the
+    content of ``run.json``. Without an API key, or if the server cannot be reached, the W&B run is
+    offline, and the log says how to upload it. A resumed run continues the same W&B run, which
+    holds each record exactly once, whatever was lost or is repeated.
 
-    If the script has called ``wandb.init`` itself, that run is used, and left open.
+    If the script has called ``wandb.init`` itself, that W&B run is used and left open.
     """
 
     project: str | None = Field(
         default=None, description="by default WANDB_PROJECT, or 'hookengine'"
     )
-    entity: str | None = Field(default=None, description="user or team; by default the key's own")
-    name: str | None = Field(
-        default=None, description="by default WANDB_NAME, or that of the Runner"
+    entity: str | None = Field(
+        default=None, description="user or team; by default that of the API key"
     )
-    group: str | None = Field(default=None, description="by which runs are put together")
+    name: str | None = Field(
+        default=None, description="by default WANDB_NAME, or the Runner's name"
+    )
+    group: str | None = Field(default=None, description="runs of the same group are shown together")
     job_type: str | None = Field(default=None, description="such as 'train' or 'eval'")
     tags: list[str] = Field(default_factory=list)
     notes: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = Field(
-        default=None, description="by default WANDB_MODE, or online if there is a key, else offline"
+        default=None, description="by default WANDB_MODE, or online; offline without an API key"
     )
-    config: dict[str, Any] = Field(default_factory=dict, description="more of the configuration")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="additional values of the configuration"
+    )
     checkpoints: Literal["best", "all"] | None = Field(
-        default=None, description="which checkpoints become artifacts"
+        default=None, description="which checkpoints to upload as artifacts"
     )
     init_timeout: float = Field(
-        default=30.0, gt=0, description="seconds to reach the server at the start"
+        default=30.0, gt=0, description="seconds to wait for the server at the start"
     )
     finish_timeout: float = Field(
         default=30.0,
         gt=0,
-        description="seconds for the upload at the end; `wandb sync` does the rest",
+        description="seconds to wait for the upload at the end; the log tells how to add the rest",
     )
 
     def configure(self, runner: Any) -> None:
-        """Nothing is open yet; the end may take as long as the upload may."""
+        """Reset the state, and let the end take as long as the upload may."""
         self.flush_timeout = self.finish_timeout + 5
         self._session: SessionLike | None = None
         self._exit_code = 0
         self._best: dict[str, float] = {}
-        self._uploads: set[Path] = set()  # that wait
+        self._uploads: set[Path] = set()  # waiting to be uploaded
 
     # -- on the sink's thread -------------------------------------------------------------------
 
     def open(self, runner: Any) -> None:
-        """Begin the run, or go on with it."""
+        """Start the W&B run, or continue it."""
         folder = runner.run_dir / "wandb"
         description = runner.describe()
         options = {
@@ -127,21 +131,21 @@ class Wandb(Sink, name="wandb"):
     @property
     def _open(self) -> SessionLike:
         if self._session is None:
-            raise RuntimeError("there is no W&B run to write to")
+            raise RuntimeError("no W&B run is open to write to")
         return self._session
 
     def write(self, runner: Any, record: Record) -> None:
-        """Add a row."""
+        """Log a record as a row."""
         images = {n: one for n, one in record.media.items() if isinstance(one, Image)}
         self._open.log(record.to_line({n: _data_url(image) for n, image in images.items()}))
         self._note_best(record)
 
     def skip(self, runner: Any, record: Record) -> None:
-        """It is there; the best values are found anew."""
+        """Skip a record that W&B already holds; only note the best values."""
         self._note_best(record)
 
     def _note_best(self, record: Record) -> None:
-        """The summary tells the best value of each metric, and its epoch."""
+        """Update the best value of each metric, and its epoch, in the summary."""
         if record.phase == "train":
             return
         for name, value in record.scalars.items():
@@ -154,7 +158,7 @@ class Wandb(Sink, name="wandb"):
             self._open.summarize({key: value, f"{key}/epoch": record.epoch})
 
     def close(self, runner: Any) -> None:
-        """End the run there, with the exit code of the run here."""
+        """Finish the W&B run, with the exit code of the run."""
         session, self._session = self._session, None
         if session is None:
             return
@@ -163,8 +167,8 @@ class Wandb(Sink, name="wandb"):
         if answer["timed_out"]:
             folder = shlex.quote(str(runner.run_dir))
             runner.logger.warning(
-                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. For the "
-                f"rest: python -m hookengine_logging.replay {folder} --to wandb"
+                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. To upload "
+                f"the rest: python -m hookengine_logging.replay {folder} --to wandb"
             )
         if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
@@ -174,28 +178,28 @@ class Wandb(Sink, name="wandb"):
     # -- on the main thread ---------------------------------------------------------------------
 
     def before_run(self, runner: Any) -> None:
-        """What is running has not failed; what a run that was killed has left is removed."""
+        """Reset the exit code, and remove the uploads that a killed run has left."""
         self._exit_code = 0
         if self._session is None and not self._uploads and dist.is_main_process():
             for left in (runner.run_dir / "wandb").glob("upload-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def on_exception(self, error: BaseException) -> None:
-        """Record what ended the run."""
+        """Record the exception that ended the run."""
         self._exit_code = _exit_code(error)
         if dist.is_main_process():
             text = f"{type(error).__name__}: {error}"
             self.enqueue(lambda: self._open.summarize({"exception": text}))
 
     def after_save_checkpoint(self, runner: Any, path: Path, best: bool) -> None:
-        """Upload a checkpoint, if asked for."""
+        """Upload a checkpoint, if ``checkpoints`` includes it."""
         if self.checkpoints == "all" or (self.checkpoints == "best" and best):
             if len(self._uploads) >= _MOST_UPLOADS:
                 runner.logger.warning(
-                    f"wandb: {path.name} is not uploaded: earlier ones wait still"
+                    f"wandb: {path.name} is not uploaded: earlier uploads are still waiting"
                 )
                 return
-            copy = _linked(path, runner.run_dir / "wandb")  # it may be gone by then
+            copy = _linked(path, runner.run_dir / "wandb")  # the original may be deleted by then
             self._uploads.add(copy)
             self.enqueue(lambda: self._upload(copy, ["best"] * best))
 
@@ -207,7 +211,7 @@ class Wandb(Sink, name="wandb"):
 
 
 def _linked(folder: Path, parent: Path) -> Path:
-    """The files of a folder in a new one below ``parent``, without a copy where the disk can."""
+    """Link or copy the files of a folder into a new folder below ``parent``, and return it."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -226,7 +230,7 @@ def _data_url(image: Image) -> str:
 
 
 def _own_session() -> SessionLike | None:
-    """A session over the run that the script has opened itself, if it has."""
+    """Return a session for the W&B run that the script has opened itself, or None."""
     run = getattr(sys.modules.get("wandb"), "run", None)
     if run is None:
         return None

@@ -1,4 +1,4 @@
-"""A ``Session`` in a process of its own, as if it were here."""
+"""Run a ``Session`` in another process, with the same methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class SessionLike(Protocol):
-    """What a session can be asked to do; see ``hookengine_wandb.session``."""
+    """The methods of a session; see ``hookengine_wandb.session``."""
 
     def begin(self, how: dict[str, Any]) -> dict[str, Any]: ...
     def log(self, line: str) -> None: ...
@@ -24,16 +24,17 @@ class SessionLike(Protocol):
 
 
 class SessionProcess:
-    """Starts the process, and hands each call to it.
+    """Start the process, and pass each call to it.
 
-    Ctrl-C does not reach it; when the training is gone, it ends the run and itself.
+    Ctrl-C does not reach the process. When training is gone, it finishes the W&B run and exits.
 
     Args:
-        log: A file for what the process prints.
+        log: The file for what the process prints.
 
     Raises:
-        OSError: it could not be started, or is gone. RuntimeError: what went wrong there, which
-        for calls without an answer may be told by a later call.
+        OSError: The process could not be started, or has ended.
+        RuntimeError: A call failed in the process. If the call has no answer, a later call raises
+            the error.
     """
 
     def __init__(self, log: Path) -> None:
@@ -56,27 +57,27 @@ class SessionProcess:
         self._reader.start()
 
     def begin(self, how: dict[str, Any]) -> dict[str, Any]:
-        """Begin, and wait for the answer."""
+        """Start the W&B run, and wait for the answer."""
         self._send("begin", {"how": how})
         return self._answer()
 
     def log(self, line: str) -> None:
-        """Add a row."""
+        """Log a row."""
         self._send("log", {"line": line})
         self._complain()
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Put values into the summary."""
+        """Update the summary."""
         self._send("summarize", {"values": values})
         self._complain()
 
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None:
-        """Make an artifact."""
+        """Upload a checkpoint as an artifact."""
         self._send("upload", {"path": path, "aliases": aliases, "metadata": metadata})
         self._complain()
 
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]:
-        """End, and wait for the answer."""
+        """Finish the W&B run, and wait for the answer."""
         try:
             self._send("finish", {"exit_code": exit_code, "files": files})
             answer = self._answer()
@@ -87,7 +88,7 @@ class SessionProcess:
         return {**answer, "failures": self._failures}
 
     def abort(self) -> None:
-        """End the process, as it is."""
+        """Kill the process."""
         self._process.kill()
         self._end()
 
@@ -105,20 +106,20 @@ class SessionProcess:
             raise self._gone() from error
 
     def _gone(self) -> OSError:
-        self._lines.put(None)  # for the next call: W&B's own process may keep the pipe open
+        self._lines.put(None)  # wakes the next call: W&B's own process may keep the pipe open
         code = self._process.wait()
         return OSError(
-            f"the process that speaks with W&B has ended (exit code {code}, see {self._log})"
+            f"the process that logs to W&B has ended with exit code {code}. See {self._log}"
         )
 
     def _read(self) -> None:
-        """On a thread of its own, so that the process never waits for us to listen."""
+        """Read answers on a separate thread, so that the process never waits for us."""
         for line in self._stdout:
             self._lines.put(json.loads(line))
         self._lines.put(None)
 
     def _complain(self) -> None:
-        """Raise what an earlier call has led to, if it is known by now."""
+        """Raise the error of an earlier call, if it is known by now."""
         while not self._lines.empty():
             line = self._lines.get()
             if line is None:

@@ -1,7 +1,8 @@
-"""The process that speaks with W&B, told what to do by lines of JSON on its standard input.
+"""The process that logs to W&B, as commands in lines of JSON on its standard input say.
 
-W&B's client costs training more, in its own process, than all the rest of a record: it runs in
-another one. This file imports neither hookengine nor torch, and is run by its path.
+Within the training process, W&B's client would cost more than everything else that is done with a
+record, so it runs in another process. This file imports neither hookengine nor torch, and is run by
+its path.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, whose names are not to stand for other modules
+    sys.path.pop(0)  # this file's folder must not shadow other modules
 
 import base64
 import io
@@ -35,31 +36,31 @@ FIELDS = ("phase", "epoch", "iter", "step", "timestamp", "media")
 
 
 class Session:
-    """One run of W&B, from its beginning, or its going on, to its end.
+    """One W&B run, from its start or continuation to its end.
 
     Args:
-        run: One that is open already; it is left open.
+        run: A W&B run that is already open; it is left open.
     """
 
     def __init__(self, run: Any = None) -> None:
         self.run = run
         self._adopted = run is not None
-        self._rows: int | None = None  # None: as W&B counts them
-        self._held = 0  # of the rows, those that were there when it went on
+        self._rows: int | None = None  # None: W&B counts them
+        self._held = 0  # how many of the rows the continued run already had
 
     def begin(self, how: dict[str, Any]) -> dict[str, Any]:
-        """Begin the run, or go on with it.
+        """Start the W&B run, or continue it.
 
         Args:
-            how: ``folder``, where W&B's local files go and the run's id is kept; ``continues``,
-                whether to go on with the run whose id is kept there; ``mode``: ``online``,
+            how: ``folder``, where W&B's local files and the run's id are kept; ``continues``,
+                whether to continue the run whose id is kept there; ``mode``, which is ``online``,
                 ``offline``, ``disabled``, or None for that of the environment; ``by_epoch``,
-                whether evaluations are drawn over epochs; ``options`` of ``wandb.init``;
+                whether evaluations are plotted over epochs; ``options`` of ``wandb.init``; and
                 ``settings`` of ``wandb.Settings``.
 
         Returns:
-            ``held``, the last iteration that is there by phase; ``where`` the run is; and a
-            ``warning``, where it had to go offline.
+            ``held``, the last iteration of each phase that the run holds; ``id`` of the run;
+            ``where``, its URL or folder; and ``warning``, the reason if it had to go offline.
         """
         options, continues = how["options"], how["continues"]
         answer: dict[str, Any] = {"held": {}, "warning": None}
@@ -96,10 +97,10 @@ class Session:
         return {**answer, "id": self.run.id, "where": where}
 
     def log(self, line: str) -> None:
-        """Add a row: ``PHASE/NAME``, and where the run stood.
+        """Log a row: values named ``PHASE/NAME``, and the position of the run.
 
         Args:
-            line: Of ``metrics.jsonl``, with its images in it as data URLs.
+            line: A line of ``metrics.jsonl`` that contains its images as data URLs.
         """
         record = json.loads(line)
         phase = record["phase"]
@@ -119,7 +120,7 @@ class Session:
         try:
             self._add({**row, **{name: medium(one) for name, one in packed.items()}})
         except Exception:
-            if packed:  # the numbers at least
+            if packed:  # log the numbers at least
                 self._add(row)
             raise
 
@@ -129,11 +130,11 @@ class Session:
             self._rows += 1
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Put values into the summary of the run."""
+        """Update the summary of the run."""
         self.run.summary.update(values)
 
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None:
-        """Make an artifact of a checkpoint, and remove the folder that it is in."""
+        """Upload a checkpoint as an artifact, and remove the folder that contains it."""
         name = f"checkpoint-{self.run.id}"
         try:
             artifact = wandb.Artifact(name, type="model", metadata={**metadata})
@@ -143,19 +144,19 @@ class Session:
             shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def abort(self) -> None:
-        """Let go of the run."""
+        """Drop the run without finishing it."""
         self.run = None
 
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]:
-        """End the run.
+        """Finish the run.
 
         Args:
-            exit_code: 0, or that of what ended it.
-            files: What is kept with it.
+            exit_code: 0, or the exit code for what ended the run.
+            files: Files to save with the run.
 
         Returns:
-            ``unsynced``: the folders that ``wandb sync`` has to upload; ``failures``: what went
-            wrong before and was not told yet; ``timed_out``: whether the upload was given up.
+            ``unsynced``, the folders that ``wandb sync`` has to upload; ``failures``, the earlier
+            errors that were not raised yet; and ``timed_out``, whether the upload timed out.
         """
         run, self.run = self.run, None
         if run is None or self._adopted:
@@ -169,7 +170,7 @@ class Session:
         except TimeoutError:
             timed_out = True
         offline = run.offline and not run.disabled
-        if offline and 0 < self._held == self._rows:  # nothing was missing
+        if offline and 0 < self._held == self._rows:  # nothing was added
             shutil.rmtree(Path(run.dir).parent, ignore_errors=True)
         unsynced = _unsynced(self._home, run.id) if offline else []
         return {"unsynced": unsynced, "failures": [], "timed_out": timed_out}
@@ -178,8 +179,8 @@ class Session:
 def _init(
     mode: str | None, options: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[Any, str | None]:
-    """(the run, why it is offline although nobody asked for that)."""
-    given = wandb.setup().settings  # of WANDB_PROJECT and the other variables
+    """Return the run, and the reason if it is offline although that was not requested."""
+    given = wandb.setup().settings  # from WANDB_PROJECT and the other variables
     chosen: dict[str, Any] = {
         "project": given.project or "hookengine",
         "name": given.run_name or options["default_name"],
@@ -191,22 +192,22 @@ def _init(
     mode = mode or str(given.mode)
     warning = None
     if mode == "online" and not wandb.login(prompt=False, verify=False):
-        mode, warning = "offline", "there is no key (WANDB_API_KEY, or `wandb login`)"
+        mode, warning = "offline", "there is no API key (set WANDB_API_KEY, or run `wandb login`)"
     try:
         run: Any = wandb.init(mode=mode, **chosen)  # type: ignore[arg-type]
     except Exception as error:
         if mode != "online":
             raise
-        warning = f"online it failed: {type(error).__name__}: {error}"
-        wandb.teardown()  # else the run's id is still in use
+        warning = f"starting it online failed: {type(error).__name__}: {error}"
+        wandb.teardown()  # otherwise the run's id stays in use
         run = wandb.init(mode="offline", **chosen)
     return run, warning
 
 
 def _held(run: Any, home: Path) -> tuple[dict[str, int], int]:
-    """(the last iteration by phase, the number of rows) that the run has already.
+    """Return the last iteration of each phase, and the number of rows, that the run already holds.
 
-    Online the server tells; offline the local files of all the times that it was started do.
+    Online, the server reports them. Offline, they are read from the local files of all its starts.
     """
     if not run.offline:
         return _iterations(dict(run.summary)), int(run.starting_step)
@@ -220,7 +221,7 @@ def _held(run: Any, home: Path) -> tuple[dict[str, int], int]:
 
 
 def _set_empty_ones_aside(run: Any, home: Path) -> None:
-    """Files without a row: of a start that failed, or was killed; ``wandb sync`` may stop at it."""
+    """Rename files without rows, of failed or killed starts; ``wandb sync`` may stop at them."""
     for file in segments(home, run.id):
         if not file.parent.samefile(Path(run.dir).parent) and not any(rows(file)):
             file.rename(file.with_suffix(".wandb.empty"))
@@ -231,13 +232,13 @@ def _iterations(row: Mapping[str, Any]) -> dict[str, int]:
 
 
 def segments(home: Path, run_id: str) -> list[Path]:
-    """The local files of a run, one for each time that it was started, oldest first."""
+    """Return the local files of a run, one for each start, oldest first."""
     files = home.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
 def _unsynced(home: Path, run_id: str) -> list[str]:
-    """The folders since the run was last online whose rows the server has not got."""
+    """Return the folders since the run was last online whose rows the server does not have."""
     waiting: list[str] = []
     for file in segments(home, run_id):
         if not file.parent.name.startswith("offline-"):
@@ -248,10 +249,10 @@ def _unsynced(home: Path, run_id: str) -> list[str]:
 
 
 def records(data: bytes) -> Iterator[Any]:
-    """The records of a ``.wandb`` file, as far as it is whole.
+    """Yield the records of a ``.wandb`` file up to the first damaged one.
 
-    It is a log of LevelDB's kind: seven bytes that say what it is, then blocks of 32 KiB, in which
-    each piece of a record has a header of seven bytes, checksum, length and type.
+    The file is a log as in LevelDB: seven bytes that identify it, then blocks of 32 KiB, in which
+    each piece of a record has a header of seven bytes: checksum, length and type.
     https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
     header, block = struct.Struct("<IHB"), 32768
@@ -266,14 +267,14 @@ def records(data: bytes) -> Iterator[Any]:
         piece = data[position : position + length]
         position += length
         if len(piece) < length or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
-            return  # a kill has cut it short
+            return  # truncated by a kill
         pieces = piece if kind in (full, first) else pieces + piece
         if kind in (full, last):
             yield wandb_internal_pb2.Record.FromString(pieces)  # type: ignore[attr-defined]
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of history in a ``.wandb`` file."""
+    """Yield the rows of the history in a ``.wandb`` file."""
     for record in records(file.read_bytes()):
         if record.HasField("history"):
             yield {
@@ -283,7 +284,7 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def medium(packed: Mapping[str, Any]) -> Any:
-    """An image, a histogram, a table or a text, as ``metrics.jsonl`` has it."""
+    """Convert an image, a histogram, a table or a text of ``metrics.jsonl`` for W&B."""
     if "image" in packed:
         data = base64.b64decode(packed["image"].partition(",")[2])
         with PIL.Image.open(io.BytesIO(data)) as picture:
@@ -298,10 +299,10 @@ def medium(packed: Mapping[str, Any]) -> Any:
 
 
 def serve(commands: TextIO, answers: TextIO) -> None:
-    """Do what the lines say.
+    """Execute commands, one per line.
 
-    ``begin`` and ``finish`` are answered, by ``{"answer": ...}`` or ``{"error": ...}``; another
-    command only if it fails, by ``{"failed": ...}``.
+    ``begin`` and ``finish`` are answered with ``{"answer": ...}`` or ``{"error": ...}``; any other
+    command only if it fails, with ``{"failed": ...}``.
     """
     session = Session()
     for line in commands:
@@ -314,20 +315,20 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         except Exception as error:
             answer = {"error" if asks else "failed": f"{type(error).__name__}: {error}"}
         if answer is not None:
-            with suppress(BrokenPipeError):  # the training has gone meanwhile
+            with suppress(BrokenPipeError):  # training has ended meanwhile
                 print(json.dumps(answer), file=answers, flush=True)
         if name == "finish":  # forked workers of a dataloader may still hold the pipe open
             return
-    if session.run is not None:  # the training has been killed
+    if session.run is not None:  # training was killed
         session.finish(1, [])
 
 
 if __name__ == "__main__":
     for quiet in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(quiet, signal.SIG_IGN)  # the training says when it is over
-    os.nice(10)  # the training, and what feeds it, come first
+        signal.signal(quiet, signal.SIG_IGN)  # training says when to finish
+    os.nice(10)  # training and its data loading come first
     answers_ = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what W&B prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what W&B prints is not an answer
     serve(sys.stdin, answers_)
     with suppress(BrokenPipeError):
         answers_.close()

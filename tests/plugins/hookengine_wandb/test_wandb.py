@@ -253,7 +253,7 @@ def test_without_a_key_the_run_is_offline_and_the_log_says_how_to_upload(
     runner.train()
     runner.close()
     out = capsys.readouterr().out
-    assert "wandb: the run is offline, since there is no key" in out
+    assert "wandb: the run is offline, since there is no API key" in out
     folder = one_file(runner.run_dir).parent
     assert f"wandb: to upload the run: wandb sync {folder}" in out
     assert rows_where(wandb_file.history(one_file(runner.run_dir))) == where(local(runner.run_dir))
@@ -491,7 +491,7 @@ def test_a_server_that_cannot_be_reached_costs_nothing(
     runner.train()
     runner.close()
     out = capsys.readouterr().out
-    assert "wandb: the run is offline, since online it failed: " in out
+    assert "wandb: the run is offline, since starting it online failed: " in out
     assert "wandb: to upload the run: wandb sync" in out
     assert rows_where(wandb_file.history(one_file(runner.run_dir))) == where(local(runner.run_dir))
 
