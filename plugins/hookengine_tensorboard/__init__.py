@@ -1,4 +1,4 @@
-"""TensorBoard: the records of a run as event files in its folder."""
+"""TensorBoard: write the records of a run as event files into its folder."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["TensorBoard"]
 class TensorBoard(Sink, name="tensorboard"):
     """Write records where ``tensorboard --logdir work_dir`` finds them, one run per folder.
 
-    A value is ``PHASE/NAME`` at the iteration of its record; images, figures, histograms, tables
-    and texts that a hook hands to ``runner.log`` are there too, and what the run consists of are
-    its hyperparameters. A record is one event, which is in the file whole or not at all, so that a
-    run that was killed goes on without gap or repetition. The event files of an earlier run that
-    began in the same folder are moved to ``tensorboard_1``.
+    A value is named ``PHASE/NAME`` and belongs to the iteration of its record. Images, figures,
+    histograms, tables and texts passed to ``runner.log`` are written too, and the description of
+    the run becomes its hyperparameters. A record is one event, which is read completely or not at
+    all, so a killed run resumes without a gap or a repetition. The event files of an earlier run
+    that started in the same folder are moved to ``tensorboard_1``.
     """
 
     _failed = False
 
     def open(self, runner: Any) -> None:
-        """Look at what is there, and begin another file."""
+        """Read what the folder already holds, and start another file."""
         self._described = self._had_failed = False
         self._hyperparameters: dict[str, Any] | None = None
         folder: Path = runner.run_dir
@@ -45,7 +45,7 @@ class TensorBoard(Sink, name="tensorboard"):
         self._writer = RecordWriter(_new_file(folder).open("wb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         description = runner.describe()
-        self._had_failed = str(description.get("status")).startswith("failed")  # of one replayed
+        self._had_failed = str(description.get("status")).startswith("failed")  # of a replayed run
         self._hyperparameters = None if self._described else description
 
     def _read(self, file: Path) -> None:
@@ -56,7 +56,7 @@ class TensorBoard(Sink, name="tensorboard"):
                 self.held[phase] = max(event.step, self.held.get(phase, -1))
 
     def write(self, runner: Any, record: Record) -> None:
-        """Write a record, as one event."""
+        """Write a record as one event."""
         if self._hyperparameters is not None and record.phase != "train":
             self._describe(
                 record.timestamp, [f"{record.phase}/{n}" for n in record.scalars if n != "seconds"]
@@ -64,7 +64,7 @@ class TensorBoard(Sink, name="tensorboard"):
         self._add(_event(summary_of(record), record.timestamp, record.iter))
 
     def _describe(self, timestamp: float, metrics: list[str]) -> None:
-        """The hyperparameters, as soon as it is known by which metrics they are to be judged."""
+        """Write the hyperparameters, as soon as the metrics that judge them are known."""
         assert self._hyperparameters is not None
         for summary in hyperparameters(self._hyperparameters, metrics):
             self._add(_event(summary, timestamp, 0))
@@ -79,11 +79,11 @@ class TensorBoard(Sink, name="tensorboard"):
         self._failed = True
 
     def before_run(self, runner: Any) -> None:
-        """It has not, so far."""
+        """Forget the failure of an earlier run."""
         self._failed = False
 
     def close(self, runner: Any) -> None:
-        """Write how it ended, and first the hyperparameters of a run that was never evaluated."""
+        """Write how the run ended, after the hyperparameters if it was never evaluated."""
         if self._hyperparameters is not None:
             self._describe(time.time(), [])
         self._add(_event(session_end(failed=self._failed or self._had_failed), time.time(), 0))
@@ -95,7 +95,7 @@ def _event(summary: Summary, timestamp: float, step: int) -> Event:
 
 
 def _new_file(folder: Path) -> Path:
-    """Named as TensorBoard wants it: it reads the files of a folder in the order of their names."""
+    """Name a new file so that TensorBoard reads it last: it reads files in the order of names."""
     end = f"{socket.gethostname()}.{os.getpid()}"
     number = 0
     while (file := folder / f"events.out.tfevents.{time.time():.0f}.{end}.{number}").exists():

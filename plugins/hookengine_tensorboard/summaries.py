@@ -1,4 +1,4 @@
-"""Records and hyperparameters as TensorBoard's summaries."""
+"""Convert records and hyperparameters to TensorBoard's summaries."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _hparams: Any = torch_summary.hparams  # torch has no types for these
 _text: Any = torch_summary.text
 
 START = "_hparams_/session_start_info"
-"""The tag under which the hyperparameters are."""
+"""The tag of the hyperparameters."""
 
 
 def summary_of(record: Record) -> Summary:
-    """All of a record, under ``PHASE/NAME``."""
+    """Convert a record to a summary with tags ``PHASE/NAME``."""
     summary = Summary()
     for name, value in record.scalars.items():
         summary.value.add(tag=f"{record.phase}/{name}", simple_value=value)
@@ -50,7 +50,7 @@ def _medium(tag: str, medium: Image | Histogram | Table | str) -> Any:
 
 
 def _histogram(histogram: Histogram) -> HistogramProto:
-    """TensorBoard's own, whose sums are those of the middles of the bins."""
+    """Convert a histogram; its sums are computed from the centers of the bins."""
     counts, edges = histogram.counts, histogram.edges
     middles = [(low + high) / 2 for low, high in pairwise(edges)]
     pairs = [*zip(counts, middles, strict=True)]
@@ -77,18 +77,18 @@ def _escaped(cell: Any) -> str:
 def hyperparameters(
     description: Mapping[str, Any], metrics: Iterable[str]
 ) -> tuple[Summary, Summary]:
-    """What TensorBoard's HParams page compares.
+    """Return the summaries that TensorBoard's HParams page compares.
 
     Args:
-        description: What a run consists of, ``runner.describe()``.
-        metrics: The tags by which it is judged.
+        description: The description of a run, from ``runner.describe()``.
+        metrics: The tags of the metrics that judge the run.
     """
     experiment, start, _ = _hparams(dict(_flat(description)), dict.fromkeys(metrics, 0.0))
     return experiment, start
 
 
 def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Model, optimizers, limits and the options of plugins, as numbers and texts by name."""
+    """Yield model, optimizers, limits and options of plugins as numbers and texts by name."""
     yield "model", description["model"]
     yield "parameters", description["parameters"]
     yield "world_size", description.get("world_size", description.get("ranks"))
@@ -104,7 +104,7 @@ def _flat(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def session_end(failed: bool) -> Summary:
-    """The end of a session, for the HParams page."""
+    """Return the summary that ends a session, for the HParams page."""
     status = "STATUS_FAILURE" if failed else "STATUS_SUCCESS"
     end = HParamsPluginData(session_end_info=SessionEndInfo(status=status), version=0)
     plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=end.SerializeToString())
