@@ -12,25 +12,25 @@ __all__ = ["Watch"]
 
 
 class Watch(Plugin, name="watch"):
-    """Log how the gradients, the parameters, or both are distributed, now and then.
+    """Log histograms of the gradients, the parameters, or both, every ``every`` optimizer steps.
 
-    The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. They are
-    counted on their device, without waiting for it, and read with the next record. What FSDP has
-    sharded is gathered for it, one parameter after another. What has no distribution (sparse
-    gradients, complex parameters, empty ones) is left out, with one warning.
+    The gradients are those of an optimizer step: unscaled, of the whole batch, clipped. Histograms
+    are computed on the device, without synchronization, and read with the next record. Tensors
+    sharded by FSDP are gathered, one after another. A tensor without a distribution (a sparse
+    gradient, a complex or empty parameter) is left out, with one warning per tensor.
     """
 
     what: Literal["gradients", "parameters", "all"] = Field(default="gradients")
-    every: int = Field(default=1000, gt=0, description="optimizer steps between two of them")
-    bins: int = Field(default=64, gt=0, description="of a histogram")
+    every: int = Field(default=1000, gt=0, description="optimizer steps between two histograms")
+    bins: int = Field(default=64, gt=0, description="number of bins per histogram")
 
     def configure(self) -> None:
-        """Nothing is left out yet."""
+        """Forget which tensors were left out."""
         self._left_out: set[str] = set()
 
     @hookimpl(trylast=True)
     def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
-        """Count, before the first step and then every ``every`` steps."""
+        """Compute histograms, before the first step and then every ``every`` steps."""
         if optim_wrapper.steps % self.every:
             return
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
