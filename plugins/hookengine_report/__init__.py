@@ -1,7 +1,7 @@
-"""Report: one HTML page and one picture of a run, or of several runs beside each other.
+"""Report: one HTML page and one picture of a run, or of several runs side by side.
 
-At the end of a run ``report.html`` and ``report.png`` lie in its folder; on demand
-``python -m hookengine_report RUN...`` draws them of any runs. Both are read off the run's folder:
+When a run ends, ``report.html`` and ``report.png`` are written into its folder. To draw any runs on
+demand, call ``python -m hookengine_report RUN...``. Both are drawn from files in the run's folder:
 ``metrics.jsonl``, ``run.json`` and ``checkpoints``.
 """
 
@@ -20,36 +20,37 @@ __all__ = ["Report", "write_report"]
 
 
 class Report(Sink, name="report"):
-    """Draw a run into its folder when it ends, however it ends: ``report.html``, ``report.png``.
+    """Draw ``report.html`` and ``report.png`` into the run's folder when it ends, however it ends.
 
-    It is a sink: it draws on a thread of its own, and may fail without harm. Only rank 0 draws.
+    As a sink, it draws on its own thread and may fail without affecting training. Only rank 0
+    draws.
     """
 
     every: int | None = Field(
         default=None,
         gt=0,
-        description="also after this many validations, to look at a run that goes on; None: at the "
-        "end only",
+        description="also draw after this many validations, to watch a run in progress; by default "
+        "only at the end",
     )
 
     def configure(self, runner: Any) -> None:
-        """Nothing is drawn yet; a drawing may take longer than a record."""
+        """Reset the counters, and allow a drawing more time than a record."""
         self.flush_timeout = 60.0
         self._validations = 0
         self._waiting = False
 
     def write(self, runner: Any, record: Record) -> None:
-        """Nothing: the run's folder has the records when it is time to draw."""
+        """Do nothing: the run's folder has the records when it is time to draw."""
 
     def after_val(self, runner: Any) -> None:
-        """Draw a run that goes on, unless the last drawing is not done yet."""
+        """Draw a run in progress, unless the previous drawing is unfinished."""
         self._validations += 1
         if self.every is not None and self._validations % self.every == 0 and not self._waiting:
             self._draw(runner)
 
     @hookimpl(trylast=True)
     def after_run(self, runner: Any) -> None:
-        """Draw it, after ``logging`` has written how it ended."""
+        """Draw the run, after ``logging`` has written how it ended."""
         self._draw(runner)
 
     def _draw(self, runner: Any) -> None:

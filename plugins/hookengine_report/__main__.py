@@ -14,18 +14,18 @@ from hookengine_report.write import write_report
 
 def main(
     runs: Annotated[
-        list[Path], typer.Argument(help="folders of runs; of a work_dir the newest run is drawn")
+        list[Path], typer.Argument(help="folders of runs; for a work_dir, its newest run is drawn")
     ],
     out: Annotated[
         Path | None,
         typer.Option(
             help="a folder, or a file that ends with .html or .png [default: the folder of the "
-            "run; the current one for several]"
+            "run; the current folder for several runs]"
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="all runs of a work_dir")] = False,
+    every: Annotated[bool, typer.Option("--all", help="draw all runs of a work_dir")] = False,
 ) -> None:
-    """Draw one run, or several in the same plots: an HTML page and a PNG."""
+    """Draw one run, or several in the same plots, as an HTML page and a PNG."""
     try:
         found = [folder for path in runs for folder in find_runs(path, every)]
         distinct = [*{folder.resolve(): folder for folder in found}.values()]

@@ -1,4 +1,4 @@
-"""Which charts there are, and which lines are in them; how they are drawn is none of this."""
+"""Which charts there are, and which lines they contain; other modules draw them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Line:
 
     Attributes:
         label: For the legend.
-        note: Its last or best value, in words.
-        phase: train, val or test: thin for training, with dots for the others.
-        colour: Number of the colour.
-        trace: What is drawn.
+        note: Its last or best value, as text.
+        phase: train, val or test. Training is drawn thin, the others with dots.
+        colour: The number of the color.
+        trace: The points to draw.
     """
 
     label: str
@@ -45,9 +45,9 @@ class Chart:
     """Lines over the same iterations.
 
     Attributes:
-        title: Above it.
+        title: The title above it.
         kind: What it shows.
-        lines: Those of training first.
+        lines: The lines, those of training first.
         x: The iterations.
         y: The values.
     """
@@ -61,7 +61,7 @@ class Chart:
 
 @dataclass
 class _Group:
-    """The curves that belong into one chart."""
+    """The curves that belong in one chart."""
 
     title: str
     kind: Kind
@@ -69,10 +69,10 @@ class _Group:
 
 
 def charts_of(runs: Sequence[Run]) -> tuple[list[Chart], list[str]]:
-    """The charts of one run, or of several in the same plots.
+    """Choose the charts of one run, or of several in the same plots.
 
     Returns:
-        The charts, losses first; and the names for which there is no room.
+        The charts, losses first; and the names of the curves that do not fit.
     """
     groups = _groups(runs)
     kinds: tuple[Kind, ...] = ("loss", "metric", "rate", "other", "speed")
@@ -88,7 +88,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[Chart], list[str]]:
 
 
 def epoch_ends(runs: Sequence[Run]) -> list[int]:
-    """The last iterations of the whole epochs, where these are the same in all runs; else none."""
+    """Return the last iteration of each whole epoch, if the runs agree on these, else none."""
     first, *others = sorted(runs, key=lambda run: -run.iterations)
     ends = _whole_epochs(first)
     if not first.by_epoch or any(
@@ -125,7 +125,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, _Group]:
 def _place(
     phase: str, name: str, bare: Iterable[str], together: bool
 ) -> tuple[Kind, str, str] | None:
-    """(kind, key, title) of the chart that a scalar belongs into; None for none."""
+    """Return kind, key and title of the chart that a scalar belongs in, or None."""
     if phase == "train" and name in OWN:
         titles = {"samples_per_second": "Samples per second", "memory": "Peak memory, MB"}
         return ("speed", f"own {name}", titles[name]) if name in titles else None
@@ -151,7 +151,7 @@ def _place(
 
 
 def _parts(group: _Group, size: int) -> list[_Group]:
-    """A group as charts of at most ``size`` lines."""
+    """Split a group into charts of at most ``size`` lines."""
     if len(group.curves) <= size:
         return [group]
     parts = [group.curves[i : i + size] for i in range(0, len(group.curves), size)]

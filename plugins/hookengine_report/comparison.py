@@ -1,4 +1,4 @@
-"""What the page says of several runs: results, differing options and times side by side."""
+"""The page's sections about several runs: results, differing options and times side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_ROWS = 200
 
 
 def header(runs: Sequence[Run]) -> Markup:
-    """How many runs, and of which models."""
+    """Show the number of runs, and their models."""
     models = dict.fromkeys(str(run.info["model"]) for run in runs if "model" in run.info)
     facts = [element("span", element("b", model)) for model in models]
     title = element("h1", f"{len(runs)} runs compared")
@@ -36,7 +36,7 @@ def header(runs: Sequence[Run]) -> Markup:
 
 
 def results(runs: Sequence[Run]) -> Markup:
-    """The key numbers of each run; the best of each metric stands out."""
+    """Show the key numbers of each run, with the best value of each metric emphasized."""
     found = [{best.name: best for best in best_values(run)} for run in runs]
     metrics = [*dict.fromkeys(name for one in found for name in one)][:_MOST_METRICS]
     tops = {name: _top([one[name] for one in found if name in one]) for name in metrics}
@@ -69,7 +69,7 @@ def results(runs: Sequence[Run]) -> Markup:
 
 
 def _top(values: list[Best]) -> float:
-    """The best of several runs; NaN where the name does not tell the direction."""
+    """Return the best of several runs, or NaN if the name does not tell the direction."""
     finite = [best.value for best in values if math.isfinite(best.value)]
     if not finite or values[0].greater is None:
         return math.nan
@@ -77,7 +77,7 @@ def _top(values: list[Best]) -> float:
 
 
 def options(runs: Sequence[Run]) -> Markup:
-    """A row for each option that is not the same in all runs."""
+    """Show a row for each option that is not the same in all runs."""
     found = differences(runs)
     heading = element("h2", "Differing options")
     if not found:
@@ -100,7 +100,7 @@ def _value(text: str) -> Markup:
 
 
 def phases(runs: Sequence[Run]) -> Markup:
-    """Where the time went: a bar for each run, of the same scale."""
+    """Show where the time went, as a bar for each run, all to the same scale."""
     found = [seconds_by_phase(run) for run in runs]
     longest = max((math.fsum(one.values()) for one in found), default=0.0)
     if not longest:
@@ -145,7 +145,7 @@ def _bar(seconds: dict[str, float], longest: float) -> Markup:
 
 
 def folders(runs: Sequence[Run]) -> Markup:
-    """Where the runs lie."""
+    """Show the folders of the runs."""
     rows = [
         element("tr", element("th", run.name), element("td", str(run.folder.resolve())))
         for run in runs

@@ -1,4 +1,4 @@
-"""HTML that is safe by construction: what is no ``Markup`` is text, and is escaped."""
+"""HTML that is safe by construction: anything but ``Markup`` is text and is escaped."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class Markup(str):
-    """A piece of HTML or SVG, as it goes into the page."""
+    """A piece of HTML or SVG, which goes into the page unchanged."""
 
     __slots__ = ()
 
 
 def element(name: str, /, *children: str | Iterable[str], **attributes: object) -> Markup:
-    """One element.
+    """Build one element.
 
     Args:
-        name: Of the tag.
+        name: The name of the tag.
         children: Texts, which are escaped, and ``Markup``; or lists of them.
-        attributes: ``class_`` is ``class``, any other ``_`` is ``-``; None or False is left out,
-            True is the name alone. Values are escaped.
+        attributes: ``class_`` stands for ``class``, any other ``_`` for ``-``. None or False omits
+            an attribute, True writes its name alone. Values are escaped.
     """
     told = "".join(
         f" {key}" if value is True else f' {key}="{html.escape(str(value))}"'
@@ -32,7 +32,7 @@ def element(name: str, /, *children: str | Iterable[str], **attributes: object) 
 
 
 def joined(*children: str | Iterable[str]) -> Markup:
-    """Children one after another, texts escaped."""
+    """Join children, and escape texts."""
     return Markup("".join(_flat(children)))
 
 

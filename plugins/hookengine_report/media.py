@@ -18,7 +18,7 @@ _SMALL = 200  # pixels
 
 
 def media(run: Run) -> Markup:
-    """Each with its name and the iteration that it was logged in."""
+    """Show each with its name and the iteration in which it was logged."""
     room, drawn = _MOST_BYTES, []
     for (phase, name), (iteration, medium) in [*run.media.items()][:_MOST]:
         size = 0
@@ -26,7 +26,7 @@ def media(run: Run) -> Markup:
             try:
                 size = len(medium.png)
             except OSError:
-                continue  # it is gone
+                continue  # the file has been deleted
         fits = size <= room
         room -= size if fits else 0
         shown = _shown(medium, name) if fits else _too_large(size)
@@ -58,7 +58,7 @@ def _shown(medium: Medium, name: str) -> Markup:
 
 
 def _image(image: Image, name: str) -> Markup:
-    width = int.from_bytes(image.png[16:20], "big")  # where a PNG file has it
+    width = int.from_bytes(image.png[16:20], "big")  # where a PNG file stores it
     source = f"data:image/png;base64,{base64.b64encode(image.png).decode()}"
     small = "small" if width < _SMALL else None
     picture = element("img", src=source, alt=image.caption or name, class_=small)

@@ -1,4 +1,4 @@
-"""The page: one file of HTML, with everything in it and no reference to anything outside."""
+"""The page: one self-contained HTML file, without references to anything outside."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hookengine_report.runs import Run
 from hookengine_report.svg import chart
 from hookengine_report.text import moment
 
-_MOST_EPOCHS = 2000  # whose ends the readout is told
+_MOST_EPOCHS = 2000  # whose ends are passed to the readout
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The HTML of one run, or of several in the same plots."""
+    """Return the HTML of one run, or of several in the same plots."""
     charts, left_out = charts_of(runs)
     if len(runs) == 1:
         (run,) = runs

@@ -1,7 +1,7 @@
-"""The picture: a run, or several, at one glance, for a README or a message.
+"""The picture: a run, or several, at a glance, for a README or a message.
 
-Drawn without pyplot and without a look at ``rcParams``, since it happens on a thread beside a
-training that may draw figures of its own.
+It uses neither pyplot nor ``rcParams``, since it is drawn on a thread while training may draw its
+own figures.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _STATES = {"finished": "#1f7a3f", "failed": "#b3261e"}
 
 
 def picture(runs: Sequence[Run]) -> bytes:
-    """A PNG of 1600 x 900 pixels."""
+    """Draw a PNG of 1600 x 900 pixels."""
     figure = Figure(figsize=_SIZE, dpi=100, facecolor=_PAGE, edgecolor=_PAGE)
     canvas = FigureCanvasAgg(figure)
     if len(runs) == 1:
@@ -92,14 +92,14 @@ def _properties(size: float, bold: bool = False) -> FontProperties:
 
 
 def _drawable(text: str, most: int = 200) -> str:
-    """On one line, with a box for what the font lacks, of which matplotlib would warn."""
+    """Return text on one line, with a box for what the font lacks, to avoid warnings."""
     font = get_font(str(_font(False)))
     shown = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "□" for c in text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def _plain(text: Text, size: float, colour: str = _INK, bold: bool = False) -> Text:
-    """Text as it is: a dollar sign in a name is no formula."""
+    """Draw text verbatim: a dollar sign in a name does not start a formula."""
     text.set_parse_math(False)
     text.set_usetex(False)
     text.set_antialiased(True)
@@ -221,7 +221,7 @@ def _panels(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def _chosen(charts: list[Chart]) -> list[Chart]:
-    """At most five, of each kind before the second of any."""
+    """Choose at most five charts, one of each kind before a second of any."""
     wanted: tuple[Kind, ...] = ("loss", "metric", "rate", "other", "speed", "metric", "loss")
     left = list(charts)
     chosen: list[Chart] = []
@@ -322,7 +322,7 @@ def _stroke(
     width: float,
     style: Literal["-", "--"] = "-",
 ) -> Line2D:
-    """A line with all that rcParams would decide otherwise."""
+    """Return a line with everything set that rcParams would decide otherwise."""
     return Line2D(
         x,
         y,
@@ -344,7 +344,7 @@ def _style(colour: int) -> Literal["-", "--"]:
 
 
 def _epochs(scale: Scale, ends: list[int]) -> list[str]:
-    """The epochs that end at the ticks."""
+    """Return the epochs that end at the ticks."""
     epoch_of = {float(end): epoch for epoch, end in enumerate(ends, start=1)}
     return [f"{epoch_of.get(tick, 0)}" for tick in scale.ticks]
 

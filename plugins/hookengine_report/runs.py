@@ -1,4 +1,4 @@
-"""A run, read off its folder."""
+"""A run, read from its folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Medium = Image | Histogram | Table | str
 
 @dataclass
 class Curve:
-    """One scalar over the iterations, as it was logged; NaN and infinities included."""
+    """One scalar over the iterations, as it was logged, including NaN and infinities."""
 
     iterations: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, iteration: float, value: float) -> None:
-        """Put one value at the end."""
+        """Append a value."""
         self.iterations.append(iteration)
         self.values.append(value)
 
@@ -39,15 +39,15 @@ class Run:
     """What is known of a run.
 
     Attributes:
-        folder: Where it lies.
-        info: The content of ``run.json``; empty where there is none.
-        curves: By phase and name.
+        folder: The folder of the run.
+        info: The content of ``run.json``; empty if there is none.
+        curves: The curves by phase and name.
         epoch_ends: The last iteration of each epoch that has a record.
         media: The last image, histogram, table or text of each name and phase, with its iteration.
-        checkpoints: The manifests behind ``best`` and ``latest``, where there are any.
-        first: When the first record was made, in seconds since 1970; NaN without records.
-        latest: When the last one was made.
-        name: What it is called in the report.
+        checkpoints: The manifests behind ``best`` and ``latest``, if they exist.
+        first: The time of the first record, in seconds since 1970; NaN without records.
+        latest: The time of the last record.
+        name: The name of the run in the report.
     """
 
     folder: Path
@@ -61,11 +61,11 @@ class Run:
     name: str = ""
 
     def phase(self, phase: str) -> dict[str, Curve]:
-        """The curves of a phase, by name, in the order in which they were logged."""
+        """Return the curves of a phase by name, in the order in which they were logged."""
         return {name: curve for (own, name), curve in self.curves.items() if own == phase}
 
     def section(self, name: str) -> dict[str, Any]:
-        """A mapping in ``run.json``; empty where there is none."""
+        """Return a mapping in ``run.json``, or an empty one if it is missing."""
         value = self.info.get(name)
         return value if isinstance(value, dict) else {}
 
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def by_epoch(self) -> bool:
-        """Whether its limit is a number of epochs."""
+        """Whether the limit of the run is a number of epochs."""
         return self.section("train_cfg").get("max_epochs") is not None
 
     @property
@@ -85,12 +85,12 @@ class Run:
         return max(self.epoch_ends.values(), default=0)
 
     def epoch_of(self, iteration: float) -> int:
-        """The epoch that an iteration belongs to."""
+        """Return the epoch that an iteration belongs to."""
         later = (epoch for epoch, end in self.epoch_ends.items() if end >= iteration)
         return min(later, default=max(self.epoch_ends, default=0))
 
     def time(self, name: str) -> float:
-        """``started`` or ``ended``, in seconds since 1970; NaN where it is not known."""
+        """Return ``started`` or ``ended`` in seconds since 1970, or NaN if it is unknown."""
         value = self.info.get(name)
         try:
             return float(value) if isinstance(value, (int, float)) else math.nan
@@ -99,30 +99,30 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds what a run leaves."""
+    """Return whether a folder holds the files of a run."""
     return any((folder / name).is_file() for name in ("metrics.jsonl", "run.json"))
 
 
 def find_runs(path: str | Path, every: bool = False) -> list[Path]:
-    """The run in a folder: itself, or the newest one of a ``work_dir``.
+    """Find the run in a folder: the folder itself, or the newest run of a ``work_dir``.
 
     Args:
         path: The folder of a run, or a ``work_dir``.
-        every: All runs of a ``work_dir``, oldest first.
+        every: Whether to return all runs of a ``work_dir``, oldest first.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: The folder does not exist or holds no run.
     """
     path = Path(path)
     if is_run(path):
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: give that of a run, or a work_dir")
+        raise FileNotFoundError(f"{path} is not a folder. Pass the folder of a run, or a work_dir")
     found = sorted(filter(is_run, path.iterdir()), key=_written)
     if not found:
         raise FileNotFoundError(
-            f"{path} is neither the folder of a run (with a metrics.jsonl or run.json) nor one of "
-            "runs"
+            f"{path} is neither the folder of a run (with metrics.jsonl or run.json) nor a folder "
+            "of runs"
         )
     return found if every else found[-1:]
 
@@ -133,19 +133,19 @@ def _written(folder: Path) -> tuple[float, str]:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run; files that are missing or damaged are left out.
+    """Read a run; skip files that are missing or damaged.
 
     Raises:
-        FileNotFoundError: the folder has neither metrics.jsonl nor run.json.
+        FileNotFoundError: The folder has neither metrics.jsonl nor run.json.
     """
     folder = Path(folder)
     if not is_run(folder):
         raise FileNotFoundError(
-            f"there is no run to draw in {folder}: it needs the metrics.jsonl and run.json that "
-            "the plugin 'logging' writes"
+            f"{folder} holds no run to draw. It needs the metrics.jsonl or run.json that the "
+            "plugin 'logging' writes"
         )
     info = dict(_mapping(folder / "run.json"))
-    if "ranks" in info:  # what runs before 0.1 called it
+    if "ranks" in info:  # its name in runs before 0.1
         info.setdefault("world_size", info.pop("ranks"))
     run = Run(folder, info, name=str(info.get("name") or folder.resolve().name))
     if (folder / "metrics.jsonl").is_file():
@@ -158,7 +158,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def distinguished(runs: list[Run]) -> list[Run]:
-    """Runs of the same name get that of the folder above before it, or a number behind it."""
+    """Make names of runs unique, by the parent folder before them or a number after them."""
     names = Counter(run.name for run in runs)
     for run in runs:
         if names[run.name] > 1:

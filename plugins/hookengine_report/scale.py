@@ -1,4 +1,4 @@
-"""The axes of a chart, and what is drawn of a curve that has more values than there is room for."""
+"""The axes of a chart, and how a curve with more values than there is room for is reduced."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from matplotlib.ticker import MaxNLocator
 
 Point = tuple[float, float]
 LARGEST = 1e300
-"""What lies beyond is drawn as a gap, as NaN is: the length of an axis must be a number."""
+"""Larger values are drawn as a gap, like NaN: the length of an axis must be finite."""
 SMALLEST = 1e-300
-"""What lies below has no place on a logarithmic axis: it has few digits, or is zero."""
+"""Smaller values do not fit on a logarithmic axis: they have few digits, or are zero."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to a place between 0 and 1.
+    """A mapping from values to places between 0 and 1.
 
     Attributes:
         low: The value at 0.
         high: The value at 1.
         ticks: Values between them.
-        log: Whether equal distances are equal factors.
+        log: Whether equal distances stand for equal factors.
     """
 
     low: float
@@ -32,7 +32,7 @@ class Scale:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the place of a value."""
         if self.log:
             low, high = math.log10(self.low), math.log10(self.high)
             return (math.log10(value) - low) / (high - low)
@@ -40,11 +40,11 @@ class Scale:
 
 
 def value_scale(values: Iterable[float], may_be_log: bool = False) -> Scale:
-    """One that all finite values fit in, with a little room.
+    """Return a scale that fits all finite values, with a little room.
 
     Args:
-        values: Of all lines; NaN and infinities are left out.
-        may_be_log: Take a logarithmic one where all values are positive and span a factor of 50.
+        values: The values of all lines; NaN and infinities are ignored.
+        may_be_log: Use a logarithmic scale if all values are positive and span a factor of 50.
     """
     finite = [value for value in values if abs(value) <= LARGEST]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
@@ -54,13 +54,13 @@ def value_scale(values: Iterable[float], may_be_log: bool = False) -> Scale:
         room = abs(low) * 0.1 or 1.0
     else:
         room = (high - low) * 0.06
-    # Nothing that is never negative gets an axis below zero.
+    # Values that are never negative get no axis below zero.
     bottom = max(low - room, 0.0) if low >= 0 else low - room
     return Scale(bottom, high + room, _ticks(bottom, high + room, 6))
 
 
 def iteration_scale(end: float, epoch_ends: Sequence[int] = ()) -> Scale:
-    """From 0 to the last iteration, with ticks at the ends of epochs where these are given."""
+    """Return a scale from 0 to the last iteration, with ticks at the ends of epochs if given."""
     end = max(end, 1.0)
     if len(epoch_ends) < 2:
         ticks = tuple(t for t in _ticks(0.0, end, 5) if t == int(t) > 0)
@@ -98,12 +98,12 @@ def _log_scale(low: float, high: float) -> Scale:
 
 @dataclass(frozen=True)
 class Trace:
-    """What is drawn of a curve.
+    """The part of a curve that is drawn.
 
     Attributes:
         points: (iteration, value); NaN is a gap.
-        band: (iteration, lowest, highest) around each point, where points stand for several
-            values, whose mean they are; empty where they are the values themselves.
+        band: (iteration, lowest, highest) around each point if it is the mean of several values;
+            empty if the points are the values themselves.
         together: How many values a point stands for.
         missing: How many values were not finite.
     """
@@ -115,17 +115,17 @@ class Trace:
 
     @property
     def values(self) -> Iterable[float]:
-        """All that the value axis must have room for."""
+        """All values that the value axis must have room for."""
         yield from (y for _, y in self.points)
         yield from (y for _, *limits in self.band for y in limits)
 
 
 def trace(points: Sequence[Point], limit: int) -> Trace:
-    """All points, or where they are too many the mean and the range of each stretch of them.
+    """Return all points or, if there are too many, the mean and range of each stretch of them.
 
     Args:
-        points: Ordered by iteration.
-        limit: How many are too many; at least 3.
+        points: The points, ordered by iteration.
+        limit: The largest number of points to return unchanged; at least 3.
     """
     clean = [(x, y if abs(y) <= LARGEST else math.nan) for x, y in points]
     missing = sum(math.isnan(y) for _, y in clean)

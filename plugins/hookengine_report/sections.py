@@ -1,4 +1,4 @@
-"""What the page says of one run beside its curves."""
+"""The page's sections about one run, other than its curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_TILES = 5  # of metrics
 
 
 def header(run: Run) -> Markup:
-    """Name, model, status, when and how long."""
+    """Show name, model, status, start and number of epochs and iterations."""
     facts = [state(run)]
     if model := run.info.get("model"):
         facts.append(element("span", element("b", str(model))))
@@ -46,7 +46,7 @@ def header(run: Run) -> Markup:
 
 
 def state(run: Run) -> Markup:
-    """One word with its colour."""
+    """Show the status as one word in its color."""
     word = run.status.partition(":")[0]
     kind = {"finished": "good", "failed": "bad"}.get(word, "wait")
     return element("span", word, class_=f"state {kind}")
@@ -66,7 +66,7 @@ def _banner(run: Run) -> Markup:
 
 
 def tiles(run: Run) -> Markup:
-    """The key numbers."""
+    """Show the key numbers."""
     told: list[tuple[str, str, str]] = []
     for best in best_values(run)[:_MOST_TILES]:
         told.append((label(run, best), number(best.value), where(run, best)))
@@ -96,13 +96,13 @@ def tiles(run: Run) -> Markup:
 
 
 def label(run: Run, best: Best) -> str:
-    """What a best value is called; ``val`` tells it from one of training with the same name."""
+    """Name a best value; ``val`` tells it from a training value of the same name."""
     val = "val " * (best.name in run.phase("train"))
     return f"{best.word} {val}{best.name}"
 
 
 def where(run: Run, best: Best) -> str:
-    """Epoch or iteration of a value."""
+    """Return the epoch or iteration of a value."""
     if math.isnan(best.value):
         return "never finite"
     if run.by_epoch:
@@ -111,7 +111,7 @@ def where(run: Run, best: Best) -> str:
 
 
 def checkpoints(run: Run) -> Markup:
-    """The best one and the newest one."""
+    """Show the best and the newest checkpoint."""
     rows = []
     for name, manifest in run.checkpoints.items():
         progress = _mapping(manifest.get("progress"))
@@ -139,7 +139,7 @@ def _folder(run: Run, name: str) -> str:
 
 
 def _measured(run: Run, name: str, manifest: Mapping[str, Any]) -> str:
-    """What was measured with its weights: the metric that it was chosen by, or all."""
+    """Return what was measured with its weights: the metric that chose it, or all metrics."""
     iteration = _mapping(manifest.get("progress")).get("iter")
     there = {}
     for metric, curve in run.phase("val").items():
@@ -154,7 +154,7 @@ def _measured(run: Run, name: str, manifest: Mapping[str, Any]) -> str:
 
 
 def setup(run: Run) -> Markup:
-    """Loops, optimizers: what was chosen."""
+    """Show the chosen options of loops and optimizers."""
     rows = []
     for phase in ("train", "val", "test"):
         if config := run.section(f"{phase}_cfg"):
@@ -173,7 +173,7 @@ def setup(run: Run) -> Markup:
 
 
 def plugins(run: Run) -> Markup:
-    """Each plugin with where it comes from and its options."""
+    """Show each plugin with its source and options."""
     rows = [
         element(
             "tr",
@@ -189,7 +189,7 @@ def plugins(run: Run) -> Markup:
 
 
 def options(values: Mapping[str, Any]) -> Markup:
-    """Names and values side by side; those that are not set last and paler."""
+    """Show names and values side by side, unset ones last and paler."""
     chips = []
     for name, value in sorted(values.items(), key=lambda pair: unset(pair[1])):
         text = plain(value)
@@ -200,7 +200,7 @@ def options(values: Mapping[str, Any]) -> Markup:
 
 
 def hooks(run: Run) -> Markup:
-    """Who is called at each event, in order."""
+    """Show the plugins called at each event, in order."""
     called = run.section("hooks")
     by_subject: dict[str, list[str]] = {}
     for event in [*(e for e in EVENTS if e in called), *(e for e in called if e not in EVENTS)]:
@@ -226,7 +226,7 @@ def _chain(names: Iterable[Any]) -> Markup:
 
 
 def environment(run: Run) -> Markup:
-    """What it ran on, and the command."""
+    """Show the environment of the run, and its command."""
     found = run.section("environment")
     if not found:
         return Markup("")
@@ -256,12 +256,12 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Markup:
 
 
 def table(columns: Iterable[str], rows: Iterable[str], numbers: Iterable[int] = ()) -> Markup:
-    """A table that scrolls within itself where it is too wide.
+    """Build a table that scrolls horizontally if it is too wide.
 
     Args:
-        columns: The names above it.
-        rows: Its ``tr`` elements.
-        numbers: Columns whose name is set to the right.
+        columns: The names of the columns.
+        rows: The ``tr`` elements.
+        numbers: The columns whose name is aligned to the right.
     """
     numbers = set(numbers)
     heads = [
@@ -273,11 +273,11 @@ def table(columns: Iterable[str], rows: Iterable[str], numbers: Iterable[int] = 
 
 
 def panel(*children: str, stack: bool = False) -> Markup:
-    """A card around something.
+    """Build a card around something.
 
     Args:
-        children: What is in it.
-        stack: Where the page is narrow, put the cells of a table below each other.
+        children: The content of the card.
+        stack: Whether to stack the cells of a table on a narrow page.
     """
     return element("div", *children, class_="panel" + " stack" * stack)
 

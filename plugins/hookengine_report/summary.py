@@ -1,4 +1,4 @@
-"""The key numbers of a run, and in what runs differ."""
+"""The key numbers of a run, and the differences between runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hookengine_report.runs import Curve, Run
 from hookengine_report.text import NOTHING
 
 OWN = ("time", "data_time", "samples_per_second", "memory", "eta")
-"""What ``logging`` itself adds to a training record, beside the learning rates."""
+"""What ``logging`` itself adds to a training record, besides the learning rates."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best value of a metric, or its last one where the name does not tell the direction.
+    """The best value of a metric, or its last one if the name does not tell the direction.
 
     Attributes:
-        name: Of the metric.
-        value: NaN where no value was finite.
-        iteration: After which it was measured.
-        greater: Whether more is better; None where that is not known.
+        name: The name of the metric.
+        value: The value; NaN if none was finite.
+        iteration: The iteration after which it was measured.
+        greater: Whether a greater value is better; None if that is unknown.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Best:
 
 
 def best_values(run: Run, phase: str = "val") -> list[Best]:
-    """The best value of each metric of a phase, those with a known direction first."""
+    """Return the best value of each metric of a phase, those with a known direction first."""
     curves = run.phase(phase).items()
     found = [best_of(name, curve) for name, curve in curves if name != "seconds"]
     return sorted(found, key=lambda b: (b.greater is None, "loss" in b.name.lower()))
 
 
 def best_of(name: str, curve: Curve) -> Best:
-    """The best value of one metric; of equal ones the first."""
+    """Return the best value of one metric, the first of equal ones."""
     greater = greater_is_better(name)
     pairs = zip(curve.iterations, curve.values, strict=True)
     finite = [(iteration, value) for iteration, value in pairs if math.isfinite(value)]
@@ -61,35 +61,35 @@ def best_of(name: str, curve: Curve) -> Best:
 
 
 def last_finite(curve: Curve | None) -> float:
-    """The last finite value; NaN where there is none."""
+    """Return the last finite value, or NaN if there is none."""
     values = reversed(curve.values) if curve is not None else ()
     return next((value for value in values if math.isfinite(value)), math.nan)
 
 
 def throughput(run: Run) -> float:
-    """The median of the samples per second; NaN without any."""
+    """Return the median of the samples per second, or NaN without any."""
     curve = run.curves.get(("train", "samples_per_second"), Curve())
     finite = [value for value in curve.values if math.isfinite(value)]
     return median(finite) if finite else math.nan
 
 
 def peak_memory(run: Run) -> float:
-    """In MB; NaN where it is not known."""
+    """Return the peak memory in MB, or NaN if it is unknown."""
     curve = run.curves.get(("train", "memory"), Curve())
     return max((value for value in curve.values if math.isfinite(value)), default=math.nan)
 
 
 def loss_name(run: Run) -> str | None:
-    """The loss that stands for the training: ``loss``, else the first that is called so."""
+    """Return the name of the main training loss: ``loss``, else the first name with ``loss``."""
     names = [name for name in run.phase("train") if "loss" in name.lower()]
     return "loss" if "loss" in names else next(iter(names), None)
 
 
 def seconds_by_phase(run: Run) -> dict[str, float]:
-    """Where the time went: training, waiting for data, validation, test, and what is left.
+    """Return where the time went: training, waiting for data, validation, test, and the rest.
 
-    The rest (start, checkpoints, what lies between) is known only where ``run.json`` tells the
-    whole time and the records are all of that process.
+    The rest (startup, checkpoints, everything in between) is known only if ``run.json`` has the
+    total time and all records are from that process.
     """
     per_iteration = run.curves.get(("train", "time"), Curve())
     training = _summed(per_iteration, run)
@@ -105,21 +105,21 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
 
 
 def total_seconds(run: Run) -> float:
-    """How long the run took, as far as its records tell; NaN where they do not."""
+    """Return how long the run took, as far as its records tell, or NaN if they do not."""
     known = math.fsum(seconds_by_phase(run).values())
     whole = run.time("ended") - run.time("started")
     return max(known, whole) if math.isfinite(whole) else known or math.nan
 
 
 def _summed(curve: Curve, run: Run) -> float:
-    """Seconds per iteration times the iterations since the record before."""
+    """Return the sum of seconds per iteration times the iterations since the previous record."""
     total, before = 0.0, 0.0
     for iteration, value in zip(curve.iterations, curve.values, strict=True):
         count = iteration - before
         if count > 0 and math.isfinite(value):
             seconds = value * count
             if before == 0 and run.first >= run.time("started"):
-                # Weights that were loaded bring a count that this history knows nothing of.
+                # Loaded weights bring an iteration count that this history does not cover.
                 seconds = min(seconds, run.first - run.time("started"))
             total += seconds
         before = iteration
@@ -130,7 +130,7 @@ def _summed(curve: Curve, run: Run) -> float:
 
 
 def configuration(run: Run) -> dict[str, Any]:
-    """What a user chose, by dotted name: model, loops, optimizers, options of the plugins."""
+    """Return what a user chose, by dotted name: model, loops, optimizers, options of plugins."""
     plugins = {
         str(plugin.get("name")): {"": "on", **_as_mapping(plugin.get("options"))}
         for plugin in plugins_of(run)
@@ -144,7 +144,7 @@ def configuration(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The options in which runs differ, by dotted name: one text per run."""
+    """Return the options in which runs differ, by dotted name: one text per run."""
     told = [configuration(run) for run in runs]
     everywhere = set.intersection(*({str(p.get("name")) for p in plugins_of(run)} for run in runs))
     told = [_with_plugins_as_one(run, one, everywhere) for run, one in zip(runs, told, strict=True)]
@@ -154,7 +154,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _with_plugins_as_one(run: Run, told: dict[str, Any], everywhere: set[str]) -> dict[str, Any]:
-    """A plugin that some runs do not have is one row: all that is set in it."""
+    """Merge a plugin that some runs do not have into one row with all its set options."""
     rows = dict(told)
     for plugin in plugins_of(run):
         if (name := str(plugin.get("name"))) not in everywhere:
@@ -166,18 +166,18 @@ def _with_plugins_as_one(run: Run, told: dict[str, Any], everywhere: set[str]) -
 
 
 def unset(value: Any) -> bool:
-    """Whether an option says no more than that nothing was chosen."""
+    """Return whether the value of an option means that nothing was chosen."""
     return value is None or value is False or value in ("", [], {})
 
 
 def plugins_of(run: Run) -> list[dict[str, Any]]:
-    """Name, source and options of each plugin, as ``run.json`` has them."""
+    """Return name, source and options of each plugin, as in ``run.json``."""
     plugins = run.info.get("plugins")
     return [p for p in plugins if isinstance(p, dict)] if isinstance(plugins, list) else []
 
 
 def initial(given: Any) -> dict[str, Any]:
-    """An optimizer's options with the learning rate that it was given, not a warm-up's first."""
+    """Return an optimizer's options with its given learning rate, not the first of a warm-up."""
     options: dict[str, Any] = {**_as_mapping(given)}
     if "initial_lr" in options:
         options["lr"] = options.pop("initial_lr")
@@ -185,7 +185,7 @@ def initial(given: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """A value of ``run.json`` as a text on one line."""
+    """Return a value of ``run.json`` as text on one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or value is None:

@@ -1,7 +1,7 @@
 """Charts as SVG that stretches with the page, with their labels as HTML that does not.
 
-The colours are those of the page's style sheet, so that one drawing serves its light and its dark
-scheme.
+The colors are those of the page's style sheet, so that one drawing serves both its light and its
+dark scheme.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MOST_DOTS = 60
 
 
 def chart(drawn: Chart, epochs: list[int]) -> Markup:
-    """A card with title, legend, axes and lines.
+    """Draw a card with title, legend, axes and lines.
 
     Args:
-        drawn: What is in it.
+        drawn: The chart to draw.
         epochs: The last iterations of the epochs, which get a row of labels below the axis.
     """
     alone = len(drawn.lines) == 1 and drawn.lines[0].phase == "train"
@@ -48,7 +48,7 @@ def chart(drawn: Chart, epochs: list[int]) -> Markup:
 
 
 def histogram(counted: Histogram, name: str) -> Markup:
-    """The bars of a histogram."""
+    """Draw the bars of a histogram."""
     counts, edges = counted.counts, counted.edges
     y = value_scale([0.0, *counts])
     low, high = edges[0], edges[-1]
@@ -92,7 +92,7 @@ def _grid(x: Scale, y: Scale) -> list[Markup]:
 
 
 def _line(line: Line, drawn: Chart) -> Markup:
-    """The path of a line, its range, dots for validations, and the values for the readout."""
+    """Draw a line, its range, and dots for validations; add the values for the readout."""
     points = line.trace.points
     places = [[_place(point, drawn) for point in segment] for segment in _segments(points)]
     path = "".join(
@@ -120,7 +120,7 @@ def _line(line: Line, drawn: Chart) -> Markup:
 
 
 def _band(line: Line, drawn: Chart) -> list[Markup]:
-    """The range of the values behind each point, as one area for each stretch without a gap."""
+    """Draw the range of the values behind each point, one area per stretch without a gap."""
     lows = _segments([(x, low) for x, low, _ in line.trace.band])
     highs = _segments([(x, high) for x, _, high in line.trace.band])
     areas = [
@@ -138,7 +138,7 @@ def _place(point: Point, drawn: Chart) -> tuple[int, int]:
 
 
 def _segments(points: list[Point]) -> list[list[Point]]:
-    """The stretches without a gap."""
+    """Return the stretches without a gap."""
     segments: list[list[Point]] = [[]]
     for point in points:
         if math.isnan(point[1]):
@@ -158,7 +158,7 @@ def _value_labels(scale: Scale) -> Markup:
 
 
 def _iteration_labels(scale: Scale, epochs: list[int]) -> Markup:
-    """Iterations, and below them the epochs, where the ticks stand at their ends."""
+    """Draw the iterations and, below ticks at the ends of epochs, the epochs."""
     epoch_of = {float(end): epoch for epoch, end in enumerate(epochs, start=1)}
     both = len(epochs) > 1
     spans = [element("span", "iteration", class_="name")]
@@ -176,7 +176,7 @@ def _iteration_labels(scale: Scale, epochs: list[int]) -> Markup:
 
 
 def _legend(line: Line, alone: bool) -> Markup:
-    """A line of the legend; one that is alone needs no name."""
+    """Draw a line of the legend; a single line needs no name."""
     kind = f"key s{line.colour % COLOURS} {line.phase}" + " dashed" * (line.colour >= COLOURS)
     note = [" ", element("span", line.note, class_="hint")] if line.note else []
     label = "" if alone else line.label

@@ -1,4 +1,4 @@
-"""Numbers, times and names as people read them."""
+"""Numbers, times and names in readable form."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 
 NOTHING = "\N{EN DASH}"
-"""What stands where there is no value."""
+"""The placeholder for a missing value."""
 MINUS = "\N{MINUS SIGN}"
-"""As wide as a plus sign, unlike a hyphen."""
+"""A minus as wide as a plus sign, unlike a hyphen."""
 
 
 def number(value: float) -> str:
-    """Four significant digits; thousands apart."""
+    """Format with four significant digits and separated thousands."""
     if math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -29,7 +29,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: ``1.4 s``, ``3 min 20 s``, ``5 h 2 min``, ``2 d 3 h``."""
+    """Format with at most two units: ``1.4 s``, ``3 min 20 s``, ``5 h 2 min``, ``2 d 3 h``."""
     if not math.isfinite(seconds):
         return NOTHING
     if seconds < 0.1:
@@ -45,19 +45,19 @@ def duration(seconds: float) -> str:
 
 
 def memory(megabytes: float) -> str:
-    """``774 MB``, ``12.3 GB``."""
+    """Format as ``774 MB`` or ``12.3 GB``."""
     if not math.isfinite(megabytes):
         return NOTHING
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``8 epochs``."""
+    """Format as ``1 epoch`` or ``8 epochs``."""
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def moment(seconds: float) -> str:
-    """A time since 1970 as local date and time."""
+    """Format seconds since 1970 as local date and time."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     except (ValueError, OverflowError, OSError):
@@ -65,11 +65,11 @@ def moment(seconds: float) -> str:
 
 
 def tick_texts(ticks: Sequence[float], log: bool = False) -> list[str]:
-    """What stands at the ticks of an axis: as many digits as tell them apart, and no more.
+    """Format the ticks of an axis, with only as many digits as tell them apart.
 
     Args:
         ticks: The values.
-        log: Whether each is written by its own size, rather than by that of the largest.
+        log: Whether to choose the unit of each tick by its own size, not by that of the largest.
     """
     if log:
         return [tick_texts([tick])[0] for tick in ticks]
@@ -83,7 +83,7 @@ def tick_texts(ticks: Sequence[float], log: bool = False) -> list[str]:
 
 
 def iteration_texts(ticks: Sequence[float]) -> list[str]:
-    """Iterations below an axis; rounded where there are many."""
+    """Format the iterations below an axis, rounded if they are large."""
     if max(ticks, default=0.0) < 1e5:
         return [f"{tick:,.0f}" for tick in ticks]
     rough = [f"{tick / 1e6:.2f}M" if tick >= 1e6 else f"{tick / 1e3:.1f}k" for tick in ticks]

@@ -1,4 +1,4 @@
-"""The two files of a report, each written whole or not at all."""
+"""The two files of a report, each written atomically."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Draw one run, or several in the same plots.
 
     Args:
-        folders: Of the runs.
-        out: A folder, which is made if need be; or a file ``NAME.html`` or ``NAME.png``, beside
-            which the other one is put.
+        folders: The folders of the runs.
+        out: A folder, which is created if needed; or a file ``NAME.html`` or ``NAME.png``, and the
+            other file is written beside it.
 
     Returns:
-        The page and the picture.
+        The paths of the page and the picture.
 
     Raises:
-        ValueError: no folder is given.
-        FileNotFoundError: a folder holds no run.
-        OSError: the files cannot be written.
+        ValueError: ``folders`` is empty.
+        FileNotFoundError: A folder holds no run.
+        OSError: The files cannot be written.
     """
     if not folders:
-        raise ValueError("there is no run to draw")
+        raise ValueError("folders is empty. Pass the folder of at least one run")
     runs = distinguished([read_run(folder) for folder in folders])
     html, png = _paths(Path(out))
     html.parent.mkdir(parents=True, exist_ok=True)

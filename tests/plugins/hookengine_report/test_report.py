@@ -658,7 +658,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     message = {
-        "missing": "is no folder: give that of a run",
+        "missing": "is not a folder. Pass the folder of a run",
         "empty": "is neither the folder of a run",
         "unwritable": "file/inside: ",
     }
