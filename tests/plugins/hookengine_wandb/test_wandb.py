@@ -531,6 +531,7 @@ def test_the_process_that_speaks_with_wandb_may_die(
             sink = runner.plugins["wandb"]
             Sink.after_run(sink, runner)  # what came before is written
             sink._session._process.kill()
+            sink._session._process.wait()
 
     runner.train()
     runner.close()
