@@ -78,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each worker of pytest-xdist whole files, and one of them all files with ranks.
 
     Two pairs of ranks at a time would starve each other on two cores. The tests of a file share
-    what takes long. (xdist's own groups, by marker, do nothing under pytest 9.)
+    what takes long. (The groups of pytest-xdist 3.8, by marker, do nothing under pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
 

@@ -18,8 +18,7 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*_PRELOADED])
 
 
-@contextmanager
-def serving(kind: str) -> Iterator[None]:
-    """Run a block in which processes of the start method ``forkserver`` are started."""
+def start_server(kind: str) -> None:
+    """Start the fork server if it does not run yet; call this before each start of a process.
+
+    Args:
+        kind: ``PROCESS`` or ``RANKS``, the marker that the test needs.
+    """
     sys.audit(kind)
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(_ONE_THREAD)
@@ -58,7 +60,6 @@ def serving(kind: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    yield
 
 
 def run(
@@ -99,8 +100,8 @@ def run(
             target=_run,
             args=(code, arguments, cwd, dict(env or os.environ), streams, strict, new_session),
         )
-        with serving(PROCESS):
-            process.start()
+        start_server(PROCESS)
+        process.start()
         process.join()
         assert process.exitcode is not None
         printed = ["" if to else (folder / name).read_text() for name, to in outputs.items()]

@@ -50,13 +50,13 @@ def spawn(world: int, function: Callable[..., Any], folder: Path, *args: Any) ->
     Args:
         folder: Where ``printed_RANK`` gets what a process prints.
     """
-    with forks.serving(forks.RANKS):
-        mp.start_processes(
-            _as_rank,
-            (dict(os.environ), folder, function, (free_port(), *args)),
-            nprocs=world,
-            start_method="forkserver",
-        )
+    forks.start_server(forks.RANKS)
+    mp.start_processes(
+        _as_rank,
+        (dict(os.environ), folder, function, (free_port(), *args)),
+        nprocs=world,
+        start_method="forkserver",
+    )
 
 
 def _as_rank(
