@@ -60,7 +60,7 @@ class BackgroundWriter:
         return self._write is None or self._write.done()
 
     def poll(self, runner: Any) -> None:
-        """Report a write that has ended meanwhile; do not wait for one in progress."""
+        """Report a write that has ended; do not wait for one in progress."""
         if self._write is not None and self._write.done():
             self.wait(runner)
 

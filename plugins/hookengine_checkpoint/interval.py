@@ -75,7 +75,7 @@ class SaveTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Start the interval anew from the current epoch, iteration and time."""
+        """Restart the interval from the current epoch, iteration and time."""
         count = int(self.interval.number)
         if self.interval.unit == "epochs":
             self._next = (self._progress.epoch // count + 1) * count

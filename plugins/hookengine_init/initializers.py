@@ -85,7 +85,7 @@ class BaseInit:
         return cls.__name__ in self.layer or any(b.__name__ in self.layer for b in cls.__bases__)
 
     def fill(self, weight: Tensor) -> Tensor | None:
-        """Fill a weight in place; gradients are disabled meanwhile."""
+        """Fill a weight in place; gradients are disabled during the call."""
         raise NotImplementedError(f"{type(self).__name__} implements neither fill nor __call__")
 
     def __call__(self, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from hookengine import dist
 
 ATTRIBUTE = "_params_init_info"
-"""The attribute that holds the record in each module meanwhile; named as in MMEngine."""
+"""The attribute of each module that holds the record during that time; named as in MMEngine."""
 
 NARROW = 40
 """Up to this many parameters, the console shows each; above, one line per way of initialization."""

@@ -57,7 +57,7 @@ def load_weights(
 ) -> Mismatch:
     """Load weights into a module: all that fit or, if there is an error, none.
 
-    To undo a failed load, a second copy of the module's tensors is kept meanwhile, on their device.
+    A second copy of the module's tensors is kept on their device, to undo a failed load.
 
     Args:
         module: Any module.

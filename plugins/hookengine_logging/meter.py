@@ -83,7 +83,7 @@ class Meter:
             self._reject(str(name), f"({kind}{shape}) is left out of the records: {error}")
 
     def reduce(self) -> tuple[dict[str, float], dict[str, Medium]]:
-        """Return the means of the numbers and the media, both by name, and start anew.
+        """Return the means of the numbers and the media, both by name, and start over.
 
         A name that is not a text becomes its ``str``; control characters and lone surrogates in
         it become underscores.

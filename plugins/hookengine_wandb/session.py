@@ -315,7 +315,7 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         except Exception as error:
             answer = {"error" if asks else "failed": f"{type(error).__name__}: {error}"}
         if answer is not None:
-            with suppress(BrokenPipeError):  # training has ended meanwhile
+            with suppress(BrokenPipeError):  # training may have ended
                 print(json.dumps(answer), file=answers, flush=True)
         if name == "finish":  # forked workers of a dataloader may still hold the pipe open
             return
