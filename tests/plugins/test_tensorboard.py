@@ -442,6 +442,21 @@ def test_a_run_is_replayed_into_an_empty_folder_and_only_once(
     assert len(files(folder / "tensorboard_1")) == 2
 
 
+def test_a_run_that_says_ranks_is_replayed(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = make(plugins=["logging"], name="run")
+    runner.train()
+    runner.close()
+    file = runner.run_dir / "run.json"
+    described = json.loads(file.read_text())
+    described["ranks"] = described.pop("world_size")  # as it was called at first
+    file.write_text(json.dumps(described))
+    assert replay_here(capsys, str(runner.run_dir), "--to", "tensorboard")[0] == 0
+    (start,) = (p for p in hparams(runner.run_dir) if p.HasField("session_start_info"))
+    assert start.session_start_info.hparams["world_size"].number_value == 1
+
+
 def test_a_run_that_failed_is_replayed_as_one_that_failed(
     make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -663,3 +663,12 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
         "unwritable": "file/inside: ",
     }
     assert message[kind] in done.stderr
+
+
+def test_runs_that_say_ranks_are_compared_with_those_that_say_world_size(tmp_path: Path) -> None:
+    records = [record("train", 1, loss=1.0)]
+    older = write_run(tmp_path / "older", records, environment={"python": "3"}, ranks=2)
+    newer = write_run(tmp_path / "newer", records, environment={"python": "3"}, world_size=4)
+    runs = [read_run(older), read_run(newer)]
+    assert [run.info["world_size"] for run in runs] == [2, 4]
+    assert differences(runs) == {"world_size": ["2", "4"]}
