@@ -84,7 +84,7 @@ def run(
         stdout: A file or a terminal for what it prints; by default that is returned.
         stderr: The same for the standard error.
         strict: Whether every warning is an error, as under ``-W error``.
-        new_session: Whether it leads a process group of its own.
+        new_session: Whether it leads a new session and process group.
 
     Returns:
         As ``subprocess.run`` does: the exit code, or the negative number of the signal.

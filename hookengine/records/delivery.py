@@ -61,7 +61,7 @@ class Delivery:
         records: The number of records written.
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
-        started: Whether the thread has been started.
+        thread: The thread, or None before the first job and after the last one.
     """
 
     def __init__(self, owner: object, destination: Destination, runner: Any = None) -> None:
@@ -80,11 +80,6 @@ class Delivery:
         self._opened = self._retired = False
         self._behind = self._warned_behind = False
         self._left_behind = 0
-
-    @property
-    def started(self) -> bool:
-        """Whether the thread has been started."""
-        return self.thread is not None
 
     def retire(self) -> None:
         """Stop writing, because the sink now serves another Runner."""

@@ -141,7 +141,7 @@ class Sink(Plugin):
             return
         if history is not None:
             self.replay(runner, history)
-        elif not delivery.started and delivery.runner is not None and runner.progress.iter > 0:
+        elif delivery.thread is None and delivery.runner is not None and runner.progress.iter > 0:
             delivery.catch_up_first()  # the sink was added mid-run
 
     def after_run(self, runner: Runner) -> None:

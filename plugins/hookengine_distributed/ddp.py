@@ -169,8 +169,8 @@ class MMSeparateDistributedDataParallel(ModelSteps, nn.Module):
         own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
         if own:
             raise ValueError(
-                f"{type(module).__name__} has parameters of its own ({', '.join(own)}), besides "
-                "those of its children, and no wrapper would hold them. Move them into a child"
+                f"{type(module).__name__} has parameters outside its children "
+                f"({', '.join(own)}), which no wrapper would hold. Move them into a child"
             )
         for name, child in module.named_children():
             if any(parameter.requires_grad for parameter in child.parameters()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.optim.lr_scheduler as torch_schedulers
@@ -165,19 +165,29 @@ def _from_dict(
 def check_plain(scheduler: LRScheduler) -> None:
     """Reject a scheduler whose state holds objects that a checkpoint cannot hold.
 
-    Subclasses of plain types, such as NumPy's ``float64``, are left to the plugin that saves
-    checkpoints.
+    Subclasses of plain types, such as NumPy's ``float64`` or a named tuple, are left to the plugin
+    that saves checkpoints; the items of such containers are checked.
 
     Raises:
         TypeError: The state holds such an object; the message names its place.
     """
     for name, value in scheduler.state_dict().items():
-        for place, found in not_plain(value, repr(name)):
-            if not isinstance(found, (int, float, str, bytes, list, tuple, dict)):
-                raise TypeError(
-                    f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as "
-                    f"{place}, which a checkpoint cannot hold safely. Leave it out of state_dict()"
-                )
+        for place, found in _objects(value, repr(name)):
+            raise TypeError(
+                f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as {place}, "
+                "which a checkpoint cannot hold safely. Leave it out of state_dict()"
+            )
+
+
+def _objects(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a state that are not of a plain type, nor of a subclass of one."""
+    for place, found in not_plain(value, path):
+        if isinstance(found, dict):
+            yield from _objects(dict(found), place)
+        elif isinstance(found, (list, tuple)):
+            yield from _objects(list(found), place)
+        elif not isinstance(found, (int, float, str, bytes)):
+            yield place, found
 
 
 def _named(name: str) -> Any:

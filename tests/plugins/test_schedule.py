@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hookengine_schedule import Schedule
@@ -608,3 +610,39 @@ def test_several_optimizers_have_a_schedule_each(make: MakeRunner) -> None:
     runner.train()
     rates = {name: wrapper.get_lr() for name, wrapper in runner.optim_wrapper.items()}
     assert rates == {"a": [0.25], "b": pytest.approx([0.01])}
+
+
+class Holding(lr_scheduler.LambdaLR):
+    """A scheduler that also keeps something else in its state."""
+
+    def __init__(self, optimizer: Any, kept: Any) -> None:
+        super().__init__(optimizer, lambda _: 1.0)
+        self.kept = kept
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize(
+    ("kept", "place"),
+    [
+        (object(), "'kept'"),
+        ([0, {"a": object()}], "'kept'[1]['a']"),
+        (defaultdict(list, a=[object()]), "'kept'['a'][0]"),
+        (Pair(1, object()), "'kept'[1]"),
+    ],
+    ids=["itself", "nested", "in a defaultdict", "in a named tuple"],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_refused(
+    make: MakeRunner, kept: Any, place: str
+) -> None:
+    with pytest.raises(TypeError, match="cannot hold safely") as caught:
+        make(plugins=[dict(type="schedule", scheduler=dict(type=Holding, kept=kept))])
+    assert f"as {place}," in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [np.float64(0.5), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}])
+def test_subclasses_of_plain_types_are_left_to_who_saves(make: MakeRunner, kept: Any) -> None:
+    make(plugins=[dict(type="schedule", scheduler=dict(type=Holding, kept=kept))]).train()

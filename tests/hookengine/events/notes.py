@@ -10,7 +10,7 @@ from hookengine import Plugin
 
 
 class Note(Plugin):
-    """A plugin that notes what it is told."""
+    """A plugin that notes the events that it receives."""
 
     size: int = Field(default=1, gt=0)
 

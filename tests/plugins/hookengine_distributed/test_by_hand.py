@@ -229,7 +229,7 @@ def test_what_fsdp2_has_no_counterpart_for_is_refused(
 def test_parameters_beside_the_children_cannot_be_separate() -> None:
     model = Gan()
     model.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="parameters of its own \\(scale\\)"):
+    with pytest.raises(ValueError, match="parameters outside its children \\(scale\\)"):
         MMSeparateDistributedDataParallel(model)
     with pytest.raises(ValueError, match="no child of Gan has parameters to train"):
         MMSeparateDistributedDataParallel(Gan().requires_grad_(False))
