@@ -2,19 +2,14 @@
 
 from hookengine import dist
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
-from hookengine.events.hookspecs import EVENTS, hookimpl
+from hookengine.events.dispatch import Observer
+from hookengine.events.hookimpl import hookimpl
+from hookengine.events.hookspecs import EVENTS, Phase
 from hookengine.events.manager import PluginManager
-from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin, options_of
-from hookengine.events.registry import (
-    MODEL_WRAPPERS,
-    MODELS,
-    PLUGINS,
-    WEIGHT_INITIALIZERS,
-    Registry,
-    did_you_mean,
-)
+from hookengine.events.order import Place
+from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
 from hookengine.loop.config import EvalCfg, TrainCfg
-from hookengine.loop.data import batch_size, copy_dataloader, length_of, samplers_of
+from hookengine.loop.data import SeekableLoader, batch_size, is_consecutive, length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
@@ -23,8 +18,19 @@ from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequent
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
 from hookengine.records.record import Record, read_records
-from hookengine.records.sink import Sink
+from hookengine.records.run_folder import RunFolder
+from hookengine.records.sink import RunInfo, Sink
+from hookengine.registry import (
+    MODEL_WRAPPERS,
+    MODELS,
+    PLUGINS,
+    WEIGHT_INITIALIZERS,
+    Registry,
+    did_you_mean,
+)
 from hookengine.runner import Runner
+from hookengine.setup.dataloaders import copy_dataloader, samplers_of
+from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
 from hookengine.setup.plain import not_plain
 
@@ -46,14 +52,20 @@ __all__ = [
     "Image",
     "ModuleDict",
     "ModuleList",
+    "Observer",
     "OptimWrapper",
     "OptimWrapperDict",
+    "Phase",
+    "Place",
     "Plugin",
     "PluginManager",
     "Progress",
     "Record",
     "Registry",
+    "RunFolder",
+    "RunInfo",
     "Runner",
+    "SeekableLoader",
     "Sequential",
     "Sink",
     "Table",
@@ -67,6 +79,7 @@ __all__ = [
     "get_random_state",
     "greater_is_better",
     "hookimpl",
+    "is_consecutive",
     "length_of",
     "log_context",
     "metric_value",

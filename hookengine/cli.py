@@ -15,7 +15,7 @@ from rich.table import Table
 from hookengine.events import hookspecs
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.plugin import DEFAULT_PLUGINS
-from hookengine.events.registry import PLUGINS, distribution_of
+from hookengine.registry import PLUGINS, distribution_of
 from hookengine.setup.environment import describe_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)

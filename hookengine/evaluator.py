@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hookengine import dist
 from hookengine.events.plugin import snake_case
-from hookengine.events.registry import unknown
+from hookengine.registry import unknown
 
 _GREATER = re.compile(
     r"[am]?acc|accuracy|top\d+|auc|auroc|auprc|precision|recall|f\d|fscore|m?dice|m?iou|m?ap|r2|"

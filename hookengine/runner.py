@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import nn
 
 from hookengine import dist
-from hookengine.events.answers import answer, explain_arguments
+from hookengine.answers import answer, explained_arguments
 from hookengine.events.dispatch import SILENT
+from hookengine.events.hookimpl import HookArguments
 from hookengine.events.hookspecs import Phase
 from hookengine.events.manager import PluginManager
 from hookengine.events.plugin import DEFAULT_PLUGINS, FunctionPlugin
@@ -21,24 +21,14 @@ from hookengine.events.selection import PluginLike
 from hookengine.loop.config import EvalCfg, TrainCfg, parse
 from hookengine.loop.life import Life
 from hookengine.loop.loops import EvalLoop, TrainLoop
+from hookengine.loop.optim import OptimWrapper, repeat
 from hookengine.loop.progress import Progress
 from hookengine.model.base_model import BaseModel, SupervisedModel
 from hookengine.records.log_context import make_logger
-from hookengine.setup import migration, state
-from hookengine.setup.arguments import (
-    all_or_none,
-    build_dataloader,
-    build_evaluator,
-    build_model,
-    build_optim_wrapper,
-    check_model,
-    check_optimizers,
-    default_device,
-    eval_cfg,
-    optimizer_names,
-    point_at_model,
-)
+from hookengine.records.run_folder import make_folder
+from hookengine.setup import arguments, state
 from hookengine.setup.description import describe_run
+from hookengine.setup.migration import drop_neutral
 
 F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
@@ -82,6 +72,9 @@ class Runner(Life):
             only if there is no checkpoint to resume from. With ``resume=True``, this is the
             checkpoint to resume from.
 
+    The attributes are there to be read. What a plugin may change has a method: ``use_device``,
+    ``use_name``, ``use_logger``, ``stop``, ``repeat``.
+
     Attributes:
         hooks: All events as functions.
         plugins: The plugin manager.
@@ -91,12 +84,12 @@ class Runner(Life):
         optim_wrapper: The optimizer wrapper (or ``OptimWrapperDict``), or None.
         optimizer_names: The names of the optimizers, known before the optimizers are built.
         requests: What this rank requests for the next safe point: ``{"stop": reason}``.
-        agreed: During ``safe_point``, the requests that all ranks agreed on.
         resume_from: ``"auto"``, a path, or None. A plugin resumes from it in the event ``resume``.
         load_from: The weights to start with, or None. A plugin loads them.
         logger: A structlog logger that binds run, epoch, iteration and plugin to its lines.
     """
 
+    @explained_arguments("Runner", drop_neutral)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Any] | Callable[[], nn.Module],
@@ -118,35 +111,29 @@ class Runner(Life):
         name: str | None = None,
         resume: bool | str | Path | None = None,
         load_from: str | Path | Mapping[str, Any] | None = None,
-        **moved: Any,
     ) -> None:
-        moved = migration.drop_neutral(moved)
-        if moved:
-            known = set(inspect.signature(Runner).parameters) - {"moved"}
-            raise TypeError(explain_arguments("Runner", moved, known))
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be callable, like F.cross_entropy, got {loss!r}")
-        self.optimizer_names = optimizer_names(optim_wrapper)
+        self.optimizer_names = arguments.optimizer_names(optim_wrapper)
         train = {
             "train_dataloader": train_dataloader,
             "train_cfg": train_cfg,
             "optim_wrapper": optim_wrapper,
         }
-        all_or_none(train, "training")
+        arguments.all_or_none(train, "training")
         self.train_cfg = None if train_cfg is None else parse(TrainCfg, train_cfg, "train_cfg")
-        self.val_cfg = eval_cfg("val", val_cfg, val_dataloader, val_evaluator)
-        self.test_cfg = eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
+        self.val_cfg = arguments.eval_cfg("val", val_cfg, val_dataloader, val_evaluator)
+        self.test_cfg = arguments.eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
 
         self.work_dir = Path(work_dir)
         self._named = name is not None
         self._run_dir_made = False
         self._window_told = False
         self.name = name or time.strftime("%Y%m%d_%H%M%S")
-        self.resume_from, self.load_from = _beginning(resume, load_from)
-        self.device = torch.device(device) if device is not None else default_device()
+        self.resume_from, self.load_from = arguments.beginning(resume, load_from)
+        self.device = torch.device(device) if device is not None else arguments.default_device()
         self.progress = Progress()
         self.requests = {}
-        self.agreed: Mapping[str, str] = {}
         self.logger = make_logger(self)
         self.loss = loss
         self.model: Any = None
@@ -159,7 +146,7 @@ class Runner(Life):
         self.hooks = self.plugins.hooks
         self.hooks.runner = self
         with self._building():
-            self._check_beginning()
+            arguments.check_beginning(self)
             self.plugins.configure()
             self._build_model(model)
             self.train_loop = self._build_train_loop(train_dataloader)
@@ -171,10 +158,10 @@ class Runner(Life):
     # -- construction ---------------------------------------------------------------------------
 
     def _build_model(self, model: Any) -> None:
-        model = build_model(model)
+        model = arguments.build_model(model)
         configured = {"train": self.train_cfg, "val": self.val_cfg, "test": self.test_cfg}
         phases = [phase for phase, cfg in configured.items() if cfg is not None]
-        check_model(model, self.loss, phases)
+        arguments.check_model(model, self.loss, phases)
         self._names = {id(p): n for n, p in model.named_parameters()}
         self.hooks.initialize_model(self, model)
         self.bare_model: nn.Module = self.hooks.convert_model(self, model)
@@ -195,12 +182,12 @@ class Runner(Life):
     def _build_optimizers(self, cfg: Any) -> None:
         if not self.optimizer_names:
             return
-        optim_wrapper = build_optim_wrapper(cfg, self.bare_model)
-        check_optimizers(optim_wrapper, self.bare_model)
+        optim_wrapper = arguments.build_optim_wrapper(cfg, self.bare_model)
+        arguments.check_optimizers(optim_wrapper, self.bare_model)
         self.optim_wrapper = optim_wrapper
-        wrappers = optim_wrapper.by_name()
+        wrappers = self.optim_wrappers
         for wrapper in wrappers.values():
-            point_at_model(wrapper, self.bare_model, self._names)
+            arguments.point_at_model(wrapper, self.bare_model, self._names)
             wrapper.hooks = self.hooks
             wrapper.window_length = 1
         self.progress.count_steps_of(wrappers)
@@ -218,26 +205,27 @@ class Runner(Life):
         if cfg is None:
             return None
         loader = self._dataloader(dataloader, phase)
-        if cfg.loss and not hasattr(self.model, "loss_step"):
-            raise TypeError(
-                f"{type(self.model).__name__} has no loss_step(data), which {phase}_cfg="
-                "dict(loss=True) needs. Add this method, as in BaseModel, or remove loss=True"
-            )
-        evaluator = None if metrics is None else build_evaluator(metrics)
+        arguments.check_loss_step(self.model, cfg, phase)
+        evaluator = None if metrics is None else arguments.build_evaluator(metrics)
         return EvalLoop(self, phase, loader, evaluator, cfg)
 
     def _dataloader(self, dataloader: Any, phase: Phase) -> Iterable[Any]:
-        loader = build_dataloader(dataloader, f"{phase}_dataloader")
+        loader = arguments.build_dataloader(dataloader, f"{phase}_dataloader")
         return self.hooks.setup_dataloader(self, loader, phase)
 
-    def _check_beginning(self) -> None:
-        asked = {"resume": self.resume_from, "load_from": self.load_from}
-        given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
-        if given and "resume" not in self.plugins.calls():
-            raise ValueError(
-                f"{' and '.join(given)} needs a plugin that implements the event 'resume', but no "
-                f"such plugin is enabled. {answer('resume') or ''}"
-            )
+    @property
+    def optim_wrappers(self) -> dict[str, OptimWrapper]:
+        """The optimizer wrappers by name; empty if the Runner does not train."""
+        return {} if self.optim_wrapper is None else self.optim_wrapper.by_name()
+
+    @property
+    def dataloaders(self) -> dict[Phase, Iterable[Any]]:
+        """The dataloaders by phase (``train``, ``val``, ``test``), as far as the Runner has them.
+
+        They are those that the plugins returned from ``setup_dataloader``.
+        """
+        loops = {"train": self.train_loop, "val": self.val_loop, "test": self.test_loop}
+        return {phase: loop.dataloader for phase, loop in loops.items() if loop is not None}  # type: ignore[misc]
 
     @property
     def named(self) -> bool:
@@ -307,12 +295,41 @@ class Runner(Life):
         with self._running():
             return loop.run()
 
-    def stop(self, reason: str = "runner.stop()") -> None:
+    def stop(self, reason: str = "runner.stop()", *, now: bool = False) -> None:
         """Request that training stops at the next safe point.
 
         If you call it between runs, the next run stops at its first safe point.
+
+        Args:
+            reason: The reason, for the log and ``progress.stopped``.
+            now: Do not ask the other ranks. They must all do the same: this is for ``before_train``
+                and ``safe_point``, where training then ends without another iteration.
         """
-        self.requests["stop"] = reason
+        if now:
+            self.progress.stopped = reason
+        else:
+            self.requests["stop"] = reason
+
+    def repeat(self, *data_batches: Any) -> list[Any]:
+        """Compute the gradients of the current step again, in ``before_optim_step``.
+
+        The gradients so far are discarded. Each batch goes through ``train_step`` once more, with
+        the current weights. The events of a pass are emitted, from ``before_repeat`` to
+        ``finish_gradients``, but not those of a step. Counters do not change. Random numbers are
+        drawn again, and batch norm sees the batches again.
+
+        Args:
+            *data_batches: All micro-batches of the step, as ``before_train_iter`` returned them. If
+                gradients are not accumulated, that is one batch.
+
+        Returns:
+            What ``train_step`` returned, per batch.
+
+        Raises:
+            RuntimeError: No optimizer step is in progress.
+            ValueError: There is no batch.
+        """
+        return repeat(self, self.optim_wrappers, data_batches)
 
     def log(self, values: Mapping[str, Any], phase: Phase = "train") -> None:
         """Log values by name. Tensors stay on the device until their record is due.
@@ -340,30 +357,14 @@ class Runner(Life):
         Raises:
             OSError: The folder cannot be created.
         """
-        if self._run_dir_made:
-            return self.run_dir
-        name, number = self.name, 1
-        try:
-            while True:
-                try:
-                    follows = self._named or not dist.is_main_process()
-                    self.run_dir.mkdir(parents=True, exist_ok=follows)
-                    break
-                except FileExistsError:
-                    if follows or not self.run_dir.is_dir():
-                        raise
-                    number += 1
-                    self.name = f"{name}_{number}"
-        except OSError as error:
-            raise OSError(
-                f"cannot create the folder of the run, {self.run_dir}: {error.strerror}. Pass "
-                "another work_dir"
-            ) from error
-        self._run_dir_made = True
+        if not self._run_dir_made:
+            shared = self._named or not dist.is_main_process()
+            self.name = make_folder(self.work_dir, self.name, shared)
+            self._run_dir_made = True
         return self.run_dir
 
-    def continue_run(self, name: str) -> None:
-        """Continue in the folder of an earlier run, ``work_dir/name``.
+    def use_name(self, name: str) -> None:
+        """Give the run another name, and thereby another folder, before the folder is created.
 
         Raises:
             RuntimeError: This run already has another folder.
@@ -371,19 +372,46 @@ class Runner(Life):
         if self._run_dir_made and name != self.name:
             raise RuntimeError(
                 f"cannot continue the run {name!r}, because this run already has the folder "
-                f"{self.run_dir}. Call continue_run before make_run_dir"
+                f"{self.run_dir}. Call continue_run or use_name before make_run_dir"
             )
-        self.name, self._named = name, True
+        self.name = name
 
-    def on(self, event: str, *, tryfirst: bool = False, trylast: bool = False) -> Callable[[F], F]:
+    def continue_run(self, name: str) -> None:
+        """Continue in the folder of an earlier run, ``work_dir/name``, which exists.
+
+        Raises:
+            RuntimeError: This run already has another folder.
+        """
+        self.use_name(name)
+        self._named = True
+
+    def use_device(self, device: torch.device) -> None:
+        """Choose the device of the model, in ``configure``.
+
+        Raises:
+            RuntimeError: The model is already built.
+        """
+        if self.model is not None:
+            raise RuntimeError(
+                f"cannot use the device {device}, because the model is already on {self.device}. "
+                "Call use_device in configure"
+            )
+        self.device = device
+
+    def use_logger(self, logger: Any) -> Any:
+        """Log to ``logger``, a structlog logger, from now on, and return the previous one."""
+        previous, self.logger = self.logger, logger
+        return previous
+
+    def on(self, event: str, **options: Unpack[HookArguments]) -> Callable[[F], F]:
         """Register a function as a plugin: ``@runner.on("after_train_iter")``.
 
         It replaces a function that was registered under the same name.
 
         Args:
             event: The event that the function implements.
-            tryfirst: See ``hookimpl``.
-            trylast: See ``hookimpl``.
+            **options: ``after``, ``before``, ``tryfirst``, ``trylast``, ``every`` and ``once``; see
+                ``hookimpl``.
         """
         if not isinstance(event, str):
             raise TypeError(
@@ -392,14 +420,16 @@ class Runner(Life):
             )
 
         def register(function: F) -> F:
-            self.plugins.add(FunctionPlugin(event, function, tryfirst, trylast), replace=True)
+            self.plugins.add(FunctionPlugin(event, function, options), replace=True)
             return function
 
         return register
 
-    def __getattr__(self, name: str) -> Any:
-        text = answer(f"runner.{name}")
-        raise AttributeError(f"the Runner has no {name!r}" + (f": {text}" if text else ""))
+    if not TYPE_CHECKING:  # a type checker must report an unknown attribute
+
+        def __getattr__(self, name: str) -> Any:
+            text = answer(f"runner.{name}")
+            raise AttributeError(f"the Runner has no {name!r}" + (f": {text}" if text else ""))
 
     def _leave_run(self) -> None:
         if self.train_loop is not None:
@@ -409,7 +439,7 @@ class Runner(Life):
         for module in self.model.modules() if self.model is not None else ():
             if isinstance(module, BaseModel):
                 module._hooks = SILENT
-        for wrapper in self.optim_wrapper.by_name().values() if self.optim_wrapper else ():
+        for wrapper in self.optim_wrappers.values():
             wrapper.hooks = SILENT
 
     # -- state ----------------------------------------------------------------------------------
@@ -430,17 +460,8 @@ class Runner(Life):
         if you call this method within a window of accumulated gradients, a run cannot be resumed
         exactly from the state, and a warning is logged. Call it in the event ``safe_point``.
         """
-        if (
-            self.optim_wrapper is not None
-            and self.optim_wrapper.window_open
-            and not self._window_told
-        ):
-            self._window_told = True
-            self.logger.warning(
-                "state_dict() was called between two optimizer steps. It does not hold the "
-                "gradients since the last step, so a run cannot be resumed from it exactly. Call "
-                "it in safe_point"
-            )
+        if not self._window_told:
+            self._window_told = state.warn_of_open_window(self)
         checkpoint = state.collect(self)
         self.hooks.before_save_checkpoint(self, checkpoint)
         return checkpoint
@@ -461,18 +482,3 @@ class Runner(Life):
         if self.train_loop is not None:
             self.train_loop.forget(resumed=True)
         self.hooks.after_load_checkpoint(self, checkpoint)
-
-
-def _beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
-    """Return ``(resume_from, load_from)``, with MMEngine's booleans for ``resume`` translated."""
-    if resume is True and isinstance(load_from, (str, Path)):
-        return load_from, None
-    if resume is True:
-        resume = "auto"
-    if resume is not None and resume is not False and not isinstance(resume, (str, Path)):
-        raise TypeError(f"resume takes 'auto' or the path of a checkpoint, got {resume!r}")
-    if load_from is not None and not isinstance(load_from, (str, Path, Mapping)):
-        raise TypeError(
-            f"load_from takes a path, a URL or dict(checkpoint=..., strict=...), got {load_from!r}"
-        )
-    return resume or None, load_from

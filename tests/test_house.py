@@ -109,7 +109,7 @@ def test_the_table_of_the_house_is_complete() -> None:
 
 
 THIN = {"__init__.py", "__main__.py"}
-RE_EXPORTS = {"hookengine/optim.py", "hookengine/registry.py"}
+RE_EXPORTS = {"hookengine/optim.py"}
 
 
 def test_the_tests_of_each_file_are_found_by_its_name() -> None:

@@ -177,6 +177,30 @@ def _warning_functions() -> None:
     assert callable(warnings._showwarning_orig)  # type: ignore[attr-defined]
 
 
+def _order_of_hooks() -> None:
+    import pluggy
+
+    spec, impl = pluggy.HookspecMarker("p"), pluggy.HookimplMarker("p")
+
+    class Specs:
+        @spec
+        def event(self) -> None: ...
+
+    class Plugin:
+        @impl
+        def event(self) -> Plugin:
+            return self
+
+    manager = pluggy.PluginManager("p")
+    manager.add_hookspecs(Specs)
+    plugins = [Plugin(), Plugin()]
+    for plugin in plugins:
+        manager.register(plugin)
+    assert manager.hook.event() == plugins[::-1]
+    manager.hook.event._hookimpls[:] = manager.hook.event.get_hookimpls()[::-1]
+    assert manager.hook.event() == plugins
+
+
 CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_modules", "_parameters", "_buffers"): _registries,
     ("_non_persistent_buffers_set",): _non_persistent,
@@ -196,8 +220,9 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_get_metadata_path", "_get_layout"): _shards,
     ("_BatchNorm",): _normalizations,
     ("_showwarnmsg_impl", "_showwarning_orig"): _warning_functions,
+    ("_hookimpls",): _order_of_hooks,
 }
-DOCUMENTED = {"_exit", "_getframe"}  # of os and sys: private by name only
+DOCUMENTED = {"_exit", "_getframe", "_asdict"}  # of os, sys, tuples: private by name only
 OWN_KEYS = {  # parts of our own names, in strings
     *("_cfg", "_step", "_iter", "_state_dict", "_evaluator", "_extra_state", "_timestamp"),
     *("_params_init_info", "_sink_current", "_base"),

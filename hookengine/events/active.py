@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -10,18 +9,18 @@ from typing import Any, cast
 import pluggy
 
 from hookengine.events.checks import check_methods, returns_a_value
-from hookengine.events.dispatch import Hooks, Observer, resolve
+from hookengine.events.dispatch import Called, Hooks, Observer, resolve
 from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
-from hookengine.events.order import resolve_order
+from hookengine.events.order import Place, check_constraints, implements, resolve_order
 from hookengine.events.plugin import FunctionPlugin
-from hookengine.events.registry import unknown
+from hookengine.registry import unknown
 
 
 class ActivePlugins(pluggy.PluginManager):
-    """Plugins by name, in the order in which events call them.
+    """Plugins by name, and the order in which each event calls them.
 
-    The whole set is sorted again whenever it changes, so that the order never depends on when a
-    plugin was added.
+    The order is resolved again whenever the set changes, so that it never depends on when a plugin
+    was added.
     """
 
     def __init__(self) -> None:
@@ -29,8 +28,9 @@ class ActivePlugins(pluggy.PluginManager):
         self.add_hookspecs(HookSpecs)
         self._hooks = Hooks()
         self._observers: tuple[Observer, ...] = ()
+        self._called: Called = {}
         self._declared: dict[str, object] = {}
-        self.order: list[str] = []
+        self._places: dict[str, list[Place]] = {}
 
     @property
     def hooks(self) -> HookSpecs:
@@ -46,14 +46,14 @@ class ActivePlugins(pluggy.PluginManager):
         return name in self._declared
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.order)
+        return iter(self._declared)
 
     def items(self) -> list[tuple[str, Any]]:
-        """Return ``(name, plugin)`` pairs in the resolved order."""
-        return [(name, self._declared[name]) for name in self.order]
+        """Return ``(name, plugin)`` pairs in the given order: defaults, then the user's."""
+        return [*self._declared.items()]
 
-    def _module(self, name: str) -> str:
-        plugin = self[name]
+    def _source(self, name: str, plugin: object) -> str:
+        """Return the module of a plugin."""
         if isinstance(plugin, FunctionPlugin):
             return plugin.function.__module__
         if isinstance(plugin, types.ModuleType):
@@ -62,26 +62,40 @@ class ActivePlugins(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         """Treat every method named after an event as an implementation of that event."""
-        if name not in EVENTS or not inspect.isroutine(getattr(plugin, name, None)):
-            return None
-        if isinstance(plugin, FunctionPlugin):
-            return {**_NO_OPTIONS, "tryfirst": plugin.tryfirst, "trylast": plugin.trylast}
-        return super().parse_hookimpl_opts(plugin, name) or _NO_OPTIONS.copy()
+        # The groups are left out here, since `_arrange` puts the implementations in order.
+        return _NO_OPTIONS.copy() if name in EVENTS and implements(plugin, name) else None
 
-    def _arrange(self, declared: dict[str, object]) -> None:
-        """Register all plugins again in the resolved order, and resolve the hooks."""
-        order = resolve_order(declared)
-        for name in order:
-            check_methods(name, declared[name])
-        for name in self.order:
-            self.unregister(name=name)
-        for name in reversed(order):  # pluggy calls the last registered first
-            self.register(declared[name], name=name)
-        self._declared, self.order = declared, order
+    def _plan(self, declared: dict[str, object]) -> dict[str, list[Place]]:
+        """Return the places of these plugins in every event, after checking those that are new."""
+        new = self._new(declared)
+        for name in new:
+            check_methods(name, declared[name], self._source(name, declared[name]))
+        check_constraints(declared, new)
+        return {name: resolve_order(event, declared) for name, event in EVENTS.items()}
+
+    def _new(self, declared: dict[str, object]) -> set[str]:
+        return {n for n, plugin in declared.items() if self._declared.get(n) is not plugin}
+
+    def _use(self, declared: dict[str, object], places: dict[str, list[Place]]) -> None:
+        """Use these plugins, in these places, from now on."""
+        new = self._new(declared)
+        for name in self._declared:
+            if name in new or name not in declared:
+                self.unregister(name=name)
+                self._called = {key: done for key, done in self._called.items() if key[0] != name}
+        for name in declared:
+            if name in new:
+                self.register(declared[name], name=name)
+        for event, order in places.items():
+            caller = getattr(self.hook, event)
+            impls = {impl.plugin_name: impl for impl in caller.get_hookimpls()}
+            # pluggy has no public way to order them, and calls the last one first.
+            caller._hookimpls[:] = [impls[place.plugin] for place in reversed(order)]
+        self._declared, self._places = declared, places
         self._resolve()
 
     def _resolve(self) -> None:
-        resolve(self._hooks, self.hook, self._observers)
+        resolve(self._hooks, self.hook, self._observers, self._called)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Let ``observer`` wrap each implementation; return a function that removes it."""
@@ -96,13 +110,11 @@ class ActivePlugins(pluggy.PluginManager):
 
     def calls(self) -> dict[str, list[str]]:
         """Return, per implemented event, the names of its plugins in the order they are called."""
-        table = {}
-        for event in EVENTS.values():
-            impls = getattr(self.hook, event.name).get_hookimpls()
-            names = [impl.plugin_name for impl in impls]
-            if names:
-                table[event.name] = names if event.kind.reverse else names[::-1]
-        return table
+        return {event: [place.plugin for place in order] for event, order in self.order().items()}
+
+    def order(self) -> dict[str, list[Place]]:
+        """Return, per implemented event, its plugins in order, with the reason for each place."""
+        return {event: [*order] for event, order in self._places.items() if order}
 
     def replacements(self) -> dict[str, list[str]]:
         """Return, per transform with several plugins that replace its value, their names in order.
@@ -112,8 +124,9 @@ class ActivePlugins(pluggy.PluginManager):
         table = {}
         for event in EVENTS.values():
             if event.kind.name == "transform":
-                impls = getattr(self.hook, event.name).get_hookimpls()[::-1]
-                names = [impl.plugin_name for impl in impls if returns_a_value(impl.function)]
+                order = self._places.get(event.name, ())
+                methods = {p.plugin: getattr(self._declared[p.plugin], event.name) for p in order}
+                names = [name for name, method in methods.items() if returns_a_value(method)]
                 if len(names) > 1:
                     table[event.name] = names
         return table

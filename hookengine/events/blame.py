@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
     from hookengine.loop.progress import Progress
+    from hookengine.runner import Runner
 
 Implementations = Iterable[tuple[str, pluggy.HookImpl]]
 
 
-def answering(runner: Any, event: str) -> str:
+def answering(runner: Runner | None, event: str) -> str:
     """Describe which plugins implement an event, for an error about an invalid return value."""
     names = runner.plugins.calls().get(event, []) if runner is not None else []
     return f"{event} of {' or '.join(map(repr, names)) or 'a plugin'}"

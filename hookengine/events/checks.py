@@ -11,13 +11,19 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from hookengine.events.answers import answer
-from hookengine.events.hookspecs import EVENTS
-from hookengine.events.registry import unknown
+from hookengine.answers import answer
+from hookengine.events.hookimpl import hook_options_of
+from hookengine.events.hookspecs import EVENTS, Event
+from hookengine.registry import unknown
 
 
-def check_methods(name: str, plugin: object) -> None:
-    """Reject misspelled events, and arguments that an event does not have.
+def check_methods(name: str, plugin: object, source: str) -> None:
+    """Reject misspelled events, arguments that an event does not have, and impossible rhythms.
+
+    Args:
+        name: The plugin's name.
+        plugin: The plugin.
+        source: Its distribution and version, or its module, for warnings of deprecated events.
 
     Raises:
         TypeError: The message names the plugin, the method and the nearest match.
@@ -46,11 +52,45 @@ def check_methods(name: str, plugin: object) -> None:
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")
+        for what, advice in event.kind.deprecations.items():
+            if not what or what in parameters:
+                argument = f"the argument {what!r} of " if what else ""
+                warnings.warn(
+                    f"plugin {name!r} ({source}): {argument}the event {event.name!r} is "
+                    f"deprecated: {advice}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+        _check_rhythm(name, plugin, event)
     if not implemented:
         raise TypeError(
             f"plugin {name!r} ({plugin!r}) implements no event. A plugin is an object with methods "
             "named after events; `hookengine events` lists them"
         )
+
+
+def _check_rhythm(name: str, plugin: object, event: Event) -> None:
+    every = hook_options_of(plugin, event.name).every
+    if every is None:
+        return
+    where = f"plugin {name!r}, event {event.name!r}"
+    if event.kind.counter is None:
+        counted = [e.name for e in EVENTS.values() if e.kind.counter is not None]
+        raise TypeError(
+            f"{where}: every={every!r} needs an event with a counter, and this event has none. "
+            f"Count in the method itself, or use one of {', '.join(counted)}"
+        )
+    if isinstance(every, str):
+        if not hasattr(plugin, every):
+            known = [n for n in vars(plugin) if not n.startswith("_")]
+            raise TypeError(f"{where}: {unknown('option in every', every, known)}")
+        value = getattr(plugin, every)
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if value is not None and not number:
+            raise TypeError(
+                f"{where}: every={every!r} names an option whose value is {value!r}; it must be a "
+                "number, at least 0, or None"
+            )
 
 
 def _check_is_no_event(name: str, attribute: str) -> None:

@@ -3,7 +3,8 @@
 pluggy registers, validates and orders the implementations; it is not on the hot path. Each event
 becomes one plain function, generated as ``dataclasses`` generates ``__init__``. An event that no
 plugin implements gets a shared empty function. Any other event gets a straight sequence of calls,
-each with only the arguments that the implementation declares.
+each with only the arguments that the implementation declares. An implementation with a rhythm
+(``every``, ``once``) is called within an ``if``, so that one that is not due costs no call.
 """
 
 from __future__ import annotations
@@ -14,11 +15,25 @@ from typing import Any, cast
 
 import pluggy
 
-from hookengine.events.hookspecs import EVENTS, Event, HookSpecs
+from hookengine.events.hookimpl import HookOptions, hook_options_of
+from hookengine.events.hookspecs import EVENTS, Counter, Event, HookSpecs
 
 Function = Callable[..., Any]
-Observer = Callable[[str, pluggy.HookImpl, Function], Function]
-"""``(event, implementation, function)`` -> the function to call instead of ``function``."""
+Observer = Callable[[str, str, Function], Function]
+"""``observer(event, plugin, function)`` returns the function to call instead of ``function``.
+
+``event`` and ``plugin`` are names. Both functions take the arguments of ``function``, by position
+or by name.
+"""
+Called = dict[tuple[str, str], list[bool]]
+"""Per plugin and event, whether an implementation with ``once`` was called: then not empty."""
+
+_COUNTERS: dict[Counter, str] = {
+    "iter": "runner.progress.iter",
+    "epoch": "runner.progress.epoch",
+    "step": "optim_wrapper.steps",
+    "batch": "(batch_idx + 1)",
+}
 
 # The plugin manager calls these two itself, one implementation at a time.
 COMPILED = [e for name, e in EVENTS.items() if name not in ("configure", "unconfigure")]
@@ -46,34 +61,49 @@ class Hooks:
         return _silent, ()
 
 
-def resolve(hooks: Hooks, relay: pluggy.HookRelay, observers: Sequence[Observer] = ()) -> None:
+def resolve(
+    hooks: Hooks,
+    relay: pluggy.HookRelay,
+    observers: Sequence[Observer] = (),
+    called: Called | None = None,
+) -> None:
     """Point every event of ``hooks`` at the implementations that ``relay`` currently holds."""
+    called = {} if called is None else called
     for event in COMPILED:
         impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy stores the first one last
-        setattr(hooks, event.name, compile_event(event, impls, observers))
-
-
-def observed(event: str, impl: pluggy.HookImpl, observers: Sequence[Observer]) -> Function:
-    """Return the function of an implementation, wrapped by the observers in turn."""
-    function: Function = impl.function
-    for observe in observers:
-        function = observe(event, impl, function)
-    return function
+        setattr(hooks, event.name, compile_event(event, impls, observers, called))
 
 
 def compile_event(
-    event: Event, impls: Sequence[pluggy.HookImpl], observers: Sequence[Observer] = ()
+    event: Event,
+    impls: Sequence[pluggy.HookImpl],
+    observers: Sequence[Observer] = (),
+    called: Called | None = None,
 ) -> Function:
-    """Generate the function that calls ``impls`` in order, as the event's kind says."""
+    """Generate the function that calls ``impls`` in order, as the event's kind says.
+
+    Args:
+        event: The event.
+        impls: Its implementations.
+        observers: Functions that wrap each implementation, in turn.
+        called: Which implementations with ``once`` were called; updated by the calls.
+    """
     if not impls:
         return _empty(event)
+    called = {} if called is None else called
     namespace: dict[str, Any] = {}
     calls = []
     for index, impl in enumerate(impls):
-        namespace[f"f{index}"] = observed(event.name, impl, observers)
+        function: Function = impl.function
+        for observe in observers:
+            function = observe(event.name, impl.plugin_name, function)
+        options = hook_options_of(impl.plugin, event.name)
+        namespace[f"f{index}"], namespace[f"p{index}"] = function, impl.plugin
+        if options.once:
+            namespace[f"once{index}"] = called.setdefault((impl.plugin_name, event.name), [])
         keywords = [name for name in impl.kwargnames if name in event.arguments]
         arguments = [*impl.argnames, *(f"{name}={name}" for name in keywords)]
-        calls.append(f"f{index}({', '.join(arguments)})")
+        calls.append(_Call(index, ", ".join(arguments), _conditions(event, options, index)))
     lines = [f"def {event.name}({', '.join(event.arguments)}):"]
     lines += [f"    {line}" for line in _body(event, calls)]
     source = "\n".join(lines) + "\n"
@@ -83,60 +113,95 @@ def compile_event(
     return cast(Function, namespace[event.name])
 
 
-def _body(event: Event, calls: list[str]) -> list[str]:
+def _conditions(event: Event, options: HookOptions, index: int) -> list[str]:
+    """Return the conditions under which an implementation is due."""
+    conditions = []
+    if options.every is not None and event.kind.counter is not None:
+        every = str(options.every)
+        if isinstance(options.every, str):
+            every = f"p{index}.{options.every}"
+            conditions.append(every)  # None and 0 turn the implementation off
+        conditions.append(f"{_COUNTERS[event.kind.counter]} % {every} == 0")
+    return [*conditions, f"not once{index}"] if options.once else conditions
+
+
+class _Call:
+    """The call of one implementation in a generated function."""
+
+    def __init__(self, index: int, arguments: str, conditions: list[str]) -> None:
+        self.index = index
+        self.conditions = conditions
+        self.text = f"f{index}({arguments})"
+
+    def lines(self, first: str, *rest: str) -> list[str]:
+        """Return the statements around the call, which ``first`` contains, if it is due."""
+        if not self.conditions:
+            return [first, *rest]
+        once = f"once{self.index}"
+        mark = [f"{once}.append(True)"] if f"not {once}" in self.conditions else []
+        return [f"if {' and '.join(self.conditions)}:", *_indent(*mark, first, *rest)]
+
+
+def _indent(*lines: str) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _body(event: Event, calls: list[_Call]) -> list[str]:
     kind = event.kind
+    lines: list[str] = []
     if kind.closing:
         lines = ["errors = []"]
         for call in calls:
-            lines += ["try:", f"    {call}", "except BaseException as e:", "    errors.append(e)"]
+            lines += ["try:", *_indent(*call.lines(call.text))]
+            lines += ["except BaseException as e:", "    errors.append(e)"]
         lines += ["if len(errors) == 1: raise errors[0]"]
-        lines += [f"if errors: raise BaseExceptionGroup('errors in {event.name}', errors)"]
-        return lines
+        return [*lines, f"if errors: raise BaseExceptionGroup('errors in {event.name}', errors)"]
     if kind.name == "event":
-        return calls
+        return [line for call in calls for line in call.lines(call.text)]
     if kind.name == "decision":
-        lines = []
         for call in calls[:-1]:
-            lines += [f"r = {call}", "if r is not None: return r"]
-        return [*lines, f"return {calls[-1]}"]
+            lines += call.lines(f"r = {call.text}", "if r is not None: return r")
+        return [*lines, *calls[-1].lines(f"return {calls[-1].text}")]
     if kind.name == "veto":
-        lines = ["ok = True"]
         for call in calls:
-            lines += [f"r = {call}", "if r is not None and not r: ok = False"]
-        return [*lines, "return ok"]
+            lines += call.lines(f"r = {call.text}", "if r is not None and not r: ok = False")
+        return ["ok = True", *lines, "return ok"]
     if kind.name == "transform":
-        lines = []
         for call in calls:
-            lines += [f"r = {call}", f"if r is not None: {kind.argument} = r"]
+            lines += call.lines(f"r = {call.text}", f"if r is not None: {kind.argument} = r")
         return [*lines, f"return {kind.argument}"]
-    results = [f"r{index}" for index in range(len(calls))]
-    lines = [f"{result} = {call}" for result, call in zip(results, calls, strict=True)]
-    if len(results) == 1:
+    for call in calls:
+        lines += [f"r{call.index} = None"] * bool(call.conditions)
+        lines += call.lines(f"r{call.index} = {call.text}")
+    if len(calls) == 1:
         return [*lines, "return () if r0 is None else (r0,)"]
-    return [*lines, f"return tuple([r for r in ({', '.join(results)}) if r is not None])"]
+    results = ", ".join(f"r{call.index}" for call in calls)
+    return [*lines, f"return tuple([r for r in ({results}) if r is not None])"]
 
 
 # The functions of events that no plugin implements. They are shared, and have no *args, which would
-# allocate a tuple at every call. A test ensures that no event has more than four arguments.
+# allocate a tuple at every call. A test ensures that no event has more than five arguments.
 
 
-def _nothing(a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> None:
+def _nothing(a: Any = None, b: Any = None, c: Any = None, d: Any = None, e: Any = None) -> None:
     return None
 
 
-def _agreed(a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> bool:
+def _agreed(a: Any = None, b: Any = None, c: Any = None, d: Any = None, e: Any = None) -> bool:
     return True
 
 
-def _no_contexts(a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> tuple[()]:
+def _no_contexts(
+    a: Any = None, b: Any = None, c: Any = None, d: Any = None, e: Any = None
+) -> tuple[()]:
     return ()
 
 
-def _second(a: Any, b: Any, c: Any = None, d: Any = None) -> Any:
+def _second(a: Any, b: Any, c: Any = None, d: Any = None, e: Any = None) -> Any:
     return b
 
 
-def _third(a: Any, b: Any, c: Any, d: Any = None) -> Any:
+def _third(a: Any, b: Any, c: Any, d: Any = None, e: Any = None) -> Any:
     return c
 
 

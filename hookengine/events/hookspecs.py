@@ -22,6 +22,8 @@ an event, unless it is a plain *event*; the kinds are explained below. ::
                                                 backward            [decision]
               if will_step:                     finish_gradients
                                                 before_optim_step
+                (runner.repeat(batch):          before_repeat, forward_context, after_forward,
+                                                scale_loss, backward, finish_gradients)
                                                 optim_step          [decision]
                 if taken:                       after_optim_step
           progress.iter += 1                    after_train_iter
@@ -76,8 +78,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import pluggy
 
@@ -94,8 +96,9 @@ if TYPE_CHECKING:
 PROJECT = "hookengine"
 F = TypeVar("F", bound=Callable[..., Any])
 Phase = Literal["train", "val", "test"]
+"""What the model is doing."""
+Counter = Literal["iter", "step", "epoch", "batch"]
 _hookspec = pluggy.HookspecMarker(PROJECT)
-_hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,25 @@ class Kind:
     """The argument that a transform replaces."""
     closing: bool = False
     """Every implementation is called even if one raises; all errors are reported."""
-    reverse: bool = False
-    """Implementations are called in the reverse of the resolved order."""
+    mirrored: bool = False
+    """The event undoes ``configure``: the plugin that was configured last is called first."""
+    counter: Counter | None = None
+    """What ``every`` counts, or None if the event has no rhythm."""
+    deprecations: Mapping[str, str] = field(default_factory=dict)
+    """What to use instead of a deprecated argument, by its name; of the whole event under ""."""
+
+    def per(self, counter: Counter) -> Kind:
+        """Return this kind for an event whose rhythm ``counter`` sets."""
+        return replace(self, counter=counter)
+
+    def deprecated(self, event: str | None = None, /, **arguments: str) -> Kind:
+        """Return this kind for an event that still works for one minor version, with a warning.
+
+        Args:
+            event: What to use instead and when the event is removed: ``"use X; gone in 0.4"``.
+            **arguments: The same for single arguments of the event, by name.
+        """
+        return replace(self, deprecations=arguments if event is None else {"": event, **arguments})
 
     def __call__(self, function: F) -> F:
         function.hookengine_kind = self  # type: ignore[attr-defined]
@@ -130,34 +150,6 @@ def transform(argument: str) -> Kind:
     return Kind("transform", argument=argument)
 
 
-@overload
-def hookimpl(function: F, /) -> F: ...
-@overload
-def hookimpl(*, tryfirst: bool = ..., trylast: bool = ...) -> Callable[[F], F]: ...
-def hookimpl(
-    function: F | None = None, /, *, tryfirst: bool = False, trylast: bool = False
-) -> F | Callable[[F], F]:
-    """Set options on the implementation of an event. You need this decorator only for options.
-
-    Args:
-        tryfirst: Call this implementation before those of the other plugins. Several such
-            implementations are called in the order of their plugins.
-        trylast: Call this implementation after those of the other plugins. Several such
-            implementations are called in the reverse order of their plugins: that of the first
-            plugin is the very last.
-
-    Raises:
-        ValueError: Both options are set.
-    """
-    if tryfirst and trylast:
-        raise ValueError(
-            "hookimpl got both tryfirst=True and trylast=True, but an implementation is called "
-            "either first or last. Remove one of the two"
-        )
-    marker = _hookimpl(tryfirst=tryfirst, trylast=trylast)
-    return marker(function) if function is not None else marker
-
-
 class Life(Protocol):
     """The life cycle of a Runner."""
 
@@ -165,12 +157,19 @@ class Life(Protocol):
     def configure(self, runner: Runner) -> None:
         """Set up the process before anything is built: process group, device, seeds, log files.
 
-        ``runner`` has its options and ``run_dir``, but no model yet. You may set ``runner.device``.
+        ``runner`` has its options and ``run_dir``, but no model yet. You may call
+        ``runner.use_device``, ``runner.use_name`` and ``runner.use_logger``.
+
+        Set the attributes of your plugin here, since every other method relies on them:
+        ``state_dict`` may be called before ``before_train``. One plugin object may serve several
+        Runners in turn, and ``configure`` starts each from scratch.
         """
 
-    @Kind("event", closing=True, reverse=True)
+    @Kind("event", closing=True, mirrored=True)
     def unconfigure(self, runner: Runner) -> None:
-        """Release what ``configure`` acquired. Plugins are called once, in reverse order.
+        """Release what ``configure`` acquired. Each plugin is called once.
+
+        The plugin that was configured last is called first.
 
         This happens in ``runner.close()``, at the end of ``with Runner(...)``, at interpreter exit,
         and when the construction of the Runner fails.
@@ -257,7 +256,7 @@ class Train(Protocol):
     def after_train(self, runner: Runner) -> None:
         """Finish training: the limit is reached, or the ranks agreed to stop."""
 
-    @event
+    @event.per("epoch")
     def before_train_epoch(self, runner: Runner) -> None:
         """Prepare for a pass over the training dataloader.
 
@@ -267,15 +266,15 @@ class Train(Protocol):
         epoch.
         """
 
-    @event
+    @event.per("epoch")
     def after_train_epoch(self, runner: Runner) -> None:
         """Finish a complete pass. ``progress.epoch`` is the number of finished epochs."""
 
-    @transform("data_batch")
+    @transform("data_batch").per("iter")
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
         """Replace the batch that the dataloader yielded, before the data preprocessor gets it."""
 
-    @event
+    @event.per("iter")
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any
     ) -> None:
@@ -286,11 +285,12 @@ class Train(Protocol):
         """
 
     @event
-    def safe_point(self, runner: Runner) -> None:
+    def safe_point(self, runner: Runner, agreed: Mapping[str, str]) -> None:
         """Save or handle preemption. No iteration, validation or accumulation window is open.
 
         This event follows all ``after_*`` events of an iteration, an epoch or a validation.
-        ``runner.agreed`` holds the requests that all ranks agreed on.
+        ``agreed`` holds the requests that all ranks agreed on, such as ``{"stop": reason}``; most
+        often it is empty.
         """
 
 
@@ -313,13 +313,19 @@ class Val(Protocol):
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
 
-    @transform("data_batch")
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
+    @transform("data_batch").per("batch")
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any, prefix: str) -> Any:
         """Replace the batch before the data preprocessor gets it."""
 
-    @event
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any) -> None:
-        """Receive what ``val_step`` returned. The evaluator has already processed it."""
+    @event.per("batch")
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any, prefix: str
+    ) -> None:
+        """Receive what ``val_step`` returned. The evaluator has already processed it.
+
+        ``prefix`` is the name of the evaluated model, as ``evaluated_models`` gave it: ``""`` for
+        the only one, or the raw one.
+        """
 
 
 class Test(Protocol):
@@ -341,15 +347,18 @@ class Test(Protocol):
     def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
 
-    @transform("data_batch")
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any) -> Any:
+    @transform("data_batch").per("batch")
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any, prefix: str) -> Any:
         """Replace the batch before the data preprocessor gets it."""
 
-    @event
+    @event.per("batch")
     def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any
+        self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Any, prefix: str
     ) -> None:
-        """Receive what ``test_step`` returned. The evaluator has already processed it."""
+        """Receive what ``test_step`` returned. The evaluator has already processed it.
+
+        ``prefix`` is the name of the evaluated model, as in ``after_val_iter``.
+        """
 
 
 class Evaluation(Protocol):
@@ -364,11 +373,12 @@ class Evaluation(Protocol):
         """
 
     @event
-    def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase) -> None:
+    def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase, prefix: str) -> None:
         """Act between the last batch of a model and the computation of its metrics.
 
         The model has seen all batches of this rank. After this event, the ranks gather the results
         that the metrics hold. The model is in evaluation mode, and gradients are disabled.
+        ``prefix`` is its name, as ``evaluated_models`` gave it.
         """
 
 
@@ -393,17 +403,17 @@ class Step(Protocol):
         ``BaseModel.parse_losses`` emits this event.
         """
 
-    @veto
+    @veto.per("iter")
     def should_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool:
         """Decide, before the forward pass, whether this iteration ends with an optimizer step."""
 
-    @transform("loss")
+    @transform("loss").per("iter")
     def scale_loss(
         self, runner: Runner, optim_wrapper: OptimWrapper, loss: torch.Tensor
     ) -> torch.Tensor:
         """Replace the scalar loss before its backward pass."""
 
-    @decision
+    @decision.per("iter")
     def backward(
         self, runner: Runner, optim_wrapper: OptimWrapper, loss: torch.Tensor
     ) -> bool | None:
@@ -412,7 +422,7 @@ class Step(Protocol):
         The kernel's default is ``loss.backward()``.
         """
 
-    @event
+    @event.per("step")
     def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Turn the raw gradients into the gradients of the loss, which all later events see.
 
@@ -422,17 +432,28 @@ class Step(Protocol):
         """
 
     @event
-    def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Read or edit the gradients just before the step."""
+    def before_repeat(self, runner: Runner, optim_wrapper: OptimWrapper, data_batch: Any) -> None:
+        """Prepare for a pass over ``data_batch`` within a step; see ``Runner.repeat``.
 
-    @decision
+        ``optim_wrapper.window_open`` is False before the first pass: the gradients computed so far
+        are discarded, so forget how they were weighted and scaled.
+        """
+
+    @event.per("step")
+    def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
+        """Read or edit the gradients just before the step.
+
+        To compute them again, for example with other weights, call ``runner.repeat(data_batch)``.
+        """
+
+    @decision.per("step")
     def optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool | None:
         """Take the step and return True, or skip it and return False.
 
         The kernel's default is ``optim_wrapper.optimizer.step()``.
         """
 
-    @event
+    @event.per("step")
     def after_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """React to a step that was taken, not skipped. ``optim_wrapper.steps`` counts it."""
 

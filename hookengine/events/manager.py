@@ -10,10 +10,9 @@ import pluggy
 
 from hookengine.events.active import ActivePlugins
 from hookengine.events.blame import blame
-from hookengine.events.checks import check_methods
-from hookengine.events.dispatch import observed
+from hookengine.events.dispatch import compile_event
 from hookengine.events.hookspecs import EVENTS
-from hookengine.events.order import resolve_order
+from hookengine.events.order import implements
 from hookengine.events.plugin import DEFAULT_PLUGINS
 from hookengine.events.selection import PluginLike, Selection, entry_name
 
@@ -30,7 +29,8 @@ class PluginManager(ActivePlugins):
         configured: Names of the plugins that have received ``configure``.
 
     Raises:
-        ValueError: A name is given twice, or ``after`` and ``before`` form a cycle.
+        ValueError: A name is given twice, or ``after`` and ``before`` contradict each other or
+            name what looks like a misspelled plugin.
         KeyError: A name is unknown.
         ImportError: A plugin cannot be imported.
         TypeError: An event is misspelled, or an option does not exist or is invalid.
@@ -45,7 +45,7 @@ class PluginManager(ActivePlugins):
         self._selection = Selection(plugins, defaults)
         self._open: list[str] = []
         self.configured: set[str] = set()
-        self._arrange(self._selection.plugins)
+        self._use(self._selection.plugins, self._plan(self._selection.plugins))
 
     @property
     def blocked(self) -> list[str]:
@@ -54,28 +54,30 @@ class PluginManager(ActivePlugins):
 
     def source(self, name: str) -> str:
         """Return where a plugin comes from: ``distribution version``, or its module."""
-        module = self._module(name)
-        return self._selection.sources.get(name, module)
+        return self._source(name, self[name])
+
+    def _source(self, name: str, plugin: object) -> str:
+        return self._selection.sources.get(name) or super()._source(name, plugin)
 
     # -- changes during a run -------------------------------------------------------------------
 
     def configure(self) -> None:
         """Emit ``configure``, and remember which plugins received it for ``unconfigure``."""
         impls = self.hook.configure.get_hookimpls()[::-1]
-        self.configured |= {*self.order} - {impl.plugin_name for impl in impls}
+        self.configured |= {*self} - {impl.plugin_name for impl in impls}
         for impl in impls:
             self.configured.add(impl.plugin_name)
             self._call(impl, "configure")
 
     def unconfigure(self) -> None:
-        """Emit ``unconfigure`` once to each configured plugin, in reverse order.
+        """Emit ``unconfigure`` once to each configured plugin, the last configured one first.
 
         Raises:
             BaseException: The exception of a plugin, after all plugins were called, or a
                 BaseExceptionGroup if several plugins raised one.
         """
         errors: list[BaseException] = []
-        impls = self.hook.unconfigure.get_hookimpls()  # pluggy keeps the first one last
+        impls = self.hook.unconfigure.get_hookimpls()[::-1]
         configured, self.configured = self.configured, set()
         for impl in impls:
             if impl.plugin_name in configured:
@@ -117,18 +119,18 @@ class PluginManager(ActivePlugins):
         if name in self._declared and not replace:
             raise ValueError(f"the plugin {name!r} is already enabled. Call remove({name!r}) first")
         built = self._selection.build(name, plugin)
-        check_methods(name, built)
         if runner is not None and runner.built:
             build = [e.name for e in EVENTS.values() if e.subject == "build"]
-            if missed := [e for e in build if self.parse_hookimpl_opts(built, e)]:
+            if missed := [event for event in build if implements(built, event)]:
                 raise ValueError(
                     f"the plugin {name!r} implements {', '.join(missed)}, but this Runner is "
                     "already built. Pass the plugin to Runner(plugins=[...])"
                 )
-        resolve_order({**self._declared, name: built})
+        declared = {**self._declared, name: built}  # a replaced plugin keeps its place
+        places = self._plan(declared)
         if name in self._declared:
             self.remove(name)
-        self._arrange({**self._declared, name: built})
+        self._use(declared, places)
         if runner is not None:
             self.configured.add(name)
             try:
@@ -161,7 +163,8 @@ class PluginManager(ActivePlugins):
                 self.configured.discard(name)
                 self._emit_to(name, "unconfigure")
         finally:
-            self._arrange({n: p for n, p in self._declared.items() if n != name})
+            others = {n: p for n, p in self._declared.items() if n != name}
+            self._use(others, self._plan(others))
 
     def _emit_to(self, name: str, event: str) -> None:
         for impl in getattr(self.hook, event).get_hookimpls():
@@ -170,8 +173,8 @@ class PluginManager(ActivePlugins):
 
     def _call(self, impl: pluggy.HookImpl, event: str) -> None:
         """Call one implementation of an event whose only argument is the Runner."""
-        wanted = len(impl.argnames) + len(impl.kwargnames)
-        observed(event, impl, self._observers)(*[self._hooks.runner] * wanted)
+        call = compile_event(EVENTS[event], [impl], self._observers, self._called)
+        call(self._hooks.runner)
 
     # -- state and blame ------------------------------------------------------------------------
 
@@ -188,25 +191,10 @@ class PluginManager(ActivePlugins):
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Load the states of the enabled plugins; see ``differences`` for a check beforehand."""
+        """Load the states of the enabled plugins; those of other plugins are ignored."""
         for name, state in states.items():
             if name in self._declared:
                 self[name].load_state_dict(state)
-
-    def differences(
-        self, states: Mapping[str, Any], were_on: Iterable[str] = ()
-    ) -> Iterator[tuple[str, str]]:
-        """Yield the name of each plugin with a state on one side only, and a sentence about it.
-
-        Args:
-            states: What ``state_dict`` returned.
-            were_on: Plugins that were enabled when the state was saved. They may be missing from
-                it if they had nothing to save yet.
-        """
-        for name in sorted({*states} - {*self}):
-            yield name, f"the checkpoint has a state of {name!r}, which is not enabled: enable it"
-        for name in sorted({*self.state_dict()} - {*states} - {*were_on}):
-            yield name, f"the checkpoint has no state of {name!r}, which is enabled: disable it"
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
         """Load the states of this rank into the enabled plugins."""

@@ -1,54 +1,129 @@
-"""Put plugins in order: as given, subject to their ``after`` and ``before``."""
+"""Put the plugins of an event in order: as given, subject to ``after``, ``before`` and groups."""
 
 from __future__ import annotations
 
-import difflib
 import graphlib
+import heapq
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
+from typing import NamedTuple
 
+from hookengine.events.hookimpl import hook_options_of, names
+from hookengine.events.hookspecs import EVENTS, Event
 from hookengine.events.plugin import Plugin, name_of
-from hookengine.events.registry import PLUGINS
+from hookengine.registry import PLUGINS, did_you_mean
 
 
-def resolve_order(plugins: Mapping[str, object]) -> list[str]:
-    """Return the names of the plugins in order.
+class Place(NamedTuple):
+    """The place of a plugin in an event, and why it has it."""
 
-    The order depends only on the declarations: plugins keep the given order, except that each is
-    preceded by those that it must come after.
+    plugin: str
+    """The plugin's name."""
+    reason: str
+    """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``before NAME``, or several."""
+    rhythm: str
+    """When the plugin is called: ``every 100``, ``once``, or "" for each time."""
+
+
+class _Constraint(NamedTuple):
+    earlier: str
+    later: str
+    by: str
+    declared: str
+    where: str
+
+
+def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
+    """Return the plugins that implement ``event``, in the order in which they are called.
+
+    The order depends only on what is declared. Plugins keep the given order within three groups:
+    ``tryfirst``, the others, ``trylast``. A plugin that declares ``after`` or ``before`` then moves
+    just far enough, also out of its group; the plugin that it names stays.
+
+    Args:
+        event: The event.
+        plugins: All plugins by name, in the given order.
 
     Raises:
-        ValueError: The constraints form a cycle. The message shows it.
+        ValueError: Declarations contradict each other. The message quotes them.
     """
-    _check_known(plugins)
-    meant = _meanings(plugins)
-    earlier: dict[str, list[str]] = {name: [] for name in plugins}
-    for name, plugin in plugins.items():
-        for other in _names(plugin, "after"):
-            earlier[name] += [one for one in meant.get(other, ()) if one != name]
-        for other in _names(plugin, "before"):
-            for one in meant.get(other, ()):
-                if one != name:
-                    earlier[one].append(name)
+    members = [name for name, plugin in plugins.items() if implements(plugin, event.name)]
+    if event.kind.mirrored:
+        members.reverse()
+    options = {name: hook_options_of(plugins[name], event.name) for name in members}
+    constraints = [*_constraints(event, {name: plugins[name] for name in members})]
+    # By group and given place; a plugin that declares a constraint takes the place of the other.
+    place = {n: (options[n].trylast - options[n].tryfirst, i) for i, n in enumerate(members)}
+    graph: dict[str, set[str]] = {name: set() for name in members}
+    for one in constraints:
+        graph[one.later].add(one.earlier)
     try:
-        graphlib.TopologicalSorter(earlier).prepare()
+        order = [*graphlib.TopologicalSorter(graph).static_order()]
     except graphlib.CycleError as error:
-        cycle = " -> ".join(reversed(error.args[1]))
-        raise ValueError(
-            f"the order of the plugins has a cycle: {cycle} (each declares that it is called after "
-            "the next). Remove one of these 'after' or 'before' declarations"
-        ) from None
-    order: dict[str, None] = {}
+        raise ValueError(_contradiction(event, error.args[1], constraints)) from None
+    for name in order:
+        moved = [place[c.earlier] for c in constraints if c.by == c.later == name]
+        place[name] = max([place[name], *moved])
+    for name in reversed(order):
+        moved = [place[c.later] for c in constraints if c.by == c.earlier == name]
+        place[name] = min([place[name], *moved])
+    given = {name: index for index, name in enumerate(members)}
+    ordered, ready = [], list[tuple[tuple[int, int], int, str]]()
+    sorter = graphlib.TopologicalSorter(graph)
+    sorter.prepare()
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, (place[name], given[name], name))
+        *_, name = heapq.heappop(ready)
+        sorter.done(name)
+        groups = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
+        reasons = groups + [c.declared for c in constraints if c.by == name]
+        default = "configured later" if event.kind.mirrored else "given order"
+        every, once = options[name].every, options[name].once
+        rhythm = ", ".join([f"every {every}"] * (every is not None) + ["once"] * once)
+        ordered.append(Place(name, ", ".join(reasons) or default, rhythm))
+    return ordered
 
-    def place(name: str) -> None:
-        if name not in order:
-            for other in earlier[name]:
-                place(other)
-            order[name] = None
 
-    for name in plugins:
-        place(name)
-    return list(order)
+def implements(plugin: object, event: str) -> bool:
+    """Return whether a plugin implements an event."""
+    return inspect.isroutine(getattr(plugin, event, None))
+
+
+def _constraints(event: Event, plugins: Mapping[str, object]) -> Iterator[_Constraint]:
+    """Yield what the plugins of an event declare about each other."""
+    meant = _meanings(plugins)
+    for name, plugin in plugins.items():
+        options = hook_options_of(plugin, event.name)
+        for side in ("after", "before"):
+            own: tuple[str, ...] | None = getattr(options, side)
+            # What undoes `configure` comes in the opposite order, unless the method itself differs.
+            mirrored = own is None and event.kind.mirrored
+            for other in names(getattr(plugin, side, ())) if own is None else own:
+                for one in meant.get(other, ()):
+                    if one != name:
+                        later = (side == "after") != mirrored
+                        pair = (one, name) if later else (name, one)
+                        text = f"{'after' if later else 'before'} {other}"
+                        yield _Constraint(*pair, name, text, "class" if own is None else "hookimpl")
+
+
+def _contradiction(event: Event, cycle: list[str], constraints: list[_Constraint]) -> str:
+    """Quote the declarations along a cycle, in which each plugin comes before the next."""
+    said = []
+    for earlier, later in pairwise(cycle):
+        one = next(c for c in constraints if (c.earlier, c.later) == (earlier, later))
+        side, _, other = one.declared.partition(" ")
+        said.append(f"{one.by!r} declares {side}={other!r} ({_WHERE[one.where]})")
+    return (
+        f"plugins contradict each other about their order in the event {event.name!r}: "
+        f"{', and '.join(said)}. Remove one of these declarations"
+    )
+
+
+_WHERE = {"class": "on its class", "hookimpl": "with @hookimpl"}
 
 
 def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
@@ -65,21 +140,46 @@ def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
     return meant
 
 
-def _check_known(plugins: Mapping[str, object]) -> None:
-    """Warn if ``after`` or ``before`` names what looks like a misspelled plugin."""
+def check_constraints(plugins: Mapping[str, object], new: set[str]) -> None:
+    """Check the names in ``after`` and ``before``, and warn of those without effect.
+
+    Args:
+        plugins: All plugins by name.
+        new: Names of those that were not checked before.
+
+    Raises:
+        ValueError: A name looks like a misspelled plugin.
+    """
+    meant = _meanings(plugins)
+    events = {n: [e for e in EVENTS if implements(p, e)] for n, p in plugins.items()}
     for name, plugin in plugins.items():
-        for other in (*_names(plugin, "after"), *_names(plugin, "before")):
-            if other in plugins or other in PLUGINS:
-                continue
-            known = {*plugins, *PLUGINS.names()}
-            if near := difflib.get_close_matches(other, known, n=1, cutoff=0.8):
-                warnings.warn(
-                    f"plugin {name!r}: 'after' or 'before' names the unknown plugin {other!r}. Did "
-                    f"you mean {near[0]!r}?",
-                    stacklevel=2,
-                )
+        own = [(f"with @hookimpl, {e}", hook_options_of(plugin, e), [e]) for e in events[name]]
+        for where, declared, mine in [("on its class", plugin, _main(events[name])), *own]:
+            for side in ("after", "before"):
+                for other in names(getattr(declared, side, None) or ()):
+                    text = f"plugin {name!r} declares {side}={other!r} ({where})"
+                    if other not in meant:
+                        if name in new:
+                            _check_known(text, other, meant)
+                        continue
+                    for one in meant[other]:
+                        if one != name and new & {name, one} and not {*mine} & {*events[one]}:
+                            warnings.warn(
+                                f"{text}, which has no effect, because no event calls both: "
+                                f"{name!r} implements {', '.join(mine)}; {one!r} implements "
+                                f"{', '.join(events[one])}",
+                                stacklevel=2,
+                            )
 
 
-def _names(plugin: object, attribute: str) -> tuple[str, ...]:
-    value = getattr(plugin, attribute, ())
-    return (value,) if isinstance(value, str) else tuple(value) if value else ()
+def _main(events: list[str]) -> list[str]:
+    """Leave out the events that most plugins implement, unless there is no other."""
+    return [e for e in events if e not in ("configure", "unconfigure")] or events
+
+
+def _check_known(text: str, other: str, meant: Collection[str]) -> None:
+    """Reject a misspelled name. Another unknown one may be of a plugin that is not installed."""
+    if other in PLUGINS:
+        return
+    if near := did_you_mean(other, {*meant, *PLUGINS.names()}, cutoff=0.75):
+        raise ValueError(f"{text}, but no plugin of that name is enabled or installed.{near}")

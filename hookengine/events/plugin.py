@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from hookengine.events.answers import explain_validation
+from hookengine.answers import explain_validation
+from hookengine.events.hookimpl import HookArguments, HookOptions
 from hookengine.events.hookspecs import EVENTS
-from hookengine.events.registry import unknown
+from hookengine.registry import unknown
 
 DEFAULT_PLUGINS = (
     "distributed",
@@ -71,9 +72,12 @@ class Plugin(_Options):
     else:
         plugin_name: ClassVar[str] = "plugin"
     after: ClassVar[tuple[str, ...]] = ()
-    """Names of the plugins that are called before this one."""
+    """Names of the plugins that are called before this one, in every event that both implement.
+
+    A method may differ, with ``@hookimpl(after=...)``.
+    """
     before: ClassVar[tuple[str, ...]] = ()
-    """Names of the plugins that are called after this one."""
+    """Names of the plugins that are called after this one, in every event that both implement."""
     _by_keyword: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -126,22 +130,6 @@ def _explaining(init: Callable[..., None]) -> Callable[..., None]:
     return explaining
 
 
-def options_of(plugin: object) -> dict[str, Any]:
-    """Return a plugin's options as values that JSON can hold, or their ``repr`` otherwise."""
-    if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
-        return {}
-    values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
-    return {name: as_json(value) for name, value in values.items()}
-
-
-def as_json(value: Any) -> Any:
-    """Return a value in a form that JSON can hold, or its ``repr`` if there is none."""
-    try:
-        return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
-    except (ValueError, RecursionError):  # bytes that are not text, or a cycle
-        return repr(value)
-
-
 def name_of(plugin: object) -> str:
     """Return a plugin's (or class's) ``plugin_name``, or the class's name in snake case."""
     named = getattr(plugin, "plugin_name", None)
@@ -158,17 +146,15 @@ class FunctionPlugin:
     Args:
         event: The event that the function implements.
         function: The function.
-        tryfirst: Whether to call it before other plugins. See ``hookimpl``.
-        trylast: Whether to call it after other plugins. See ``hookimpl``.
+        options: Its place and rhythm; see ``hookimpl``.
 
     Raises:
         KeyError: The event does not exist.
-        TypeError: ``function`` is not a function.
+        TypeError: ``function`` is not a function, or an option is invalid.
+        ValueError: The options contradict each other.
     """
 
-    def __init__(
-        self, event: str, function: Callable[..., Any], tryfirst: bool, trylast: bool
-    ) -> None:
+    def __init__(self, event: str, function: Callable[..., Any], options: HookArguments) -> None:
         if event not in EVENTS:
             raise KeyError(unknown("event", event, EVENTS))
         if not inspect.isroutine(function):
@@ -179,8 +165,7 @@ class FunctionPlugin:
             name = f"<lambda, {os.path.basename(code.co_filename)}:{code.co_firstlineno}>"
         self.plugin_name = f"{event}:{name}"
         self.function = function
-        self.tryfirst = tryfirst
-        self.trylast = trylast
+        self.hookengine_options = HookOptions.checked(options) if options else None
         setattr(self, event, function)
 
     def __repr__(self) -> str:

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from hookengine.events.answers import answer
+from hookengine.answers import answer
 from hookengine.events.plugin import DEFAULT_PLUGINS, name_of
-from hookengine.events.registry import PLUGINS, distribution_of, unknown
+from hookengine.registry import PLUGINS, distribution_of, unknown
 
 PluginLike: TypeAlias = str | Mapping[str, Any] | object
 

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import pydantic
 from pydantic import Field, model_validator
 
-from hookengine.events.answers import explain_validation
+from hookengine.answers import explain_validation
 
 Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
 

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+
+
+@runtime_checkable
+class SeekableLoader(Protocol):
+    """A dataloader that starts a pass at any batch by itself.
+
+    ``setup_dataloader`` may return one. Before each pass of training, the kernel calls ``seek``.
+    From any other dataloader, it fetches and drops the batches that a resumed run has already used.
+    """
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Start the next pass, that of ``epoch``, at ``batch``; both count from 0."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the pass."""
+
+
+def is_consecutive(dataloader: Iterable[Any]) -> bool:
+    """Return whether each rank gets the batches that follow those of the previous rank.
+
+    A dataloader says so with an attribute ``consecutive = True``. Evaluation then joins the results
+    of the ranks in that order.
+    """
+    return bool(getattr(dataloader, "consecutive", False))
 
 
 def batch_size(batch: Any) -> int:
@@ -70,56 +92,6 @@ def dataset_size(dataloader: Iterable[Any]) -> int | None:
     return None if dataset is None else length_of(dataset)
 
 
-def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:
-    """Find the samplers of a torch DataLoader, nested ones included.
-
-    A sampler may wrap another one as its ``sampler`` or ``batch_sampler``, as
-    ``torch.utils.data.BatchSampler`` does.
-
-    Args:
-        dataloader: A DataLoader, or any object with its attributes.
-
-    Returns:
-        The samplers, the outermost first: the one that the DataLoader draws from. An iterable
-        dataset has none.
-
-    Raises:
-        AttributeError: ``dataloader`` has no ``dataset``, ``sampler`` or ``batch_sampler``.
-    """
-    found: list[Any] = []
-    if isinstance(dataloader.dataset, IterableDataset):
-        return found
-    batches = dataloader.batch_sampler
-    sampler: Any = dataloader.sampler if batches is None else batches
-    while sampler is not None and not any(sampler is one for one in found):
-        found.append(sampler)
-        inner = getattr(sampler, "sampler", None)
-        sampler = getattr(sampler, "batch_sampler", None) if inner is None else inner
-    return found
-
-
-def copy_dataloader(dataloader: DataLoader[Any], **replaced: Any) -> DataLoader[Any]:
-    """Copy a torch DataLoader and replace some of its attributes.
-
-    The copy shares everything else with the original, but no running iterator or worker. It is of
-    the same class and keeps attributes that a subclass has added: it is not built by the
-    constructor, which in a subclass may take other arguments.
-
-    Args:
-        dataloader: The DataLoader; it is not changed.
-        **replaced: New values by attribute name, such as ``sampler``, ``batch_sampler``,
-            ``batch_size``, ``dataset`` or ``worker_init_fn``. torch raises ValueError if you set
-            some of these on an existing DataLoader, because a running iterator would not see the
-            change. The copy has no iterator yet, so this function can set them.
-
-    Returns:
-        The copy.
-    """
-    copied = copy.copy(dataloader)
-    vars(copied).update(replaced, _iterator=None)  # DataLoader.__setattr__ would raise
-    return copied
-
-
 def iterate_from(
     dataloader: Iterable[Any], epoch: int, batch: int, behind: int = 0
 ) -> tuple[Iterator[Any], int]:
@@ -133,8 +105,8 @@ def iterate_from(
     Returns:
         The iterator, and how many batches were fetched and dropped.
     """
-    if (seek := getattr(dataloader, "seek", None)) is not None:
-        seek(epoch, batch)
+    if isinstance(dataloader, SeekableLoader):
+        dataloader.seek(epoch, batch)
         return iter(dataloader), 0
     if isinstance(dataloader, (list, tuple)):
         return iter(dataloader[batch:]), 0

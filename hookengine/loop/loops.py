@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,12 +12,21 @@ from torch import nn
 
 from hookengine.evaluator import EvaluationPass, Evaluator
 from hookengine.loop.config import EvalCfg, TrainCfg
-from hookengine.loop.data import batch_size, dataset_size, iterate_from, length_of
+from hookengine.loop.data import (
+    batch_size,
+    dataset_size,
+    is_consecutive,
+    iterate_from,
+    length_of,
+)
 from hookengine.loop.optim import combine
 from hookengine.loop.random_state import preserved_random_state
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
+
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class TrainLoop:
@@ -128,17 +138,14 @@ class TrainLoop:
         agreed = runner.hooks.agree(runner, runner.requests)
         if agreed is None:
             agreed = runner.requests
+        agreed = dict(agreed) if agreed else _NOTHING  # later requests wait for the next safe point
+        runner.hooks.safe_point(runner, agreed)
         if agreed:
-            self._serve(dict(agreed))  # a copy: later requests wait for the next safe point
-        else:
-            runner.hooks.safe_point(runner)
+            self._serve(agreed)
         return runner.progress.stopped is not None
 
-    def _serve(self, agreed: dict[str, str]) -> None:
+    def _serve(self, agreed: Mapping[str, str]) -> None:
         runner = self.runner
-        runner.agreed = agreed
-        runner.hooks.safe_point(runner)
-        runner.agreed = {}
         for request, reason in agreed.items():
             if runner.requests.get(request) == reason:
                 del runner.requests[request]
@@ -252,7 +259,7 @@ class EvalLoop:
                 models = self._models()
                 metrics: dict[str, Any] = {}
                 for prefix, model in models.items():
-                    for name, value in self._evaluate(model).items():
+                    for name, value in self._evaluate(model, prefix).items():
                         metrics[f"{prefix}/{name}" if prefix else name] = value
                 self.metrics = metrics
                 getattr(hooks, f"after_{self.phase}_epoch")(runner, metrics)
@@ -271,33 +278,33 @@ class EvalLoop:
             )
         return models
 
-    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+    def _evaluate(self, model: nn.Module, prefix: str) -> dict[str, Any]:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
-                return self._run_batches(model)
+                return self._run_batches(model, prefix)
         finally:
             for module, training in modes:
                 module.training = training
             if self.evaluator is not None:
                 self.evaluator.reset()
 
-    def _run_batches(self, model: nn.Module) -> dict[str, Any]:
+    def _run_batches(self, model: nn.Module, prefix: str) -> dict[str, Any]:
         runner, hooks, phase = self.runner, self.runner.hooks, self.phase
         step = getattr(model, f"{phase}_step")
         evaluation = EvaluationPass(self.evaluator)
         for batch_idx, data_batch in enumerate(self.dataloader):
-            data_batch = getattr(hooks, f"before_{phase}_iter")(runner, batch_idx, data_batch)
+            before, after = f"before_{phase}_iter", f"after_{phase}_iter"
+            data_batch = getattr(hooks, before)(runner, batch_idx, data_batch, prefix)
             with combine(hooks.forward_context(runner, model, None, phase), runner):
                 outputs = step(data_batch)
                 losses = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
             evaluation.add(data_batch, outputs, losses, batch_size(data_batch))
-            getattr(hooks, f"after_{phase}_iter")(runner, batch_idx, data_batch, outputs)
-        hooks.before_metrics(runner, model, phase)
-        consecutive = bool(getattr(self.dataloader, "consecutive", False))
+            getattr(hooks, after)(runner, batch_idx, data_batch, outputs, prefix)
+        hooks.before_metrics(runner, model, phase, prefix)
         size = None if self.evaluator is None else dataset_size(self.dataloader)
-        metrics = evaluation.summarize(size, consecutive)
+        metrics = evaluation.summarize(size, is_consecutive(self.dataloader))
         if metrics is None:
             raise ValueError(
                 f"the {phase} dataloader yielded no batch, so nothing was evaluated. An iterator "

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hookengine.events.answers import explain_arguments
+from hookengine.answers import explained_arguments
 from hookengine.events.blame import answering
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
-from hookengine.events.registry import unknown
+from hookengine.registry import unknown
+
+if TYPE_CHECKING:
+    from hookengine.runner import Runner
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 def combine(
-    contexts: tuple[AbstractContextManager[Any], ...], runner: Any = None
+    contexts: tuple[AbstractContextManager[Any], ...], runner: Runner | None = None
 ) -> AbstractContextManager[Any]:
     """Return one context manager that enters ``contexts`` in order.
 
@@ -80,11 +83,12 @@ class OptimWrapper:
         window_length: Iterations per step, set by the plugin that implements ``should_step``.
         window_open: Whether there are gradients that no step has used yet.
         steps: Steps taken; skipped steps do not count.
+        stepping: Whether a step is in progress: its gradients are complete, and the optimizer has
+            not used them yet. See ``Runner.repeat``.
     """
 
-    def __init__(self, optimizer: Optimizer, name: str = "optimizer", **moved: Any) -> None:
-        if moved:
-            raise TypeError(explain_arguments("OptimWrapper", moved))
+    @explained_arguments("OptimWrapper")
+    def __init__(self, optimizer: Optimizer, name: str = "optimizer") -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
@@ -94,7 +98,9 @@ class OptimWrapper:
         self.window_length = 1
         self.window_open = False
         self.steps = 0
+        self.stepping = False
         self._asked = False
+        self._repeating: bool | None = None  # in Runner.repeat: whether this optimizer's step is it
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Return the context for a forward pass of ``model`` in training.
@@ -103,8 +109,9 @@ class OptimWrapper:
         to enter.
         """
         hooks = self.hooks
-        self.will_step = hooks.should_step(hooks.runner, self)
-        self._asked = True
+        if self._repeating is None:
+            self.will_step = hooks.should_step(hooks.runner, self)
+            self._asked = True
         contexts = hooks.forward_context(hooks.runner, model, self, "train")
         return combine(contexts, hooks.runner) if contexts else _NO_CONTEXT
 
@@ -117,8 +124,9 @@ class OptimWrapper:
         Raises:
             TypeError: If ``loss`` is not a tensor.
             ValueError: If ``loss`` is not a scalar or does not require a gradient.
+            RuntimeError: If a step is in progress; see ``Runner.repeat``.
         """
-        if not self._asked:
+        if not self._asked and self._repeating is None:
             hooks = self.hooks
             self.will_step = hooks.should_step(hooks.runner, self)
         self.backward(loss)
@@ -132,7 +140,12 @@ class OptimWrapper:
         Raises:
             TypeError: If ``loss`` is not a tensor.
             ValueError: If ``loss`` is not a scalar or does not require a gradient.
+            RuntimeError: If a step is in progress; see ``Runner.repeat``.
         """
+        if self.stepping and not self._repeating:
+            raise _within_a_step(self.name)
+        if self._repeating is False:
+            return
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
         hooks = self.hooks
@@ -148,11 +161,22 @@ class OptimWrapper:
         """Take a step with the current gradients, then zero them.
 
         Call it directly to close a window of accumulated gradients early.
+
+        Raises:
+            RuntimeError: If this step is already in progress; see ``Runner.repeat``.
         """
+        if self._repeating is not None:
+            return
+        if self.stepping:
+            raise _within_a_step(self.name)
         self._asked = False
         hooks = self.hooks
         hooks.finish_gradients(hooks.runner, self)
-        hooks.before_optim_step(hooks.runner, self)
+        self.stepping = True
+        try:
+            hooks.before_optim_step(hooks.runner, self)
+        finally:
+            self.stepping = False
         stepped = hooks.optim_step(hooks.runner, self)
         if stepped is None:
             self.optimizer.step()
@@ -165,8 +189,9 @@ class OptimWrapper:
 
     def zero_grad(self) -> None:
         """Discard the gradients, including those of an open window."""
-        self.optimizer.zero_grad()
-        self.window_open = False
+        if self._repeating is None:
+            self.optimizer.zero_grad()
+            self.window_open = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -207,12 +232,54 @@ class OptimWrapper:
         return f"OptimWrapper(name={self.name!r}, steps={self.steps}, optimizer={self.optimizer!r})"
 
 
+def repeat(
+    runner: Runner, wrappers: Mapping[str, OptimWrapper], data_batches: Sequence[Any]
+) -> list[Any]:
+    """Compute the gradients of the step in progress again; see ``Runner.repeat``."""
+    current = next((wrapper for wrapper in wrappers.values() if wrapper.stepping), None)
+    if current is None or current._repeating is not None:
+        raise RuntimeError(
+            "runner.repeat() computes the gradients of an optimizer step again, but no step is in "
+            "progress. Call it in before_optim_step"
+        )
+    if not data_batches:
+        raise ValueError("runner.repeat() needs the batch of this step, or all its micro-batches")
+    outputs = []
+    will_step = current.will_step
+    current.zero_grad()
+    for wrapper in wrappers.values():
+        wrapper._repeating = wrapper is current
+    try:
+        for left, data_batch in enumerate(data_batches, 1 - len(data_batches)):
+            current.will_step = left == 0  # ranks exchange gradients in the last pass
+            runner.hooks.before_repeat(runner, current, data_batch)
+            outputs.append(runner.model.train_step(data_batch, runner.optim_wrapper))
+        if not current.window_open:
+            raise RuntimeError(
+                "train_step did not backpropagate a loss for the optimizer whose step is repeated, "
+                f"{current.name!r}"
+            )
+    finally:
+        current.will_step = will_step
+        for wrapper in wrappers.values():
+            wrapper._repeating = None
+    runner.hooks.finish_gradients(runner, current)
+    return outputs
+
+
 def _by_name(wrappers: Mapping[str, OptimWrapper], name: str | None) -> dict[str, OptimWrapper]:
     if name is None:
         return dict(wrappers)
     if name not in wrappers:
         raise KeyError(unknown("optimizer", name, wrappers))
     return {name: wrappers[name]}
+
+
+def _within_a_step(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the optimizer {name!r} is in the middle of a step, whose gradients are complete. To "
+        "compute them again, call runner.repeat(data_batch) in before_optim_step"
+    )
 
 
 def _bad_loss(loss: Any) -> Exception:

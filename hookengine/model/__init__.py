@@ -7,9 +7,9 @@ checkers and editors read the same names from ``__init__.pyi``, which ``make doc
 
 from typing import Any
 
-from hookengine.events.registry import MODELS
 from hookengine.model.base_model import BaseModel
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.registry import MODELS
 
 _BASES = (BaseModel, BaseModule, ModuleDict, ModuleList, Sequential)
 _OWN = {cls.__name__ for cls in _BASES}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hookengine.events.blame import answering
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
-from hookengine.events.registry import MODELS
 from hookengine.model.modules import BaseModule
+from hookengine.registry import MODELS
 
 if TYPE_CHECKING:
     from hookengine.loop.optim import OptimWrapper

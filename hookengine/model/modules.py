@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from hookengine.events.registry import MODELS
 from hookengine.model.loaded import LoadedTensors, watch_loading
+from hookengine.registry import MODELS
 
 
 class BaseModule(nn.Module, metaclass=ABCMeta):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from hookengine.events.registry import MODELS
 from hookengine.model.base_model import BaseModel
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.registry import MODELS
 
 BASES = (BaseModel, BaseModule, ModuleDict, ModuleList, Sequential)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from hookengine import dist
 from hookengine.events.hookspecs import EVENTS
@@ -15,6 +16,20 @@ from hookengine.records.record import Record
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
+
+
+class RunInfo(Protocol):
+    """What a sink may use of the Runner on its own thread; also enough to replay a past run."""
+
+    name: str
+    logger: Any
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the run, as ``Runner.describe`` does."""
 
 
 class Sink(Plugin):
@@ -76,12 +91,11 @@ class Sink(Plugin):
         delivery = self._sink_delivery
         delivery.put(lambda: delivery.guard("a job", job, everything=True))
 
-    def replay(self, runner: Any, records: Iterable[Record], continues: bool = True) -> None:
+    def replay(self, runner: RunInfo, records: Iterable[Record], continues: bool = True) -> None:
         """Write all of ``records`` that the sink does not hold, regardless of ``queue_size``.
 
         Args:
-            runner: The Runner, or a stand-in with ``name``, ``run_dir``, ``logger`` and
-                ``describe()``, which is all that ``open``, ``write`` and ``close`` may use.
+            runner: The Runner, or a stand-in with what ``open``, ``write`` and ``close`` may use.
             records: The records, oldest first; iterated over once, on the sink's thread.
             continues: Whether to add to what the sink already holds of the run, or to start over.
         """
@@ -153,7 +167,7 @@ class Sink(Plugin):
         self._sink_delivery.finish(self.flush_timeout)
 
 
-def _begin(sink: Sink, runner: Any) -> Delivery:
+def _begin(sink: Sink, runner: RunInfo | None) -> Delivery:
     """Give a sink an empty queue, and counts at zero.
 
     Names of a subclass cannot collide with what a Sink keeps: its names begin with ``_sink``.
@@ -176,8 +190,7 @@ def _queued(write: Callable[..., None]) -> Callable[..., None]:
             self._sink_delivery.runner = runner
             self._sink_delivery.put_record(record, self.queue_size)
 
-    put.__name__, put.__doc__ = write.__name__, write.__doc__  # but keep the event's signature
-    return put
+    return _named_as(write, put)
 
 
 def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
@@ -188,7 +201,14 @@ def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
         Sink.configure(self, runner)
         self._sink_delivery.guard("configure", lambda: method(self, *[runner] * wanted))
 
-    return configure
+    return _named_as(method, configure)
+
+
+def _named_as(method: Callable[..., None], wrapper: Callable[..., None]) -> Callable[..., None]:
+    """Copy a method's name, docstring and hookimpl options, but not its signature."""
+    wrapper.__name__, wrapper.__doc__ = method.__name__, method.__doc__
+    vars(wrapper).update(vars(method))
+    return wrapper
 
 
 def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from hookengine.answers import answer, explain_arguments
 from hookengine.evaluator import Evaluator
-from hookengine.events.answers import answer, explain_arguments
-from hookengine.events.registry import MODELS, unknown
 from hookengine.loop.config import EvalCfg, parse
 from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
+from hookengine.registry import MODELS, unknown
 from hookengine.setup import migration
+
+if TYPE_CHECKING:
+    from hookengine.runner import Runner
 
 _SOURCES = (Mapping, Optimizer, OptimWrapper)
 
@@ -36,6 +40,45 @@ def build_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return model
+
+
+def beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
+    """Return ``(resume_from, load_from)``, with MMEngine's booleans for ``resume`` translated.
+
+    Raises:
+        TypeError: One of them has the wrong type.
+    """
+    if resume is True and isinstance(load_from, (str, Path)):
+        return load_from, None
+    if resume is True:
+        resume = "auto"
+    if resume is not None and resume is not False and not isinstance(resume, (str, Path)):
+        raise TypeError(f"resume takes 'auto' or the path of a checkpoint, got {resume!r}")
+    if load_from is not None and not isinstance(load_from, (str, Path, Mapping)):
+        raise TypeError(
+            f"load_from takes a path, a URL or dict(checkpoint=..., strict=...), got {load_from!r}"
+        )
+    return resume or None, load_from
+
+
+def check_loss_step(model: nn.Module, cfg: EvalCfg, phase: str) -> None:
+    """Raise a TypeError if the losses of an evaluation are wanted, but the model has none."""
+    if cfg.loss and not hasattr(model, "loss_step"):
+        raise TypeError(
+            f"{type(model).__name__} has no loss_step(data), which {phase}_cfg=dict(loss=True) "
+            "needs. Add this method, as in BaseModel, or remove loss=True"
+        )
+
+
+def check_beginning(runner: Runner) -> None:
+    """Raise a ValueError if no plugin resumes or loads what the Runner was asked to."""
+    asked = {"resume": runner.resume_from, "load_from": runner.load_from}
+    given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+    if given and "resume" not in runner.plugins.calls():
+        raise ValueError(
+            f"{' and '.join(given)} needs a plugin that implements the event 'resume', but no "
+            f"such plugin is enabled. {answer('resume') or ''}"
+        )
 
 
 def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Sequence[str]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import pydantic
 from torch import nn
 
 from hookengine import dist
-from hookengine.events.plugin import as_json, options_of
 from hookengine.loop.data import dataset_size, length_of
 from hookengine.setup.environment import describe_environment
 
@@ -36,7 +37,10 @@ def describe_run(runner: Runner) -> dict[str, Any]:
             {"name": name, "source": runner.plugins.source(name), "options": options_of(plugin)}
             for name, plugin in runner.plugins.items()
         ],
-        "hooks": runner.plugins.calls(),
+        "hooks": {
+            event: [{k: v for k, v in place._asdict().items() if v} for place in order]
+            for event, order in runner.plugins.order().items()
+        },
         "environment": describe_environment(),
         "world_size": dist.get_world_size(),
     }
@@ -63,11 +67,6 @@ def describe_state(runner: Runner) -> dict[str, Any]:
     }
 
 
-def wrappers_of(runner: Runner) -> dict[str, OptimWrapper]:
-    """Return the Runner's optimizer wrappers by name, or an empty dict if it does not train."""
-    return {} if runner.optim_wrapper is None else runner.optim_wrapper.by_name()
-
-
 def _model(runner: Runner) -> str:
     return type(runner.bare_model).__name__
 
@@ -77,7 +76,7 @@ def _optimizers(
 ) -> dict[str, dict[str, Any]]:
     return {
         name: {"type": type(wrapper.optimizer).__name__, **about(wrapper)}
-        for name, wrapper in wrappers_of(runner).items()
+        for name, wrapper in runner.optim_wrappers.items()
     }
 
 
@@ -102,3 +101,19 @@ def _release() -> str:
         return version("hookengine")
     except PackageNotFoundError:
         return "unknown"
+
+
+def options_of(plugin: object) -> dict[str, Any]:
+    """Return a plugin's options as values that JSON can hold, or their ``repr`` otherwise."""
+    if not dataclasses.is_dataclass(plugin) or isinstance(plugin, type):
+        return {}
+    values = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin)}
+    return {name: as_json(value) for name, value in values.items()}
+
+
+def as_json(value: Any) -> Any:
+    """Return a value in a form that JSON can hold, or its ``repr`` if there is none."""
+    try:
+        return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
+    except (ValueError, RecursionError):  # bytes that are not text, or a cycle
+        return repr(value)

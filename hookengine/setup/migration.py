@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hookengine.events.registry import PLUGINS
+from hookengine.registry import PLUGINS
 
 # MMEngine's name -> (the plugin that replaces it, or None; what to do instead, as a clause that
 # follows "In hookengine, "; what to do if that plugin is not installed)

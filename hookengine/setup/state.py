@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hookengine import dist
-from hookengine.events.registry import PLUGINS, unknown
 from hookengine.loop.data import length_of
-from hookengine.setup.description import describe_state, wrappers_of
+from hookengine.registry import PLUGINS, unknown
+from hookengine.setup.description import describe_state
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -21,7 +21,7 @@ _NAMES = ("optimizer", "dataset", "world_size")
 
 
 def collect(runner: Runner) -> dict[str, Any]:
-    """Return the state that all ranks share: weights, optimizers, counters, plugins."""
+    """Return the state that all ranks share: weights, optimizers, counters, metrics, plugins."""
     checkpoint: dict[str, Any] = {
         "state_dict": runner.bare_model.state_dict(),
         "progress": runner.progress.state_dict(),
@@ -30,7 +30,24 @@ def collect(runner: Runner) -> dict[str, Any]:
     }
     if runner.optim_wrapper is not None:
         checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
+    if runner.val_loop is not None:
+        checkpoint["metrics"] = {
+            name: float(value)
+            for name, value in runner.val_loop.metrics.items()
+            if isinstance(value, int | float)
+        }
     return checkpoint
+
+
+def warn_of_open_window(runner: Runner) -> bool:
+    """Warn if the state lacks gradients, and return whether it does."""
+    if not any(wrapper.window_open for wrapper in runner.optim_wrappers.values()):
+        return False
+    runner.logger.warning(
+        "state_dict() was called between two optimizer steps. It does not hold the gradients since "
+        "the last step, so a run cannot be resumed from it exactly. Call it in safe_point"
+    )
+    return True
 
 
 def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
@@ -69,6 +86,8 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
+    if runner.val_loop is not None:
+        runner.val_loop.metrics = dict(checkpoint.get("metrics", {}))
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +118,7 @@ def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
 def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Return pairs of parameter groups, of the Runner and of the state."""
     pairs: list[tuple[Any, Any]] = []
-    for name, wrapper in wrappers_of(runner).items():
+    for name, wrapper in runner.optim_wrappers.items():
         old = saved if "param_groups" in saved else saved.get(name, {})
         pairs += zip(wrapper.param_groups, old.get("param_groups", ()), strict=False)
     return pairs
@@ -124,7 +143,7 @@ def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple
         yield "state_dict", text
     if text := _optimizers(runner, checkpoint, here["optimizers"]):
         yield "optimizer", f"{text}; if you allow this, the optimizer starts from scratch"
-    yield from runner.plugins.differences(checkpoint["plugins"], meta.get("plugins", ()))
+    yield from _plugins(runner, checkpoint["plugins"], meta.get("plugins", ()))
     ranks, ranks_then = here["world_size"], meta.get("world_size", here["world_size"])
     for phase, then in meta.get("dataset", {}).items():
         now = here["dataset"].get(phase, then)
@@ -134,6 +153,23 @@ def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple
             yield "dataset", f"{phase} has {_data(now)} here, {_data(then)} in the checkpoint"
     if ranks != ranks_then:
         yield "world_size", f"{ranks} processes here, {ranks_then} in the checkpoint"
+
+
+def _plugins(
+    runner: Runner, states: Mapping[str, Any], were_on: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the name of each plugin with a state on one side only, and a sentence about it.
+
+    Args:
+        runner: The Runner.
+        states: The states in the checkpoint, by plugin name.
+        were_on: Plugins that were enabled when the state was saved. They may be missing from it if
+            they had nothing to save yet.
+    """
+    for name in sorted({*states} - {*runner.plugins}):
+        yield name, f"the checkpoint has a state of {name!r}, which is not enabled: enable it"
+    for name in sorted({*runner.plugins.state_dict()} - {*states} - {*were_on}):
+        yield name, f"the checkpoint has no state of {name!r}, which is enabled: disable it"
 
 
 def _data(counts: Mapping[str, Any]) -> str:
@@ -186,7 +222,7 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
     """Compare the optimizers: their names, types, and the parameters of each group."""
     if runner.optim_wrapper is None:
         return ""
-    saved, wrappers = checkpoint["optimizer"], wrappers_of(runner)
+    saved, wrappers = checkpoint["optimizer"], runner.optim_wrappers
     several = runner.optim_wrapper is not next(iter(wrappers.values()))
     if several or "param_groups" not in saved:
         if saved.keys() != wrappers.keys():

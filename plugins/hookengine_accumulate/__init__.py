@@ -29,8 +29,6 @@ class Accumulate(Plugin, name="accumulate"):
     into account. This adds an all-reduce of a single number per window.
     """
 
-    after = ("amp",)
-
     steps: int = Field(ge=1, description="micro-batches per optimizer step")
     weight: Literal["sample", "batch", "token"] = Field(
         default="sample",
@@ -119,7 +117,7 @@ class Accumulate(Plugin, name="accumulate"):
         held = window.held if optim_wrapper.window_open else 0
         return held + 1 >= self.steps or runner.progress.is_last or self._closing
 
-    @hookimpl(trylast=True)  # the loss is complete; amp, ordered before, runs even later
+    @hookimpl(trylast=True)  # after plugins that change the loss
     def scale_loss(self, runner: Any, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
         """Weight the loss of this micro-batch."""
         window = self._windows.get(optim_wrapper.name)
@@ -140,7 +138,7 @@ class Accumulate(Plugin, name="accumulate"):
             return None
         return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True, after="amp")  # amp must see infinite gradients as they are
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Correct the gradients if the weight of the window is not the expected one."""
         window = self._windows.get(optim_wrapper.name)

@@ -95,7 +95,7 @@ class Amp(Plugin, name="amp"):
             return None
         return torch.autocast(self._device_type, self._dtype)
 
-    @hookimpl(trylast=True)  # the loss is complete by then
+    @hookimpl(trylast=True, after="accumulate")  # the loss is complete, also its weight
     def scale_loss(self, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
         """Multiply the loss by the loss scale."""
         scaled = self._scaled.get(optim_wrapper.name)
@@ -104,7 +104,7 @@ class Amp(Plugin, name="amp"):
         scaled.settle()
         return scaled.scaler.scale(loss)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True, after="distributed")  # an infinity of one rank is one of all ranks
     def finish_gradients(self, optim_wrapper: OptimWrapper) -> None:
         """Divide the gradients by the loss scale, if a scaled loss was backpropagated."""
         scaled = self._scaled.get(optim_wrapper.name)

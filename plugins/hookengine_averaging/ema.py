@@ -95,7 +95,7 @@ class Ema(Plugin, name="ema"):
         """Copy the model."""
         self.averaged = self._build(model)
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # the model is wrapped by then, and its copy is wrapped like it
     def wrap_model(self, runner: Any, role: str) -> None:
         """Wrap the copy in the same way as the model."""
         if role == "train":

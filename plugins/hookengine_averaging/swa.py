@@ -34,6 +34,7 @@ class Swa(Plugin, name="swa"):
         averaged: The averaged model; ``averaged.module`` has its weights.
     """
 
+    # It overrides the rates that a schedule has set, and averages after the last step of an epoch.
     after = ("schedule", "accumulate")
 
     begin: int | float = Field(
@@ -84,7 +85,7 @@ class Swa(Plugin, name="swa"):
         """Copy the model."""
         self.averaged = StochasticWeightAverage(model)
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # the model is wrapped by then, and its copy is wrapped like it
     def wrap_model(self, runner: Any, role: str) -> None:
         """Wrap the copy in the same way as the model."""
         if role == "train":
@@ -128,7 +129,7 @@ class Swa(Plugin, name="swa"):
             if name in self._pending:
                 self._rates[name].load_state_dict(self._pending.pop(name))
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # the others see the rates of this step
     def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
         """Override what a schedule has set between two steps."""
         self._restore(optim_wrapper)

@@ -11,7 +11,7 @@ from torch import nn
 from hookengine import Plugin, dist, greater_is_better, hookimpl, metric_value
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best, optimizer_steps
-from hookengine_checkpoint.checks import check_plain
+from hookengine_checkpoint.checks import check_plain, warn_of_later_changes
 from hookengine_checkpoint.export import export_weights
 from hookengine_checkpoint.interval import SaveTimer, parse_interval
 from hookengine_checkpoint.preemption import EXIT_CODE, Preemption
@@ -145,6 +145,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             )
         check_plain(runner.plugins.state_dict(), "the state of plugins")
         check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
+        warn_of_later_changes(runner, self.plugin_name)
         self._timer = SaveTimer(self.every, runner.progress)
         can_agree = dist.get_world_size() == 1 or "agree" in runner.plugins.calls()
         if self._timer.interval.unit == "minutes" and not can_agree:
@@ -158,7 +159,7 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     # -- saving ---------------------------------------------------------------------------------
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # other plugins may add metrics
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """Compare a validation of training with the best one so far."""
         self._validated = runner.progress.iter, numbers(metrics)
@@ -168,7 +169,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best.compare(metric_value(metrics, self.keep_best), optimizer_steps(runner))
 
     @hookimpl(trylast=True)  # changes that other plugins make at a safe point are saved, too
-    def safe_point(self, runner: Any) -> None:
+    def safe_point(self, runner: Any, agreed: Mapping[str, str]) -> None:
         """Save if a checkpoint is due, or if the current weights are the best so far."""
         self._writer.poll(runner)
         if self._best.is_pending and self._best.expire(optimizer_steps(runner)):
@@ -177,9 +178,9 @@ class Checkpoint(Plugin, name="checkpoint"):
                 "accumulated gradients, and its weights have been trained on since, so they are "
                 "not kept. Make val_interval a multiple of the window"
             )
-        if runner.agreed and self._preemption is not None:
-            self._preemption.note(runner.agreed)
-        is_due = self._timer.is_due(runner) and not self._writer.is_saved(runner.progress)
+        if agreed and self._preemption is not None:
+            self._preemption.note(agreed)
+        is_due = self._timer.is_due(runner, agreed) and not self._writer.is_saved(runner.progress)
         if is_due or (self._best.is_pending and not self._writer.mark_best(runner)):
             self.begin_save(runner)
 
@@ -231,7 +232,7 @@ class Checkpoint(Plugin, name="checkpoint"):
                 "runner.plugins['checkpoint'].save(runner)"
             )
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # it may end the process
     def after_run(self, runner: Any) -> None:
         """Restore the signal handlers, and end the process if a signal has asked for it."""
         self._training = False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookengine import not_plain
+from hookengine import Runner, not_plain
 
 
 def check_plain(state: Any, where: str) -> None:
@@ -28,6 +28,20 @@ def check_plain(state: Any, where: str) -> None:
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint "
             f"cannot hold because reading it would run code: keep {fix} in the state instead"
         )
+
+
+def warn_of_later_changes(runner: Runner, own_name: str) -> None:
+    """Warn if a plugin with a state is called after the save: its changes there are not saved."""
+    called = runner.plugins.calls()["safe_point"]
+    for name in called[called.index(own_name) + 1 :]:
+        plugin = runner.plugins[name]
+        methods = (getattr(plugin, part, None) for part in ("state_dict", "rank_state_dict"))
+        if any(method is not None and method() for method in methods):
+            runner.logger.warning(
+                f"checkpoint: the plugin {name!r} is called after a checkpoint is saved, so the "
+                "checkpoint lacks what it changes in safe_point, and a resumed run may differ. "
+                f"Declare @hookimpl(before={own_name!r}) on its safe_point"
+            )
 
 
 def nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:

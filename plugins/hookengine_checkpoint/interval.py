@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from hookengine import dist
@@ -84,7 +85,7 @@ class SaveTimer:
         else:
             self._deadline = time.monotonic() + 60 * self.interval.number
 
-    def is_due(self, runner: Any) -> bool:
+    def is_due(self, runner: Any, agreed: Mapping[str, str]) -> bool:
         """Return whether to save at this safe point; the answer is the same on all ranks.
 
         The clocks of ranks differ. When time is up, rank 0 only requests a save, which is due at
@@ -93,7 +94,7 @@ class SaveTimer:
         unit, progress = self.interval.unit, self._progress
         if unit == "minutes" and time.monotonic() >= self._deadline and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self._every}")
-        if runner.agreed and runner.agreed.keys() & {"save", "stop"}:
+        if agreed.keys() & {"save", "stop"}:
             return True
         if unit != "minutes":
             count = progress.iter if unit == "iterations" else progress.epoch

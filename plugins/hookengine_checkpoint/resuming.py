@@ -56,8 +56,6 @@ def load_run(runner: Any, found: Found, allow: Iterable[str], log: Callable[[str
             "allow=[...]); to start a new run instead, give it another name: Runner(name=...)"
         )
         raise
-    if runner.val_loop is not None:
-        runner.val_loop.metrics = dict(state.get("metrics", {}))
 
 
 def _read(runner: Any, found: Found) -> dict[str, Any]:

@@ -91,8 +91,6 @@ class Saver:
         if self._best.is_pending:
             self._best.assign(self._number)
             state["plugins"] = {**state["plugins"], self._plugin_name: self._best.state_dict()}
-        if runner.val_loop is not None:
-            state["metrics"] = numbers(runner.val_loop.metrics)
         return state, ranks
 
     def _prepare_folder(self, runner: Any) -> None:

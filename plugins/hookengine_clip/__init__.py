@@ -24,10 +24,6 @@ class Clip(Plugin, name="clip"):
     the device.
     """
 
-    # Of several trylast plugins, the first one runs last: this one is the last to edit gradients,
-    # and its optim_step is called after that of amp, which skips non-finite steps by itself.
-    before = ("amp", "accumulate")
-
     max_norm: float | None = Field(
         default=None,
         gt=0,
@@ -98,7 +94,7 @@ class Clip(Plugin, name="clip"):
         if norm is not None:
             runner.log({self._labels[optim_wrapper.name]: norm})
 
-    @hookimpl(trylast=True)  # plugins that skip such steps by themselves decide first
+    @hookimpl(trylast=True, after="amp")  # amp skips such steps by itself
     def optim_step(self, optim_wrapper: OptimWrapper) -> None:
         """Check that the gradients are finite, with ``error_if_nonfinite``.
 

@@ -102,7 +102,7 @@ class Distributed(Plugin, name="distributed"):
 
     # -- the life of the process group ----------------------------------------------------------
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # other plugins use the device and the ranks
     def configure(self, runner: Any) -> None:
         """Join the process group, and check that all ranks have the same options."""
         self._ranks = 1
@@ -115,7 +115,7 @@ class Distributed(Plugin, name="distributed"):
         self._after_val = False
         launch = Launch.read()
         if launch is not None:
-            runner.device = own_device(runner.device, launch)
+            runner.use_device(own_device(runner.device, launch))
         if not dist.is_distributed():
             if launch is None:
                 return
@@ -129,9 +129,10 @@ class Distributed(Plugin, name="distributed"):
         self._agreement = Agreement(beside)
         self._seed: int = dist.broadcast_object(torch.initial_seed())
         require_same("options", _options(runner))
-        runner.name = runner.name if runner.named else dist.broadcast_object(runner.name)
+        if not runner.named:
+            runner.use_name(dist.broadcast_object(runner.name))
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # no plugin trains on if a rank has failed
     def before_train(self, runner: Any) -> None:
         """Check that no rank has failed, and that all ranks train the same."""
         if self._watch is not None:
@@ -139,7 +140,7 @@ class Distributed(Plugin, name="distributed"):
             counters = "max_epochs", "max_iters", "epoch", "iter", "batch"
             require_same("training", {n: getattr(runner.progress, n) for n in counters})
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # by then, rank 0 has created the folder
     def before_run(self, runner: Any) -> None:
         """Use the name under which rank 0 has found a folder for the run."""
         if self._watch is not None:
@@ -215,13 +216,13 @@ class Distributed(Plugin, name="distributed"):
         if optim_wrapper is not None and (told := getattr(self._wrapper, "exchange", None)):
             told.expect(optim_wrapper)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # a plugin that runs the backward pass ends the question
     def backward(self) -> None:
         """Note in the wrapper that a backward pass begins; the kernel runs that pass."""
         if told := getattr(self._wrapper, "exchange", None):
             told.before_backward()
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # the others see the gradients of all ranks
     def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
         """Exchange gradients that no backward pass has exchanged; raise if none ever would."""
         wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
@@ -304,7 +305,7 @@ class Distributed(Plugin, name="distributed"):
         """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("val", ()))
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # after other plugins may have replaced the batch
     def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
         """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("test", ()))

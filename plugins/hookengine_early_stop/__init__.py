@@ -65,11 +65,12 @@ class EarlyStop(Plugin, name="early_stop"):
         if ended and self._asked:
             self._waited, self._stopped = 0, False
         elif ended:
-            runner.progress.stopped = "early_stop: the run had stopped here before it was resumed"
-            runner.logger.info(f"{runner.progress.stopped}; call train() again to continue")
+            reason = "early_stop: the run had stopped here before it was resumed"
+            runner.stop(reason, now=True)
+            runner.logger.info(f"{reason}; call train() again to continue")
             self._asked = True
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # other plugins may add metrics
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """Compare the metric with the best one, after a validation that training requested."""
         if not runner.progress.val_due:

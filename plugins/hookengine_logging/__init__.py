@@ -69,7 +69,7 @@ class Logging(Plugin, name="logging"):
     )
 
     def configure(self, runner: Any) -> None:
-        """Replace ``runner.logger``; the files are opened when a run begins."""
+        """Give the Runner its logger; the files are opened when a run begins."""
         self._main = dist.is_main_process()
         self._by_epoch = True
         self._error: BaseException | None = None
@@ -81,14 +81,13 @@ class Logging(Plugin, name="logging"):
         self._history = History()
         self._run_file: RunFile | None = None
         self._output = Output(self._main, self.renderer == "json")
-        self._previous_logger = runner.logger
-        context = log_context(runner)
-        runner.logger = make_logger(self._output, context, self.level, self.levels)
+        logger = make_logger(self._output, log_context(runner), self.level, self.levels)
+        self._previous_logger = runner.use_logger(logger)
         self._captured = CapturedWarnings(runner, self._main)
         self._captured.start()
         check_levels(self.levels, runner.plugins)  # last: after an error all of it is undone
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # what other plugins say goes into the files
     def before_run(self, runner: Any) -> None:
         """Open the files, and describe the run in them."""
         self._error = None
@@ -120,7 +119,7 @@ class Logging(Plugin, name="logging"):
             announce_unrecorded(runner.logger, self._meters)
         self._captured.stop()
         self._history.close(runner.logger)
-        runner.logger = self._previous_logger
+        runner.use_logger(self._previous_logger)
         self._output.close()
 
     # -- training -------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ class Logging(Plugin, name="logging"):
         clock = self._training.stopwatch
         clock.data_seconds += perf_counter() - clock.mark
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True)  # after plugins that set the rate of this step
     def before_optim_step(self, optim_wrapper: Any) -> None:
         """Keep the learning rate of this step, which a schedule is about to change."""
         rate = optim_wrapper.param_groups[0]["lr"]
@@ -169,7 +168,7 @@ class Logging(Plugin, name="logging"):
         """Write the rest when the limit is reached or the run was stopped."""
         self._write_training(runner)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # nothing is saved after a bad loss
     def before_save_checkpoint(self, runner: Any) -> None:
         """Look at the losses not read yet, before the weights they led to are saved."""
         self._training.check_losses(runner)
@@ -266,7 +265,7 @@ class Logging(Plugin, name="logging"):
         self._training.load_state_dict(state)
         self._history.load_state_dict(state)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(tryfirst=True)  # sinks read the history in this event
     def after_load_checkpoint(self, runner: Any) -> None:
         """Find out whether the history in the folder leads to the loaded state."""
         if self._main:

@@ -48,9 +48,9 @@ class Report(Sink, name="report"):
         if self.every is not None and self._validations % self.every == 0 and not self._waiting:
             self._draw(runner)
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="logging", before="checkpoint")  # run.json is complete, the process still runs
     def after_run(self, runner: Any) -> None:
-        """Draw the run, after ``logging`` has written how it ended."""
+        """Draw the run."""
         self._draw(runner)
 
     def _draw(self, runner: Any) -> None:

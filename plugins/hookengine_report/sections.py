@@ -210,18 +210,22 @@ def hooks(run: Run) -> Markup:
     for subject, events in by_subject.items():
         rows = []
         for event in events:
-            names = called[event] if isinstance(called[event], list) else [called[event]]
-            rows.append(element("div", element("dt", event), element("dd", _chain(names))))
+            places = called[event] if isinstance(called[event], list) else [called[event]]
+            rows.append(element("div", element("dt", event), element("dd", _chain(places))))
         panels.append(element("div", element("h3", subject), element("dl", rows), class_="panel"))
     if not panels:
         return Markup("")
     return _section("Hook order", element("div", panels, class_="hooks"))
 
 
-def _chain(names: Iterable[Any]) -> Markup:
+def _chain(places: Iterable[Any]) -> Markup:
+    """Show plugins in order; the reason for a place appears when the pointer is over it."""
     parts: list[str] = []
-    for name in names:
-        parts += [" → "] * bool(parts) + [element("b", str(name))]
+    for place in places:
+        place = place if isinstance(place, dict) else {"plugin": place}  # of an earlier version
+        about = "; ".join(str(place[key]) for key in ("reason", "rhythm") if key in place)
+        name = element("b", str(place.get("plugin")), title=about or None)
+        parts += [" → "] * bool(parts) + [name]
     return joined(*parts)
 
 

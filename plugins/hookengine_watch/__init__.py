@@ -28,11 +28,9 @@ class Watch(Plugin, name="watch"):
         """Forget which tensors were left out."""
         self._left_out: set[str] = set()
 
-    @hookimpl(trylast=True)
+    @hookimpl(trylast=True, after="clip", every="every")  # the gradients are those of the step
     def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
         """Compute histograms, before the first step and then every ``every`` steps."""
-        if optim_wrapper.steps % self.every:
-            return
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
         tensors = {}
         for name, parameter in runner.bare_model.named_parameters():

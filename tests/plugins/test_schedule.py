@@ -461,7 +461,7 @@ def test_the_state_of_another_scheduler_is_refused(make: MakeRunner) -> None:
 
 
 def test_a_second_schedule_for_one_optimizer_is_refused(make: MakeRunner) -> None:
-    with pytest.raises(ValueError, match="already has a schedule, from the plugin 'second'"):
+    with pytest.raises(ValueError, match="already has a schedule, from the plugin 'schedule'"):
         make(
             plugins=[
                 Schedule(scheduler="CosineAnnealingLR"),

@@ -35,9 +35,9 @@ def test_order_does_not_depend_on_when_a_plugin_was_added() -> None:
 def test_an_observer_wraps_each_implementation_until_it_is_stopped() -> None:
     seen = []
 
-    def observer(event: str, impl: Any, function: Any) -> Any:
+    def observer(event: str, plugin: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append((event, impl.plugin_name))
+            seen.append((event, plugin))
             return function(*args, **kwargs)
 
         return call
@@ -56,7 +56,7 @@ def test_an_observer_wraps_each_implementation_until_it_is_stopped() -> None:
 def test_configure_follows_the_printed_order(make: MakeRunner) -> None:
     log: list[str] = []
 
-    def note(event: str, name: str, **order: bool) -> Any:
+    def note(event: str, name: str, **order: Any) -> Any:
         return hookimpl(**order)(lambda self: log.append(f"{event} {name}"))
 
     a = named("a", configure=note("configure", "a"), unconfigure=note("unconfigure", "a"))

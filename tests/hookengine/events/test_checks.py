@@ -24,7 +24,7 @@ def test_misspelled_events_and_arguments_are_refused(method: str, message: str) 
     exec(f"class Misspelt:\n    def {method}: pass", namespace)
     plugin = namespace["Misspelt"]()  # type: ignore[operator]
     with pytest.raises(TypeError) as caught:
-        check_methods("misspelled", plugin)
+        check_methods("misspelled", plugin, "a module")
     assert message in str(caught.value)
     assert "'misspelled'" in str(caught.value)
 
@@ -42,4 +42,4 @@ def test_properties_options_and_private_methods_are_no_events() -> None:
         def after_all(self) -> None:
             raise AssertionError("evaluated")
 
-    check_methods("careful", Careful())
+    check_methods("careful", Careful(), "a module")

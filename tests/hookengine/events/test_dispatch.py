@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import pluggy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookengine import hookimpl
-from hookengine.events.dispatch import COMPILED, SILENT, Hooks, compile_event, resolve
-from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
+from hookengine.events.dispatch import COMPILED, SILENT, compile_event
+from hookengine.events.hookspecs import EVENTS
 from hookengine.events.manager import PluginManager
 
 KINDS: dict[str, list[str]] = {}
@@ -26,21 +27,34 @@ for _event in COMPILED:
 # These two are told apart: they call everybody although one raises.
 PLAIN = [name for name in KINDS["event"] if not EVENTS[name].kind.closing]
 
+Drawn = dict[str, Any]
+
 
 @st.composite
-def implementations(draw: st.DrawFn, event: str) -> list[dict[str, Any]]:
-    """Random implementations of one event: arguments, defaults, order, what they do."""
+def implementations(draw: st.DrawFn, event: str, rhythms: bool = False) -> list[Drawn]:
+    """Random implementations of one event: arguments, defaults, place, rhythm, what they do."""
     arguments = EVENTS[event].arguments
+    names = [f"p{index}" for index in range(draw(st.integers(0, 5)))]
+    hidden = draw(st.permutations(names))  # an order that all constraints agree with
     several = []
-    for index in range(draw(st.integers(0, 5))):
+    for name in names:
+        options: Drawn = draw(st.sampled_from([{}, {"tryfirst": True}, {"trylast": True}]))
+        at = hidden.index(name)
+        for side, others in (("after", hidden[:at]), ("before", hidden[at + 1 :])):
+            if draw(st.booleans()) and others:
+                options = {**options, side: draw(st.sampled_from(others))}
+        if rhythms and EVENTS[event].kind.counter is not None and draw(st.booleans()):
+            options = {**options, "every": draw(st.sampled_from([1, 2, 3, "interval"]))}
+        if rhythms and draw(st.integers(0, 3)) == 0:
+            options = {**options, "once": True}
         chosen = draw(st.lists(st.sampled_from(arguments), unique=True))
-        defaulted = draw(st.integers(0, len(chosen)))
         several.append(
             {
-                "index": index,
+                "name": name,
                 "arguments": chosen,
-                "defaulted": defaulted,
-                "order": draw(st.sampled_from([{}, {"tryfirst": True}, {"trylast": True}])),
+                "defaulted": draw(st.integers(0, len(chosen))),
+                "options": options,
+                "interval": draw(st.sampled_from([None, 0, 1, 2])),
                 "result": draw(st.sampled_from([None, None, "value", 0, False, True])),
                 "raises": draw(st.integers(0, 9)) == 0,
             }
@@ -48,44 +62,52 @@ def implementations(draw: st.DrawFn, event: str) -> list[dict[str, Any]]:
     return several
 
 
-def make_plugin(event: str, what: dict[str, Any], log: list[Any]) -> object:
+def make_plugin(event: str, what: Drawn, log: list[Any]) -> Any:
     """A plugin object with one method of exactly the drawn signature."""
     plain = what["arguments"][: len(what["arguments"]) - what["defaulted"]]
     defaulted = what["arguments"][len(plain) :]
     signature = ", ".join(["self", *plain, *(f"{name}='default'" for name in defaulted)])
     received = ", ".join(f"{name!r}: {name}" for name in what["arguments"])
-    namespace: dict[str, Any] = {"_what": what, "_log": log}
+    namespace: Drawn = {"_what": what, "_log": log}
     exec(
         f"def {event}({signature}):\n"
-        f"    _log.append((_what['index'], {{{received}}}))\n"
-        "    if _what['raises']: raise ValueError(_what['index'])\n"
-        "    return ('value', _what['index']) if _what['result'] == 'value' else _what['result']\n",
+        f"    _log.append((_what['name'], {{{received}}}))\n"
+        "    if _what['raises']: raise ValueError(_what['name'])\n"
+        "    return ('value', _what['name']) if _what['result'] == 'value' else _what['result']\n",
         namespace,
     )
-    method = hookimpl(**what["order"])(namespace[event])
-    return type(f"Plugin{what['index']}", (), {event: method})()
+    method = hookimpl(**what["options"])(namespace[event])
+    members = {event: method, "plugin_name": what["name"], "interval": what["interval"]}
+    return type("Drawn", (), members)()
 
 
-def outcome(call: Any) -> tuple[str, Any]:
+def given_values(event: str, count: int = 0) -> Drawn:
+    """An argument for each parameter; the counters of those that have one stand at ``count``."""
+    values: Drawn = {name: f"given {name}" for name in EVENTS[event].arguments}
+    progress = types.SimpleNamespace(iter=count, epoch=count)
+    values["runner"] = types.SimpleNamespace(progress=progress)
+    if "optim_wrapper" in values:
+        values["optim_wrapper"] = types.SimpleNamespace(steps=count)
+    if "batch_idx" in values:
+        values["batch_idx"] = count - 1
+    return values
+
+
+def outcome(call: Callable[[], Any]) -> tuple[str, Any]:
     try:
         return "returned", call()
     except ValueError as error:
         return "raised", error.args
 
 
-def both(event: str, several: list[dict[str, Any]]) -> tuple[Any, Any]:
+def both(event: str, several: list[Drawn]) -> tuple[Any, Any]:
     """(what pluggy does, what the generated call does), each with the log of the calls."""
     log: list[Any] = []
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(HookSpecs)
-    for what in several:
-        manager.register(make_plugin(event, what, log), name=f"plugin{what['index']}")
-    values = {name: f"given {name}" for name in EVENTS[event].arguments}
+    manager = PluginManager([make_plugin(event, what, log) for what in several], defaults=())
+    values = given_values(event)
     by_pluggy = outcome(lambda: getattr(manager.hook, event)(**values)), list(log)
     log.clear()
-    hooks = Hooks()
-    resolve(hooks, manager.hook)
-    generated = outcome(lambda: getattr(hooks, event)(*values.values())), list(log)
+    generated = outcome(lambda: getattr(manager.hooks, event)(*values.values())), list(log)
     return by_pluggy, generated
 
 
@@ -108,53 +130,103 @@ def test_decisions_are_taken_as_pluggy_takes_them(data: st.DataObject) -> None:
     assert found == expected
 
 
+def is_due(what: Drawn, count: int, called: set[str]) -> bool:
+    every = what["options"].get("every")
+    every = what["interval"] if every == "interval" else every
+    turned_off = "every" in what["options"] and not every
+    counted = not turned_off and count % (every or 1) == 0
+    return counted and not (what["options"].get("once") and what["name"] in called)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_changes_in_mid_run_only_those_that_are_due_are_called_and_in_order(
+    data: st.DataObject,
+) -> None:
+    """Constraints, groups, rhythms; plugins that leave, come back and are replaced."""
+    event = data.draw(st.sampled_from([e.name for e in COMPILED]))
+    several = data.draw(implementations(event, rhythms=True))
+    for what in several:
+        what["raises"], what["result"] = False, None
+    log: list[Any] = []
+    manager = PluginManager([make_plugin(event, what, log) for what in several], defaults=())
+    on, called = {what["name"]: what for what in several}, set[str]()
+    for count in range(1, 8):
+        if data.draw(st.booleans()) and several:
+            what = data.draw(st.sampled_from(several))
+            if data.draw(st.booleans()) and what["name"] in on:
+                manager.remove(what["name"])
+                del on[what["name"]]
+            else:
+                manager.add(make_plugin(event, what, log), replace=True)
+                on[what["name"]] = what
+            called.discard(what["name"])  # `once` counts per plugin object
+        values = given_values(event, count)
+        log.clear()
+        getattr(manager.hook, event)(**values)  # pluggy knows no rhythm
+        order = [name for name, _ in log]
+        assert order == manager.calls().get(event, [])
+        fresh = PluginManager([make_plugin(event, w, log) for w in on.values()], defaults=())
+        assert order == fresh.calls().get(event, [])  # it does not depend on what was before
+        log.clear()
+        getattr(manager.hooks, event)(*values.values())
+        due = [name for name in order if is_due(on[name], count, called)]
+        assert [name for name, _ in log] == due
+        called |= {name for name in due if on[name]["options"].get("once")}
+
+
+def ordered(event: str, several: list[Drawn]) -> Iterator[Drawn]:
+    manager = PluginManager([make_plugin(event, what, []) for what in several], defaults=())
+    for name in manager.calls().get(event, []):
+        yield next(what for what in several if what["name"] == name)
+
+
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_transforms_are_a_fold(data: st.DataObject) -> None:
     event = data.draw(st.sampled_from(KINDS["transform"]))
-    several = data.draw(implementations(event))
+    several = data.draw(implementations(event, rhythms=True))
     argument = EVENTS[event].kind.argument
     assert argument is not None
+    count = data.draw(st.integers(1, 6))
     log: list[Any] = []
-    manager = PluginManager(defaults=())
-    for what in reversed(several):
-        manager.register(make_plugin(event, what, log), name=f"plugin{what['index']}")
-    resolve(manager._hooks, manager.hook)
-    values = {name: f"given {name}" for name in EVENTS[event].arguments}
-    last = [what for what in several if what["order"].get("trylast")]
-    first = [what for what in several if what["order"].get("tryfirst")]
-    ordered = [*first, *(what for what in several if not what["order"]), *reversed(last)]
+    manager = PluginManager([make_plugin(event, what, log) for what in several], defaults=())
+    values = given_values(event, count)
+    due = [what for what in ordered(event, several) if is_due(what, count, set())]
 
     def fold() -> Any:
         value: Any = values[argument]
-        for what in ordered:
+        for what in due:
             if what["raises"]:
-                raise ValueError(what["index"])
+                raise ValueError(what["name"])
             result = what["result"]
             if result is not None:
-                value = ("value", what["index"]) if result == "value" else result
+                value = ("value", what["name"]) if result == "value" else result
         return value
 
     assert outcome(lambda: getattr(manager.hooks, event)(*values.values())) == outcome(fold)
     seen: Any = values[argument]
-    for (index, received), what in zip(log, ordered, strict=False):
-        assert index == what["index"]
+    for (name, received), what in zip(log, due, strict=False):
+        assert name == what["name"]
         if argument in received:
             assert received[argument] == seen
         if what["result"] is not None:
-            seen = ("value", index) if what["result"] == "value" else what["result"]
+            seen = ("value", name) if what["result"] == "value" else what["result"]
 
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_veto_asks_everybody_and_one_false_is_enough(data: st.DataObject) -> None:
-    several = data.draw(implementations("should_step"))
+def test_a_veto_asks_everybody_who_is_due_and_one_false_is_enough(data: st.DataObject) -> None:
+    several = data.draw(implementations("should_step", rhythms=True))
     for what in several:
         what["raises"] = False
-    _, (found, calls) = both("should_step", several)
-    assert len(calls) == len(several)
-    vetoed = any(what["result"] is not None and not what["result"] for what in several)
-    assert found == ("returned", not vetoed)
+    count, log = data.draw(st.integers(1, 6)), list[Any]()
+    plugins = [make_plugin("should_step", what, log) for what in several]
+    values = given_values("should_step", count)
+    found = PluginManager(plugins, defaults=()).hooks.should_step(*values.values())
+    due = [what for what in several if is_due(what, count, set())]
+    assert sorted(name for name, _ in log) == [what["name"] for what in due]
+    assert found == (not any(what["result"] is not None and not what["result"] for what in due))
 
 
 def test_contexts_are_those_that_are_not_none() -> None:

@@ -43,9 +43,9 @@ def test_a_plugin_that_is_refused_changes_nothing(make: MakeRunner) -> None:
         runner.plugins.add(named("bad", after_train_itr=lambda self: None))
     circular = named("circular", after_train_iter=lambda self: None)
     circular.after, circular.before = ("note",), ("note",)
-    with pytest.raises(ValueError, match="cycle"):
+    with pytest.raises(ValueError, match="contradict each other"):
         runner.plugins.add(circular)
-    assert runner.plugins.order == ["note"]
+    assert [*runner.plugins] == ["note"]
     runner.train()
 
 
@@ -111,14 +111,7 @@ def test_states_are_collected_by_name_and_given_back() -> None:
     other.load_rank_state_dict(manager.rank_state_dict())
     assert (restored.count, restored.rank) == (5, 5)
 
-    less = PluginManager([Note()], defaults=())
-    (found,) = less.differences(states)
-    assert found[0] == "counter"
-    assert "state of 'counter', which is not enabled" in found[1]
-    less.load_state_dict(states)  # leaves out what has no plugin
-    (found,) = other.differences({})
-    assert "no state of 'counter'" in found[1]
-    assert list(other.differences({}, were_on=["counter"])) == []
+    PluginManager([Note()], defaults=()).load_state_dict(states)  # leaves out what has no plugin
 
 
 def test_a_plugin_that_was_removed_has_no_source() -> None:
@@ -170,13 +163,13 @@ def test_a_plugin_that_fails_to_configure_or_unconfigure_is_off_afterwards(
     undo = {"unconfigure": lambda self: told.append("unconfigure")}
     with pytest.raises(LookupError) as caught:
         runner.plugins.add(named("bad", configure=fail, after_train_iter=fail, **undo))
-    assert runner.plugins.order == []
+    assert [*runner.plugins] == []
     assert told == ["unconfigure"]  # as one that fails in the construction
     assert "plugin 'bad'" in caught.value.__notes__[0]
     runner.plugins.add(named("bad", unconfigure=fail, after_train_iter=fail))
     with pytest.raises(LookupError):
         runner.plugins.remove("bad")
-    assert runner.plugins.order == []
+    assert [*runner.plugins] == []
     runner.train()
 
 
@@ -191,9 +184,9 @@ def test_a_replacement_that_is_refused_leaves_the_old_one(make: MakeRunner) -> N
     cell("def note(runner): pass")
     with pytest.raises(TypeError, match="Did you mean 'runner'"):
         cell("def note(runer): pass")
-    assert runner.plugins.order == ["after_train_epoch:note"]
+    assert [*runner.plugins] == ["after_train_epoch:note"]
     runner.plugins.remove("note")
-    assert runner.plugins.order == []
+    assert [*runner.plugins] == []
 
 
 def test_two_lambdas_are_two_and_a_missing_parenthesis_is_said(make: MakeRunner) -> None:
@@ -215,10 +208,6 @@ def test_what_looks_misspelled_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> 
     near = named("near", safe_points=hook, after_run=hook)
     with pytest.warns(UserWarning, match="'safe_points' is not an event.*'safe_point'"):
         PluginManager([near], defaults=())
-    late = named("late", after_run=hook)
-    late.after = ("loging", "some_plugin_that_may_be_installed")
-    with pytest.warns(UserWarning, match="unknown plugin 'loging'. Did you mean 'logging'"):
-        PluginManager([late])
     monkeypatch.setenv("HOOKENGINE_DISABLE", "progres_bar")
     with pytest.warns(UserWarning, match="HOOKENGINE_DISABLE: unknown plugin 'progres_bar'"):
         PluginManager()

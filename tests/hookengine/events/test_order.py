@@ -2,62 +2,255 @@
 
 from __future__ import annotations
 
-import types
-from typing import ClassVar
+import warnings
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookengine import Plugin
+from hookengine import Place, Plugin, PluginManager, hookimpl
+from hookengine.events.hookspecs import EVENTS
 from hookengine.events.order import resolve_order
+from tests.fixtures import MakeRunner
 from tests.hookengine.events.noise import Noise
 
-
-def plugins_with(**constraints: dict[str, tuple[str, ...]]) -> dict[str, object]:
-    return {name: types.SimpleNamespace(**c) for name, c in constraints.items()}
-
-
-def test_order_is_as_given_subject_to_what_is_declared() -> None:
-    assert resolve_order(plugins_with(a={}, b={}, c={})) == ["a", "b", "c"]
-    assert resolve_order(plugins_with(a={"after": ("c",)}, b={}, c={})) == ["c", "a", "b"]
-    assert resolve_order(plugins_with(a={}, b={}, c={"before": ("a",)})) == ["c", "a", "b"]
-    assert resolve_order(plugins_with(a={"after": ("absent",)}, b={})) == ["a", "b"]
-    assert resolve_order(plugins_with(a={"after": "b"}, b={})) == ["b", "a"]  # type: ignore[dict-item]
+EVENT = EVENTS["after_train_iter"]
+Declared = dict[str, dict[str, Any]]
 
 
-def test_a_cycle_prints_itself() -> None:
-    with pytest.raises(
-        ValueError, match=r"(a -> b -> c -> a|b -> c -> a -> b|c -> a -> b -> c) \(each"
-    ):
-        resolve_order(plugins_with(a={"after": ("b",)}, b={"after": ("c",)}, c={"after": ("a",)}))
+def plugins_with(**declared: dict[str, Any]) -> dict[str, object]:
+    """Plugins that implement one event; ``cls=True`` declares on the class, not on the method."""
+    plugins: dict[str, object] = {}
+    for name, options in declared.items():
+        options = dict(options)
+        on_class = options.pop("cls", False)
+
+        def method(self: Any) -> None: ...
+
+        members: dict[str, Any] = {EVENT.name: method if on_class else hookimpl(**options)(method)}
+        plugins[name] = type(name.title(), (), {**members, **(options if on_class else {})})()
+    return plugins
 
 
-@given(st.data())
-def test_order_holds_every_constraint_and_changes_nothing_else(data: st.DataObject) -> None:
-    names = [f"p{i}" for i in range(data.draw(st.integers(1, 8)))]
-    constraints: dict[str, dict[str, tuple[str, ...]]] = {name: {} for name in names}
-    hidden = data.draw(st.permutations(names))  # an order that all constraints agree with
+def order(**declared: dict[str, Any]) -> list[str]:
+    return [place.plugin for place in resolve_order(EVENT, plugins_with(**declared))]
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_order_is_as_given_subject_to_what_is_declared(cls: bool) -> None:
+    assert order(a={}, b={}, c={}) == ["a", "b", "c"]
+    assert order(a=dict(after=("c",), cls=cls), b={}, c={}) == ["b", "c", "a"]
+    assert order(a={}, b={}, c=dict(before=("a",), cls=cls)) == ["c", "a", "b"]
+    assert order(a=dict(after=("absent",), cls=cls), b={}) == ["a", "b"]
+    assert order(a=dict(after="b", cls=cls), b={}) == ["b", "a"]
+
+
+def test_a_method_replaces_what_its_class_declares() -> None:
+    class Third(Plugin, name="third"):
+        after = ("first", "second")  # type: ignore[assignment]
+
+        def before_train(self) -> None: ...
+
+        @hookimpl(after=())
+        def after_train(self) -> None: ...
+
+        @hookimpl(after="first", before="second")
+        def before_run(self) -> None: ...
+
+    class Other(Plugin):
+        def before_train(self) -> None: ...
+        def after_train(self) -> None: ...
+        def before_run(self) -> None: ...
+
+    plugins = [Third(), Other(plugin_name="first"), Other(plugin_name="second")]
+    assert PluginManager(plugins, defaults=()).calls() == {
+        "before_train": ["first", "second", "third"],
+        "after_train": ["third", "first", "second"],
+        "before_run": ["first", "third", "second"],
+    }
+
+
+def test_groups_hold_the_given_order() -> None:
+    first, last = dict(tryfirst=True), dict(trylast=True)
+    assert order(a=last, b={}, c=first, d=last, e=first, f={}) == ["c", "e", "b", "f", "a", "d"]
+
+
+def test_a_constraint_wins_over_the_groups_and_only_the_one_that_declares_it_moves() -> None:
+    last = dict(trylast=True)
+    assert order(a=dict(after="b"), b=last, c=last, d={}) == ["d", "b", "a", "c"]
+    first = dict(tryfirst=True)
+    assert order(a=first, b=first, c={}, d=dict(before="b")) == ["a", "d", "b", "c"]
+    assert order(a=dict(tryfirst=True, after="b"), b=last, c={}) == ["c", "b", "a"]
+    assert order(a=dict(trylast=True, before="b"), b=first, c={}) == ["a", "b", "c"]
+    # After the last and before the first at once: what it names has to move.
+    assert order(a=first, b=dict(after="c", before="a"), c=last) == ["c", "b", "a"]
+
+
+def test_the_reason_for_each_place_is_told() -> None:
+    plugins = plugins_with(
+        a=dict(trylast=True, after="b", every=10), b={}, c=dict(before="b", once=True)
+    )
+    assert resolve_order(EVENT, plugins) == [
+        Place("c", "before b", "once"),
+        Place("b", "given order", ""),
+        Place("a", "trylast, after b", "every 10"),
+    ]
+
+
+def test_a_contradiction_quotes_the_event_and_the_declarations() -> None:
+    with pytest.raises(ValueError, match="contradict each other") as caught:
+        order(a=dict(after="b"), b=dict(after="a"))
+    text = str(caught.value)
+    assert "event 'after_train_iter'" in text
+    assert "'a' declares after='b'" in text
+    assert "'b' declares after='a'" in text
+    with pytest.raises(ValueError, match="contradict") as caught:
+        order(a=dict(after="b", before="b"), b={})
+    assert "'a' declares after='b' (with @hookimpl)" in str(caught.value)
+    assert "'a' declares before='b' (with @hookimpl)" in str(caught.value)
+    with pytest.raises(ValueError, match="'b' declares after='a' \\(on its class"):
+        order(a=dict(after="b"), b=dict(after="a", cls=True))
+    with pytest.raises(ValueError, match="contradict") as caught:
+        order(a=dict(after="b"), b=dict(after="c"), c=dict(after="a"))
+    assert all(f"'{n}' declares after=" in str(caught.value) for n in "abc")
+
+
+def test_plugins_that_never_meet_do_not_contradict_each_other() -> None:
+    class A(Plugin, name="a"):
+        after = ("b",)  # type: ignore[assignment]
+
+        def before_run(self) -> None: ...
+
+        @hookimpl(after=())
+        def before_train(self) -> None: ...
+
+    class B(Plugin, name="b"):
+        def before_run(self) -> None: ...
+
+        @hookimpl(after="a")
+        def before_train(self) -> None: ...
+
+    calls = PluginManager([A(), B()], defaults=()).calls()
+    assert calls == {"before_run": ["b", "a"], "before_train": ["a", "b"]}
+
+
+@st.composite
+def declarations(draw: st.DrawFn) -> Declared:
+    """Random groups and constraints that have a solution."""
+    names = [f"p{i}" for i in range(draw(st.integers(1, 8)))]
+    declared: Declared = {name: {} for name in names}
+    hidden = draw(st.permutations(names))  # an order that all constraints agree with
     for index, name in enumerate(hidden):
-        earlier = data.draw(st.lists(st.sampled_from(hidden[: index + 1]), unique=True))
-        constraints[name]["after"] = tuple(e for e in earlier if e != name)
-    plugins = plugins_with(**constraints)
-    order = resolve_order({name: plugins[name] for name in names})
-    assert sorted(order) == sorted(names)
-    for name in names:
-        for other in constraints[name]["after"]:
-            assert order.index(other) < order.index(name)
-    if not any(c["after"] for c in constraints.values()):
-        assert order == names
+        declared[name].update(draw(st.sampled_from([{}, {"tryfirst": True}, {"trylast": True}])))
+        for side, others in (("after", hidden[:index]), ("before", hidden[index + 1 :])):
+            if draw(st.booleans()) and others:
+                declared[name][side] = tuple(draw(st.sets(st.sampled_from(others), max_size=2)))
+    return declared
+
+
+def _group(options: dict[str, Any]) -> int:
+    return bool(options.get("trylast")) - bool(options.get("tryfirst"))
+
+
+@given(declarations())
+def test_order_holds_every_constraint_and_moves_nothing_else(declared: Declared) -> None:
+    found = order(**declared)
+    assert sorted(found) == sorted(declared)
+    for name, options in declared.items():
+        assert all(found.index(other) < found.index(name) for other in options.get("after", ()))
+        assert all(found.index(name) < found.index(other) for other in options.get("before", ()))
+    if not _chained(declared):
+        free = [n for n, options in declared.items() if not {"after", "before"} & options.keys()]
+        free.sort(key=lambda name: _group(declared[name]))
+        assert [name for name in found if name in free] == free
+
+
+def _chained(declared: Declared) -> bool:
+    """Whether constraints together say something about plugins that declare nothing."""
+    declaring = {n for n, options in declared.items() if {"after", "before"} & options.keys()}
+    named = {o for d in declared.values() for s in ("after", "before") for o in d.get(s, ())}
+    both = any({"after", "before"} <= options.keys() for options in declared.values())
+    return both or bool(declaring & named)
 
 
 def test_a_place_relative_to_a_plugin_holds_for_each_of_its_class() -> None:
     class Late(Plugin, name="late"):
         after: ClassVar[tuple[str, ...]] = ("noise",)
 
+        def before_optim_step(self) -> None: ...
+
     class Early(Plugin, name="early"):
         before: ClassVar[tuple[str, ...]] = ("noise",)
 
-    second = Noise(plugin_name="second")
-    plugins = {"late": Late(), "noise": Noise(), "second": second, "early": Early()}
-    assert resolve_order(plugins) == ["early", "noise", "second", "late"]
+        def before_optim_step(self) -> None: ...
+
+    plugins = [Late(), Noise(), Noise(plugin_name="second"), Early()]
+    calls = PluginManager(plugins, defaults=()).calls()
+    assert calls == {"before_optim_step": ["early", "noise", "second", "late"]}
+
+
+def test_what_was_configured_last_is_released_first() -> None:
+    class Base(Plugin):
+        def configure(self) -> None: ...
+        def unconfigure(self) -> None: ...
+
+    class Late(Base, name="late"):
+        after = ("other",)  # type: ignore[assignment]
+
+    class Own(Base, name="own"):
+        @hookimpl(after="other")
+        def unconfigure(self) -> None: ...
+
+    plugins = [Late(), Own(), Base(plugin_name="other")]
+    calls = PluginManager(plugins, defaults=()).calls()
+    assert calls["configure"] == ["own", "other", "late"]
+    assert calls["unconfigure"] == ["late", "other", "own"]
+
+
+def test_a_name_of_a_plugin_that_is_off_is_ignored(recwarn: pytest.WarningsRecorder) -> None:
+    class Late(Plugin, name="late"):
+        after = ("clip", "wandb", "logging", "one_that_is_not_installed")  # type: ignore[assignment]
+
+        def after_train_iter(self) -> None: ...
+
+    assert PluginManager([Late()], defaults=()).calls() == {"after_train_iter": ["late"]}
+    PluginManager([Late(), "no:logging"])
+    assert not recwarn
+
+
+@pytest.mark.parametrize("wrong", ["loging", "clpi", "acumulate", "Logging", "progressbar"])
+def test_a_misspelled_name_is_an_error_with_the_nearest_match(wrong: str) -> None:
+    class Late(Plugin, name="late"):
+        @hookimpl(after=wrong)
+        def after_train_iter(self) -> None: ...
+
+    with pytest.raises(ValueError, match=rf"'late' declares after='{wrong}'.*Did you mean '"):
+        PluginManager([Late()])
+
+
+def test_plugins_that_never_meet_are_warned_of(make: MakeRunner) -> None:
+    with pytest.warns(UserWarning, match="no event calls both") as caught:
+        runner = make(
+            plugins=["ema", type("Sam", (), {"after": ("ema",), "after_optim_step": _none})()]
+        )
+    (warning,) = caught
+    text = str(warning.message)
+    assert "'sam' declares after='ema' (on its class), which has no effect" in text
+    assert "'sam' implements after_optim_step" in text
+    assert "after_train_iter" in text.partition("'ema' implements")[2]
+    with pytest.warns(UserWarning, match=r"with @hookimpl, after_train\), which has no effect"):
+        runner.on("after_train", before="ema")(lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner.on("after_train_iter", before="ema")(lambda: None)
+
+
+def _none(self: Any) -> None: ...
+
+
+def test_names_are_names() -> None:
+    with pytest.raises(TypeError, match="after and before take the names of plugins"):
+        hookimpl(after=(Noise,))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="after and before take the names of plugins"):
+        PluginManager([type("Bad", (), {"after": (Noise,), "before_run": _none})()])

@@ -9,7 +9,6 @@ import pydantic
 import pytest
 
 from hookengine import Plugin, options_of
-from hookengine.events.order import resolve_order
 from hookengine.events.plugin import name_of
 from tests.hookengine.events.noise import Noise
 
@@ -84,5 +83,4 @@ def test_the_class_keyword_and_the_class_variables_are_no_options() -> None:
         before = "logging"  # type: ignore[assignment]
 
     assert options_of(Ordered()) == {}
-    plugins = {"ordered": Ordered(), "logging": object(), "noise": Noise()}
-    assert resolve_order(plugins) == ["noise", "ordered", "logging"]
+    assert Ordered().after == ("noise",)

@@ -11,15 +11,15 @@ from tests.hookengine.events.notes import Note, named
 
 
 def test_defaults_are_on_without_being_named() -> None:
-    assert PluginManager().order == list(DEFAULT_PLUGINS)
-    assert PluginManager(defaults=()).order == []
+    assert [*PluginManager()] == list(DEFAULT_PLUGINS)
+    assert [*PluginManager(defaults=())] == []
 
 
 def test_a_plugin_is_a_name_a_dict_an_instance_or_no_name() -> None:
     manager = PluginManager(
         ["no:progress_bar", dict(type=Note, size=3), dict(type="logging", interval=7), named("x")]
     )
-    assert manager.order == [
+    assert [*manager] == [
         "distributed",
         "seed",
         "preprocess",
@@ -35,7 +35,7 @@ def test_a_plugin_is_a_name_a_dict_an_instance_or_no_name() -> None:
 
 def test_environment_blocks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOOKENGINE_DISABLE", "logging, note")
-    assert PluginManager([Note()]).order == [
+    assert [*PluginManager([Note()])] == [
         "distributed",
         "seed",
         "preprocess",
@@ -69,13 +69,14 @@ class Ordered(Plugin):
 
     after: ClassVar[tuple[str, ...]] = ("note",)
 
-    def after_run(self) -> None: ...
+    def before_run(self) -> None: ...
 
 
 def test_an_active_plugin_is_found_by_name() -> None:
     manager = PluginManager([Ordered(), Note()], defaults=())
-    assert list(manager) == ["note", "ordered"]
-    assert [name for name, _ in manager.items()] == ["note", "ordered"]
+    assert list(manager) == ["ordered", "note"]
+    assert [name for name, _ in manager.items()] == ["ordered", "note"]
+    assert manager.calls()["before_run"] == ["note", "ordered"]
     assert "note" in manager
     with pytest.raises(KeyError, match="Did you mean 'note'"):
         manager["noet"]
@@ -84,7 +85,7 @@ def test_an_active_plugin_is_found_by_name() -> None:
 def test_a_plugin_is_named_by_the_option_too() -> None:
     plugins = [Note(), Note(plugin_name="second"), dict(type=Note, plugin_name="third", size=2)]
     manager = PluginManager(plugins, defaults=())
-    assert manager.order == ["note", "second", "third"]
+    assert [*manager] == ["note", "second", "third"]
     assert manager["third"].size == 2
 
 
@@ -92,7 +93,7 @@ def test_an_instance_has_the_name_and_the_source_of_its_entry_point() -> None:
     from hookengine_logging import Logging
 
     manager = PluginManager([Logging(interval=3)])
-    assert manager.order == list(DEFAULT_PLUGINS)
+    assert [*manager] == list(DEFAULT_PLUGINS)
     assert manager.source("logging").startswith("hookengine ")
 
     class Preprocess(Plugin):  # of the same name, and not the same

@@ -121,7 +121,7 @@ def test_safe_points_come_after_iterations_epochs_and_validations(make: MakeRunn
         def after_val(self) -> None:
             log.append("val")
 
-        def safe_point(self, runner: Any) -> None:
+        def safe_point(self, runner: Any, agreed: Any) -> None:
             log.append(f"safe due={runner.progress.val_due}")
 
     runner.plugins.add(Watch())
@@ -205,8 +205,8 @@ def test_requests_are_settled_by_agree(make: MakeRunner) -> None:
             if runner.progress.iter == 4:
                 runner.stop("done")
 
-        def safe_point(self, runner: Any) -> None:
-            if "save" in runner.agreed:
+        def safe_point(self, runner: Any, agreed: Any) -> None:
+            if "save" in agreed:
                 self.saved_at = runner.progress.iter
 
     saver = Saver()

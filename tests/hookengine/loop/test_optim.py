@@ -87,9 +87,9 @@ def test_state_and_learning_rates(layer: nn.Linear, wrapper: OptimWrapper) -> No
 def test_what_mmengine_gave_the_wrapper_is_answered(layer: nn.Linear) -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"'clip_grad' comes from MMEngine.*type='clip'"):
-        OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
+        OptimWrapper(optimizer, clip_grad=dict(max_norm=1))  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"type='accumulate', steps"):
-        OptimWrapper(optimizer, accumulative_counts=2)
+        OptimWrapper(optimizer, accumulative_counts=2)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
         OptimWrapper(dict(type="SGD"))  # type: ignore[arg-type]
 

@@ -24,7 +24,8 @@ def test_a_run_is_described_as_json_holds_it(make: MakeRunner) -> None:
     assert clip["name"] == "clip"
     assert clip["source"].startswith("hookengine ")
     assert clip["options"]["max_norm"] == 2.0
-    assert described["hooks"]["before_optim_step"] == ["clip"]
+    (place,) = described["hooks"]["before_optim_step"]
+    assert place == {"plugin": "clip", "reason": "trylast"}
     assert described["world_size"] == 1
     assert described["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
 

@@ -29,7 +29,7 @@ class Journal(Plugin):
     def after_val(self, runner: Any) -> None:
         self.validations.append((runner.progress.epoch, runner.progress.iter))
 
-    def safe_point(self, runner: Any) -> None:
+    def safe_point(self, runner: Any, agreed: Any) -> None:
         seen = copy.deepcopy((self.epochs, self.validations))
         self.states.append((seen, copy.deepcopy(runner.state_dict())))
 
@@ -117,12 +117,12 @@ def test_what_is_asked_for_while_requests_are_served_is_served_next(make: MakeRu
     saved = []
 
     class Saver(Plugin):
-        def safe_point(self, runner: Any) -> None:
-            if "save" in runner.agreed:
-                saved.append((runner.progress.iter, runner.agreed["save"]))
+        def safe_point(self, runner: Any, agreed: Any) -> None:
+            if "save" in agreed:
+                saved.append((runner.progress.iter, agreed["save"]))
 
     class Signal(Plugin):
-        def safe_point(self, runner: Any) -> None:
+        def safe_point(self, runner: Any, agreed: Any) -> None:
             if runner.progress.iter in (2, 3):
                 runner.requests["save"] = f"signal at {runner.progress.iter}"
 

@@ -204,8 +204,8 @@ def test_a_state_that_only_code_could_restore_is_refused_before_training(make: M
     assert runner.progress.iter == 0
 
 
-def test_a_change_in_the_iteration_of_the_save_is_saved_wherever_the_plugin_stands(
-    make: MakeRunner,
+def test_a_change_in_the_iteration_of_the_save_is_saved_unless_it_comes_after_the_save(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Counter(Plugin):
         def __post_init__(self) -> None:
@@ -227,13 +227,18 @@ def test_a_change_in_the_iteration_of_the_save_is_saved_wherever_the_plugin_stan
         after = ("checkpoint",)
 
     saving = dict(type="checkpoint", every="3 iterations", keep_last=None)
-    runner = make(plugins=[saving, First(), Last()])
+    runner = make(plugins=[saving, First(), Last(), Counter(), "logging"])
     runner.train()
     for number in (3, 6, 9):
         state = load(runner.run_dir / "checkpoints" / f"iter_{number}")["plugins"]
-        assert state["first"] == state["last"]
-        assert state["first"]["iterations"] == number
+        assert state["first"] == state["counter"]
+        assert state["first"]["iterations"] == state["last"]["iterations"] == number
         assert state["first"]["points"] >= number
+        assert state["last"]["points"] == state["first"]["points"] - 1
+    out = "".join(capsys.readouterr())
+    assert out.count("is called after a checkpoint is saved") == 1
+    assert "the plugin 'last' is called after" in out
+    assert "Declare @hookimpl(before='checkpoint')" in out
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

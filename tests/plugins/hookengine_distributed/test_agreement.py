@@ -69,8 +69,8 @@ def decide(folder: Path) -> dict[str, Any]:
                 runner.requests["save"] = "rank 1 wants it"
 
         @runner.on("safe_point")
-        def note(runner: Any) -> None:
-            if "save" in runner.agreed:
+        def note(runner: Any, agreed: Any) -> None:
+            if "save" in agreed:
                 saved.append(runner.progress.iter)
 
         runner.train()

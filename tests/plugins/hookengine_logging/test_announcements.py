@@ -42,7 +42,10 @@ def test_the_run_is_announced(
         "renderer": "console",
     }
     assert plugins["logging"]["source"].startswith("hookengine ")
-    assert run["hooks"]["after_train_iter"] == ["silent", "logging"]
+    assert run["hooks"]["after_train_iter"] == [
+        {"plugin": "silent", "reason": "given order"},
+        {"plugin": "logging", "reason": "trylast"},
+    ]
     assert (run["model"], run["parameters"]) == ("Toy", 15)
     assert run["train_cfg"]["max_epochs"] == 2
     assert run["val_cfg"] == {"loss": False}

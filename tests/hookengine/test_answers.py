@@ -1,4 +1,4 @@
-"""Tests of ``hookengine/events/answers.py``."""
+"""Tests of ``hookengine/answers.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pydantic
 import pytest
 
 from hookengine import Plugin, PluginManager
-from hookengine.events.answers import answer, explain_arguments, explain_validation
-from hookengine.events.registry import ANSWERS
+from hookengine.answers import answer, explain_arguments, explain_validation
+from hookengine.registry import ANSWERS
 
 
 class Options(pydantic.BaseModel):
@@ -51,7 +51,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     def found(group: str) -> list[EntryPoint]:
         return [*others, *own] if group == ANSWERS.group else list(entry_points(group=group))
 
-    monkeypatch.setattr("hookengine.events.registry.entry_points", found)
+    monkeypatch.setattr("hookengine.registry.entry_points", found)
     ANSWERS.entry_points()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, ParamSpec
 
 import pydantic
 
-from hookengine.events.registry import ANSWERS, unknown
+from hookengine.registry import ANSWERS, unknown
+
+P = ParamSpec("P")
 
 
 def answer(name: str) -> str | None:
@@ -35,6 +39,35 @@ def explain_arguments(where: str, given: Mapping[str, Any], known: Iterable[str]
         elif key != "optimizer" or where == "Runner":
             answers.append(unknown("argument", key, known))
     return f"{where}: {'; '.join(answers)}"
+
+
+def explained_arguments(
+    where: str, neutral: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate an ``__init__`` to explain arguments that it does not have.
+
+    Type checkers see the ``__init__`` unchanged, and report such arguments themselves.
+
+    Args:
+        where: The name of the class.
+        neutral: Returns the unknown arguments without those that are silently accepted.
+    """
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        known = [*inspect.signature(init).parameters][1:]
+
+        @functools.wraps(init)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+            if strange := {key: value for key, value in kwargs.items() if key not in known}:
+                if bad := neutral(strange):
+                    raise TypeError(explain_arguments(where, bad, known))
+                for key in strange:
+                    del kwargs[key]
+            init(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = ()) -> str:

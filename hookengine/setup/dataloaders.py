@@ -1,0 +1,58 @@
+"""Look into a torch DataLoader, and copy it with another sampler."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+
+def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:
+    """Find the samplers of a torch DataLoader, nested ones included.
+
+    A sampler may wrap another one as its ``sampler`` or ``batch_sampler``, as
+    ``torch.utils.data.BatchSampler`` does.
+
+    Args:
+        dataloader: A DataLoader, or any object with its attributes.
+
+    Returns:
+        The samplers, the outermost first: the one that the DataLoader draws from. An iterable
+        dataset has none.
+
+    Raises:
+        AttributeError: ``dataloader`` has no ``dataset``, ``sampler`` or ``batch_sampler``.
+    """
+    found: list[Any] = []
+    if isinstance(dataloader.dataset, IterableDataset):
+        return found
+    batches = dataloader.batch_sampler
+    sampler: Any = dataloader.sampler if batches is None else batches
+    while sampler is not None and not any(sampler is one for one in found):
+        found.append(sampler)
+        inner = getattr(sampler, "sampler", None)
+        sampler = getattr(sampler, "batch_sampler", None) if inner is None else inner
+    return found
+
+
+def copy_dataloader(dataloader: DataLoader[Any], **replaced: Any) -> DataLoader[Any]:
+    """Copy a torch DataLoader and replace some of its attributes.
+
+    The copy shares everything else with the original, but no running iterator or worker. It is of
+    the same class and keeps attributes that a subclass has added: it is not built by the
+    constructor, which in a subclass may take other arguments.
+
+    Args:
+        dataloader: The DataLoader; it is not changed.
+        **replaced: New values by attribute name, such as ``sampler``, ``batch_sampler``,
+            ``batch_size``, ``dataset`` or ``worker_init_fn``. torch raises ValueError if you set
+            some of these on an existing DataLoader, because a running iterator would not see the
+            change. The copy has no iterator yet, so this function can set them.
+
+    Returns:
+        The copy.
+    """
+    copied = copy.copy(dataloader)
+    vars(copied).update(replaced, _iterator=None)  # DataLoader.__setattr__ would raise
+    return copied
