@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import TypeAdapter
@@ -13,12 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from hookengine.events import hookspecs
+from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS
-from hookengine.events.plugin import DEFAULT_PLUGINS
-from hookengine.registry import PLUGINS, distribution_of
+from hookengine.events.order import describe_rhythm, implements, resolve_order
+from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
+from hookengine.registry import PLUGINS, distribution_of, unknown
 from hookengine.setup.environment import describe_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+_COUNTERS = {
+    "iter": "progress.iter",
+    "epoch": "progress.epoch",
+    "step": "optim_wrapper.steps",
+    "batch": "batch_idx + 1",
+}
 
 
 def _console() -> Console:
@@ -32,7 +42,7 @@ def main(
         bool, typer.Option("--version", help="Print the version of hookengine and exit.")
     ] = False,
 ) -> None:
-    """List plugins and their options, list events, and print the environment."""
+    """List plugins, events and their order, and print the environment."""
     if version:
         typer.echo(describe_environment()["packages"]["hookengine"])
         raise typer.Exit
@@ -40,16 +50,14 @@ def main(
 
 @app.command()
 def plugins(
-    name: Annotated[
-        str | None, typer.Argument(help="Show the options of this plugin instead.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Describe this plugin instead.")] = None,
 ) -> None:
-    """List the installed plugins, or show the options of one.
+    """List the installed plugins, or describe one: its options, hooks and state.
 
     The list comes from package metadata; no plugin is imported.
     """
     if name is not None:
-        _show_options(name)
+        _describe(name, _plugin(name))
         return
     table = Table("name", "on by default", "distribution", "object")
     for known, point in PLUGINS.entry_points().items():
@@ -58,17 +66,79 @@ def plugins(
     _console().print(table)
 
 
-def _show_options(name: str) -> None:
+def _plugin(name: str) -> Any:
     try:
-        plugin = PLUGINS.get(name)
+        return PLUGINS.get(name)
     except (KeyError, ImportError) as error:
         raise typer.BadParameter(str(error.args[0])) from None
+
+
+def _describe(name: str, plugin: Any) -> None:
     typer.echo(inspect.getdoc(plugin) or name)
-    table = Table("option", "type", "default", "description")
+    table = Table("option", "type", "default", "description", title="Options", title_justify="left")
     schema = TypeAdapter(plugin).json_schema()
     for option, about in schema.get("properties", {}).items():
         kind = about.get("type", " | ".join(map(str, about.get("enum", ["any"]))))
-        table.add_row(option, kind, repr(about.get("default")), about.get("description", ""))
+        default = "required" if option in schema.get("required", ()) else repr(about.get("default"))
+        table.add_row(option, kind, default, about.get("description", ""))
+    _console().print(table)
+    table = Table("event", "place", "called", "what it does", title="Hooks", title_justify="left")
+    for event in EVENTS:
+        if implements(plugin, event):
+            place, rhythm = _declared_place(plugin, event), describe_rhythm(plugin, event)
+            first = (inspect.getdoc(getattr(plugin, event)) or "").partition("\n")[0]
+            table.add_row(event, place, rhythm, first)
+    _console().print(table)
+    states = {"state_dict": "saved in checkpoints", "rank_state_dict": "saved for each rank"}
+    own = {m: getattr(plugin, m, None) for m in states}
+    kept = [f"{states[m]} ({m})" for m, own in own.items() if own not in (None, vars(Plugin)[m])]
+    typer.echo(f"State: {', '.join(kept) or 'none'}")
+    cleans = implements(plugin, "unconfigure")
+    text = (inspect.getdoc(plugin.unconfigure) or "").partition("\n")[0] if cleans else "none"
+    typer.echo(f"Clean-up (unconfigure): {text}")
+
+
+def _declared_place(plugin: Any, event: str) -> str:
+    """Return what a plugin declares about its place in an event."""
+    options = hook_options_of(plugin, event)
+    parts = [group for group in ("tryfirst", "trylast") if getattr(options, group)]
+    for side in ("after", "before"):
+        own = getattr(options, side)
+        found = names(getattr(plugin, side, ())) if own is None else own
+        parts += [f"{side} {', '.join(found)}"] if found else []
+    return "; ".join(parts) or "given order"
+
+
+@app.command()
+def order(
+    event: Annotated[str | None, typer.Argument(help="Show only this event.")] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            "-p",
+            help="Enable this plugin beside the default ones; repeat it in the order of your "
+            "plugins=[...]. By default, all installed plugins are enabled.",
+        ),
+    ] = None,
+) -> None:
+    """Show in which order each event calls the plugins, and why.
+
+    A run shows its own order in run.json, and in runner.plugins.order().
+    """
+    if event is not None and event not in EVENTS:
+        raise typer.BadParameter(unknown("event", event, EVENTS))
+    chosen = plugin if plugin else PLUGINS.names()
+    enabled = {name: _plugin(name) for name in (*DEFAULT_PLUGINS, *chosen)}
+    table = Table("event", "plugin", "because", "called")
+    for spec in EVENTS.values():
+        places = resolve_order(spec, enabled) if event in (None, spec.name) else []
+        for index, place in enumerate(places):
+            label = "" if index else spec.name
+            table.add_row(label, *place, end_section=index == len(places) - 1)
+    if not table.rows:
+        typer.echo(f"None of these plugins implements {event!r}.")
+        return
     _console().print(table)
 
 
@@ -82,9 +152,10 @@ def events(
     if markdown:
         typer.echo(events_page(), nl=False)
         return
-    table = Table("event", "kind", "description")
+    table = Table("event", "kind", "every counts", "description")
     for event in EVENTS.values():
-        table.add_row(str(event), str(event.kind), event.doc.splitlines()[0])
+        counts = _COUNTERS[event.kind.counter] if event.kind.counter else ""
+        table.add_row(str(event), str(event.kind), counts, event.doc.splitlines()[0])
     _console().print(table)
 
 
@@ -111,5 +182,8 @@ def events_page() -> str:
             subject = event.subject
             about = inspect.getdoc(getattr(hookspecs, subject.capitalize())) or ""
             lines += ["", f"## {subject.capitalize()}", "", about]
-        lines += ["", f"### `{event}`", "", f"*{event.kind}*", "", event.doc]
+        about = f"*{event.kind}*"
+        if event.kind.counter is not None:
+            about += f", `every` counts `{_COUNTERS[event.kind.counter]}`"
+        lines += ["", f"### `{event}`", "", about, "", event.doc]
     return "\n".join(lines) + "\n"

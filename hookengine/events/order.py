@@ -24,7 +24,8 @@ class Place(NamedTuple):
     reason: str
     """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``before NAME``, or several."""
     rhythm: str
-    """When the plugin is called: ``every 100``, ``once``, or "" for each time."""
+    """When the plugin is called: ``every 100``, ``every 50 (option interval)``, ``once``, or "" for
+    each time."""
 
 
 class _Constraint(NamedTuple):
@@ -44,7 +45,7 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
 
     Args:
         event: The event.
-        plugins: All plugins by name, in the given order.
+        plugins: All plugins by name, in the given order; or their classes.
 
     Raises:
         ValueError: Declarations contradict each other. The message quotes them.
@@ -81,10 +82,22 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
         groups = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
         reasons = groups + [c.declared for c in constraints if c.by == name]
         default = "configured later" if event.kind.mirrored else "given order"
-        every, once = options[name].every, options[name].once
-        rhythm = ", ".join([f"every {every}"] * (every is not None) + ["once"] * once)
+        rhythm = describe_rhythm(plugins[name], event.name)
         ordered.append(Place(name, ", ".join(reasons) or default, rhythm))
     return ordered
+
+
+def describe_rhythm(plugin: object, event: str) -> str:
+    """Return when a plugin is called, as in ``Place.rhythm``."""
+    options = hook_options_of(plugin, event)
+    parts = ["once"] if options.once else []
+    if isinstance(options.every, str):
+        value = getattr(plugin, options.every, None)
+        known = f"every {value} " if isinstance(value, int) else "every "
+        parts.insert(0, f"{known}(option {options.every})")
+    elif options.every is not None:
+        parts.insert(0, f"every {options.every}")
+    return ", ".join(parts)
 
 
 def implements(plugin: object, event: str) -> bool:
@@ -134,8 +147,9 @@ def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
     """
     meant: dict[str, list[str]] = {}
     for name, plugin in plugins.items():
-        bases = [c for c in type(plugin).__mro__ if issubclass(c, Plugin) and c is not Plugin]
-        for called in {name, name_of(type(plugin)), *map(name_of, bases)}:
+        cls = plugin if isinstance(plugin, type) else type(plugin)
+        bases = [c for c in cls.__mro__ if issubclass(c, Plugin) and c is not Plugin]
+        for called in {name, name_of(cls), *map(name_of, bases)}:
             meant.setdefault(called, []).append(name)
     return meant
 

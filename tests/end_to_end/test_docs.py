@@ -39,6 +39,7 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
         "averaged-weights.md",
         "checkpoints.md",
         "logging.md",
+        "plugins.md",
     ],
 )
 def test_each_block_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:

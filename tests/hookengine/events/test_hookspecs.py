@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[3]
 def test_an_event_is_documented_as_it_is_signed(event: Any) -> None:
     assert event.doc.partition("\n\n")[0].endswith((".", ";"))
     page = (ROOT / "docs" / "events.md").read_text()
-    assert f"### `{event}`\n\n*{event.kind}*\n\n{event.doc}\n" in page
+    start = page.index(f"### `{event}`\n\n*{event.kind}*")
+    about, doc = page[start:].split("\n\n", 2)[1:]
+    assert doc.startswith(f"{event.doc}\n")
+    assert ("`every` counts" in about) == (event.kind.counter is not None)
     drawn = event.name.replace("_test", "_val")  # testing is drawn as validation
     assert re.search(rf"\b{drawn}\b", inspect.getdoc(hookspecs) or ""), "not in the drawing"
     for mentioned in re.findall(r"``(\w+)``", event.doc):
