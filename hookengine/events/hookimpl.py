@@ -124,10 +124,14 @@ def hookimpl(
 
 def hook_options_of(plugin: object, event: str) -> HookOptions:
     """Return what ``hookimpl`` has declared about a plugin's method for ``event``."""
-    for marked in (plugin, getattr(plugin, event, None)):  # a plugin made of one function first
+    for marked in (plugin, method := getattr(plugin, event, None)):  # a function's plugin first
         options = getattr(marked, "hookengine_options", None)
         if isinstance(options, HookOptions):
             return options
+    if isinstance(
+        marks := getattr(method, "hookengine_impl", None), dict
+    ):  # by pluggy's own marker
+        return HookOptions(tryfirst=marks["tryfirst"], trylast=marks["trylast"])
     return _NONE
 
 

@@ -173,3 +173,13 @@ def test_a_sink_keeps_the_options_of_its_methods() -> None:
     assert [p.plugin for p in order["configure"]][-1] == "nowhere"
     assert order["configure"][-1].reason == "trylast"
     assert order["write"][0].reason == "tryfirst"
+
+
+def test_pluggys_own_marker_works_too() -> None:
+    import pluggy
+
+    class Raw:
+        @pluggy.HookimplMarker("hookengine")(trylast=True)
+        def before_train(self) -> None: ...
+
+    assert PluginManager([Raw()]).order()["before_train"][-1].reason == "trylast"
