@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from hookengine import Runner
 from hookengine_checkpoint.files import (
     FOLDER,
     MANIFEST,
@@ -52,7 +52,7 @@ class Found:
         """Whether its tensors are sharded."""
         return (self.path / METADATA).exists()
 
-    def continues(self, runner: Any) -> bool:
+    def continues(self, runner: Runner) -> bool:
         """Return whether the run continues the one that saved it, in the same folder."""
         if self.saved is None or not runner.named:
             return False
@@ -158,7 +158,7 @@ def at(path: Path, log: Callable[[str], None]) -> Found:
     raise FileNotFoundError(f"there is no checkpoint {path}; the checkpoints in {near}: {there}")
 
 
-def find(runner: Any, log: Callable[[str], None]) -> Found | None:
+def find(runner: Runner, log: Callable[[str], None]) -> Found | None:
     """Find the checkpoint that ``Runner(resume=...)`` names, and continue the run that saved it.
 
     An older checkpoint than the newest of its run starts a new run, which leaves the other one

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hookengine import dist
+from hookengine import Runner, dist
 from hookengine_checkpoint.checks import nonfinite
 from hookengine_checkpoint.files import FOLDER
 from hookengine_checkpoint.integrity import DamagedError
@@ -61,7 +61,7 @@ def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
     return leaf(value, path)
 
 
-def make_shard_folder(runner: Any) -> Path:
+def make_shard_folder(runner: Runner) -> Path:
     """Make the folder that all ranks write their shards into; all ranks call it together.
 
     Raises:
@@ -131,7 +131,7 @@ class Shards:
         return list(dict.fromkeys(name for names in found for name in names))
 
 
-def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
+def load(folder: Path, state: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Load the sharded tensors of a state as the Runner's ranks hold them; all ranks call it.
 
     The Runner may have another number of ranks, or tensors that are not sharded.
@@ -170,7 +170,7 @@ def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
     return whole
 
 
-def spread(state: dict[str, Any], runner: Any) -> dict[str, Any]:
+def spread(state: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Shard the tensors of a state as the Runner's ranks hold them; all ranks call it together."""
     own = _tensors_of(runner)
 
@@ -214,14 +214,14 @@ def assemble(folder: Path, state: Any) -> Any:
     return whole
 
 
-def is_sharded(runner: Any) -> bool:
+def is_sharded(runner: Runner) -> bool:
     """Return whether the Runner's model is sharded across ranks."""
     return any(isinstance(parameter, DTensor) for parameter in runner.bare_model.parameters())
 
 
-def _tensors_of(runner: Any) -> dict[str, Tensor]:
+def _tensors_of(runner: Runner) -> dict[str, Tensor]:
     """Return the tensors of a Runner's state by their path in it, those of optimizers included."""
-    for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
+    for wrapper in runner.optim_wrappers.values():
         get_optimizer_state_dict(
             runner.bare_model, wrapper.optimizer
         )  # creates the state that a step would create

@@ -6,16 +6,16 @@ import json
 import pkgutil
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import structlog
 import typer
 
-from hookengine import PLUGINS, Sink, read_records
+from hookengine import PLUGINS, RunInfo, Runner, Sink, read_records
 
 
 class FinishedRun:
-    """Stand in for the Runner of a finished run: what a sink asks of it, read from its folder.
+    """Stand in for the Runner of a finished run, as a ``RunInfo`` read from the run's folder.
 
     Args:
         folder: The folder of the run.
@@ -49,11 +49,12 @@ def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
     Returns:
         How often the sink failed.
     """
-    run: Any = FinishedRun(folder)
-    sink.configure(run)
+    run: RunInfo = FinishedRun(folder)
+    stand_in = cast(Runner, run)  # these two events of a sink use no more of it than a RunInfo has
+    sink.configure(stand_in)
     sink.flush_timeout = threading.TIMEOUT_MAX
     sink.replay(run, read_records(folder), continues=not anew)
-    sink.unconfigure(run)
+    sink.unconfigure(stand_in)
     return sink.failures
 
 
