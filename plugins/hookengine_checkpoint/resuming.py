@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from hookengine import MODELS, Runner, dist
+from hookengine import MODELS, RunFolder, Runner, dist
 from hookengine_checkpoint.export import read_weights
-from hookengine_checkpoint.files import MANIFEST, read_state
+from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at, find
 
 
@@ -110,4 +110,4 @@ def load_initial_weights(
 
 def _is_checkpoint(path: Path) -> bool:
     """Return whether a path is one of our checkpoints, or a folder of them."""
-    return path.is_dir() or (path.parent / MANIFEST).is_file()
+    return path.is_dir() or RunFolder.manifest(path.parent).is_file()

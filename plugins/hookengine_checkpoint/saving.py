@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hookengine import Runner, describe_environment, dist
+from hookengine import RunFolder, Runner, describe_environment, dist
 from hookengine_checkpoint import writing
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best
 from hookengine_checkpoint.checks import check_plain, nonfinite
-from hookengine_checkpoint.files import FOLDER, Saved, published
+from hookengine_checkpoint.files import Saved, published
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.snapshot import Snapshot
 
@@ -96,7 +96,7 @@ class Saver:
     def _prepare_folder(self, runner: Runner) -> None:
         """Clean the folder before the first save, and number on from the checkpoints there."""
         self._has_begun = True
-        folder = runner.run_dir / FOLDER
+        folder = RunFolder(runner.run_dir).checkpoints
         writing.clean(folder)
         there = published(folder)
         self._number = max((saved.number for saved in there), default=0)
@@ -140,7 +140,7 @@ class Saver:
             shards: The folder for the shards, or None.
             write_shards: Writes them, and returns the parameters that are not finite.
         """
-        folder = runner.make_run_dir() / FOLDER
+        folder = RunFolder(runner.make_run_dir()).checkpoints
         path = writing.free_path(folder, _name(runner.progress))
         check_plain(state, "the state")
         copied = self.snapshot.take(state)

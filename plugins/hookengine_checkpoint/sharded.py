@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hookengine import Runner, dist
+from hookengine import RunFolder, Runner, dist
 from hookengine_checkpoint.checks import nonfinite
-from hookengine_checkpoint.files import FOLDER
 from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.shard_reader import ShardReader, TensorPlanner
 from hookengine_checkpoint.writing import make_folder
@@ -70,7 +69,7 @@ def make_shard_folder(runner: Runner) -> Path:
     folder, problem = Path(), ""
     if dist.is_main_process():
         try:
-            folder = make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
+            folder = make_folder(RunFolder(runner.make_run_dir()).checkpoints / ".shards.saving")
         except OSError as error:
             problem = str(error)
     folder, problem = dist.broadcast_object((folder, problem))

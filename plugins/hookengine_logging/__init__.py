@@ -17,7 +17,17 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import OptimWrapper, Phase, Plugin, Record, Runner, dist, hookimpl, log_context
+from hookengine import (
+    OptimWrapper,
+    Phase,
+    Plugin,
+    Record,
+    RunFolder,
+    Runner,
+    dist,
+    hookimpl,
+    log_context,
+)
 from hookengine_logging.announcements import (
     announce_error,
     announce_run,
@@ -100,11 +110,11 @@ class Logging(Plugin, name="logging"):
             announce_run(runner, moved)
 
     def _open_files(self, runner: Runner) -> Path | None:
-        folder = runner.make_run_dir()
+        folder = RunFolder(runner.make_run_dir())
         moved = self._history.open(folder, fresh=runner.progress.iter == 0)
-        self._output.open(folder / "run.log")
+        self._output.open(folder.log)
         description = {**runner.describe(), "history": self._history.id}
-        self._run_file = RunFile(folder / "run.json", description)
+        self._run_file = RunFile(folder.description, description)
         return moved
 
     def after_run(self, runner: Runner) -> None:
@@ -232,7 +242,7 @@ class Logging(Plugin, name="logging"):
 
     def history(self, runner: Runner) -> Iterable[Record] | None:
         """Return the records in ``metrics.jsonl``, up to where the run resumes."""
-        return self._history.read(runner.run_dir) if self._main else None
+        return self._history.read(RunFolder(runner.run_dir)) if self._main else None
 
     def _write(
         self, runner: Runner, phase: Phase, scalars: dict[str, float], media: dict[str, Medium]
@@ -269,4 +279,4 @@ class Logging(Plugin, name="logging"):
     def after_load_checkpoint(self, runner: Runner) -> None:
         """Find out whether the history in the folder leads to the loaded state."""
         if self._main:
-            self._history.resume(runner.make_run_dir())
+            self._history.resume(RunFolder(runner.make_run_dir()))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import structlog
 import typer
 
-from hookengine import PLUGINS, RunInfo, Runner, Sink, read_records
+from hookengine import PLUGINS, RunFolder, RunInfo, Runner, Sink, read_records
 
 
 class FinishedRun:
@@ -26,10 +26,11 @@ class FinishedRun:
 
     def __init__(self, folder: Path) -> None:
         self.run_dir = folder
-        for name in ("metrics.jsonl", "run.json"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is not a run's folder: it has no {name}")
-        self._description = json.loads((folder / "run.json").read_text())
+        files = RunFolder(folder)
+        for file in (files.metrics, files.description):
+            if not file.is_file():
+                raise FileNotFoundError(f"{folder} is not a run's folder: it has no {file.name}")
+        self._description = json.loads(files.description.read_text())
         self.name = self._description["name"]
         self.logger = structlog.get_logger("hookengine")
 

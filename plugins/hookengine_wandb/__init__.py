@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Image, Record, RunInfo, Runner, Sink, dist, greater_is_better
+from hookengine import Image, Record, RunFolder, RunInfo, Runner, Sink, dist, greater_is_better
 from hookengine_wandb.process import SessionLike, SessionProcess
 
 __all__ = ["Wandb"]
@@ -162,13 +162,14 @@ class Wandb(Sink, name="wandb"):
         session, self._session = self._session, None
         if session is None:
             return
-        files = [str(runner.run_dir / name) for name in ("run.json", "run.log")]
+        folder = RunFolder(runner.run_dir)
+        files = [str(folder.description), str(folder.log)]
         answer = session.finish(self._exit_code, files)
         if answer["timed_out"]:
-            folder = shlex.quote(str(runner.run_dir))
+            run_dir = shlex.quote(str(folder.path))
             runner.logger.warning(
                 f"wandb: not everything was uploaded within {self.finish_timeout:g} s. To upload "
-                f"the rest: python -m hookengine_logging.replay {folder} --to wandb"
+                f"the rest: python -m hookengine_logging.replay {run_dir} --to wandb"
             )
         if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
@@ -205,7 +206,7 @@ class Wandb(Sink, name="wandb"):
 
     def _upload(self, path: Path, aliases: list[str]) -> None:
         self._uploads.discard(path)
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(RunFolder.manifest(path).read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
         self._open.upload(str(path), ["latest", path.name, *aliases], metadata)
 
