@@ -19,6 +19,7 @@ from hookengine import (
     Runner,
     dist,
     hookimpl,
+    is_seekable,
     length_of,
     options_of,
 )
@@ -281,7 +282,7 @@ class Distributed(Plugin, name="distributed"):
     def _draw_alike(self, runner: Runner, phase: Phase, epoch: int) -> None:
         share = self._shares.get(phase)
         # With seek, a pass is already a function of its number.
-        if share is not None and not hasattr(runner.dataloaders[phase], "seek"):
+        if share is not None and not is_seekable(runner.dataloaders[phase]):
             share.seed = self._seed
             share.set_epoch(epoch)
 

@@ -11,7 +11,16 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
 
-from hookengine import Phase, Plugin, Runner, dist, get_random_state, hookimpl, set_random_state
+from hookengine import (
+    Phase,
+    Plugin,
+    Runner,
+    dist,
+    get_random_state,
+    hookimpl,
+    is_seekable,
+    set_random_state,
+)
 from hookengine_seed.loader import SeededLoader, StatefulLoader
 from hookengine_seed.sample import derive, seed_here
 
@@ -91,7 +100,7 @@ class Seed(Plugin, name="seed"):
         else:
             if isinstance(dataloader, DataLoader):
                 self._others[phase] = f"{type(dataloader).__name__}, which has its own __iter__,"
-            elif not isinstance(dataloader, (list, tuple)) and not hasattr(dataloader, "seek"):
+            elif not isinstance(dataloader, (list, tuple)) and not is_seekable(dataloader):
                 self._others[phase] = type(dataloader).__name__
             return None
         self._loaders[phase] = loader
@@ -118,7 +127,7 @@ class Seed(Plugin, name="seed"):
             set_random_state(self._random)
         self._random = None
         loader = self._loaders.get("train")
-        if loader is not None and not hasattr(runner.dataloaders["train"], "seek"):
+        if loader is not None and not is_seekable(runner.dataloaders["train"]):
             # A wrapper around the loader has no seek, so the kernel drops the earlier batches.
             loader.seek(runner.progress.epoch, 0)
 
