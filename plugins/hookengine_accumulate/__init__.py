@@ -101,7 +101,7 @@ class Accumulate(Plugin, name="accumulate"):
     def after_forward(self, losses: Any) -> dict[str, Any] | None:
         """Replace NaN and infinite losses with 0 if the micro-batch has no valid token."""
         nothing = self._weight_is_zero() and self._windows and self.optimizer is None
-        if not nothing or not isinstance(losses, dict):
+        if not nothing or not isinstance(losses, Mapping):
             return None
         return {name: _without_nan(value) for name, value in losses.items()}
 
