@@ -9,7 +9,13 @@ from hookengine.events.manager import PluginManager
 from hookengine.events.order import Place
 from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
 from hookengine.loop.config import EvalCfg, TrainCfg
-from hookengine.loop.data import SeekableLoader, batch_size, is_consecutive, length_of
+from hookengine.loop.data import (
+    SeekableLoader,
+    batch_size,
+    is_consecutive,
+    is_seekable,
+    length_of,
+)
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
@@ -80,6 +86,7 @@ __all__ = [
     "greater_is_better",
     "hookimpl",
     "is_consecutive",
+    "is_seekable",
     "length_of",
     "log_context",
     "metric_value",

@@ -130,3 +130,57 @@ def test_the_files_of_the_plugins_are_listed() -> None:
         files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
         listed = set(re.findall(r"`(\w+\.py)`", rows.get(package.name, "")))
         assert listed == files, package.name
+
+
+RUN_FILES = {"metrics.jsonl", "run.json", "run.log", "manifest.json"}
+RUN_FOLDERS = {"checkpoints", "media"}
+"""Also words of other kinds: these count only where a path is built."""
+SPELLED = {
+    "plugins/hookengine_wandb/session.py:run.json": "the id of the W&B run, in W&B's own folder",
+}
+
+
+def names_in_paths(source: str) -> set[str]:
+    """Find the names of the files of a run that a source spells in a path."""
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts: list[ast.expr] = []  # of a path, for certain
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            parts += (node.left, node.right)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in {"Path", "join", "joinpath", "with_name"}:
+                parts += node.args
+    texts = {
+        node: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    }
+    found = set()
+    for node, text in texts.items():
+        names = set(text.split("/")) if " " not in text else set()
+        certain = "/" in text or node in parts
+        found |= names & (RUN_FILES | RUN_FOLDERS if certain else RUN_FILES)
+    return found
+
+
+def test_names_in_paths_are_found() -> None:
+    assert names_in_paths('"""run.json"""\nx = "no run.json, no media/ folder", "media"') == set()
+    assert names_in_paths('x = folder / "media" / "a.png"') == {"media"}
+    assert names_in_paths('x = f"checkpoints/{name}", os.path.join(y, "media")') == {
+        "checkpoints",
+        "media",
+    }
+    assert names_in_paths('for name in ("run.log", "run.json"): pass') == {"run.log", "run.json"}
+
+
+def test_only_run_folder_spells_the_names_of_the_files_of_a_run() -> None:
+    spelled = {
+        f"{path.relative_to(ROOT)}:{name}"
+        for folder in ("hookengine", "plugins")
+        for path in (ROOT / folder).glob("**/*.py")
+        for name in names_in_paths(path.read_text())
+        if path.name != "run_folder.py"
+    }
+    assert spelled == set(SPELLED), "use hookengine.RunFolder"

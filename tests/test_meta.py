@@ -95,6 +95,63 @@ def test_plugins_import_only_the_kernels_public_names() -> None:
                     assert (node.module or "").partition(".")[0] == package, path
 
 
+OF_THE_RUNNER = {"runner", "progress", "train_loop", "val_loop", "test_loop", "loop"}
+ASSIGNED: dict[str, str] = {}
+"""``"plugins/FILE.py:target"``, and the reason why no method of the Runner does that."""
+
+
+def assigned_to_the_runner(source: str) -> set[str]:
+    """Find the attributes of the Runner, its progress and its loops that a source assigns."""
+
+    def belongs(owner: ast.expr) -> bool:
+        return ast.unparse(owner).rpartition(".")[2].removeprefix("_") in OF_THE_RUNNER
+
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            found |= {ast.unparse(node)} if belongs(node.value) else set()
+        elif isinstance(node, ast.Call) and node.args and belongs(node.args[0]):
+            called = ast.unparse(node.func).rpartition(".")[2].strip("_")
+            found |= {ast.unparse(node)} if called in {"setattr", "delattr", "vars"} else set()
+        elif isinstance(node, ast.Attribute) and node.attr == "__dict__" and belongs(node.value):
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_assignments_to_the_runner_are_found() -> None:
+    for source in (
+        "runner.model = model",
+        "self._runner.name += 'x'",
+        "runner.progress.iter: int = 0",
+        "self._progress.stopped = 'why'",
+        "for runner.val_loop.metrics in (): pass",
+        "del runner.model",
+        "setattr(runner, name, value)",
+        "object.__setattr__(runner.progress, name, value)",
+        "vars(runner)['model'] = model",
+        "runner.__dict__.update(model=model)",
+    ):
+        assert assigned_to_the_runner(source), source
+    for source in (
+        "self.runner = runner",
+        "self._progress = runner.progress",
+        "optim_wrapper.window_length = 2",
+        "runner.optim_wrappers[name].window_length = 2",
+        "runner.requests['stop'] = reason",
+        "iteration = runner.progress.iter",
+    ):
+        assert not assigned_to_the_runner(source), source
+
+
+def test_plugins_change_the_runner_only_through_its_methods() -> None:
+    assigned = {
+        f"{path.relative_to(ROOT)}:{target}"
+        for path in (ROOT / "plugins").glob("**/*.py")
+        for target in assigned_to_the_runner(path.read_text())
+    }
+    assert assigned == set(ASSIGNED)
+
+
 @pytest.mark.process
 def test_no_file_names_a_registry_host_or_a_path_of_a_machine() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
 from hookengine.events.hookimpl import HookOptions, hook_options_of
 from hookengine.events.hookspecs import EVENTS, Counter, Event, HookSpecs
+
+if TYPE_CHECKING:
+    from hookengine.runner import Runner
 
 Function = Callable[..., Any]
 Observer = Callable[[str, str, Function], Function]
@@ -47,7 +50,7 @@ class Hooks:
 
     __slots__ = (*(event.name for event in COMPILED), "__weakref__", "runner")
 
-    runner: Any
+    runner: Runner | None
 
     def __init__(self) -> None:
         self.runner = None

@@ -76,7 +76,7 @@ An implementation declares only the arguments that it needs. The annotated retur
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -396,8 +396,8 @@ class Step(Protocol):
 
     @transform("losses")
     def after_forward(
-        self, runner: Runner, losses: dict[str, torch.Tensor | list[torch.Tensor]]
-    ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        self, runner: Runner, losses: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
+    ) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
         """Replace the dict of losses that the model returned.
 
         ``BaseModel.parse_losses`` emits this event.

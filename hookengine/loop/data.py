@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
 
-@runtime_checkable
 class SeekableLoader(Protocol):
     """A dataloader that starts a pass at any batch by itself.
 
@@ -22,6 +21,11 @@ class SeekableLoader(Protocol):
 
     def __iter__(self) -> Iterator[Any]:
         """Start the pass."""
+
+
+def is_seekable(dataloader: Iterable[Any]) -> TypeGuard[SeekableLoader]:
+    """Return whether a dataloader has ``seek``, or forwards it to a dataloader that it wraps."""
+    return hasattr(dataloader, "seek")  # isinstance ignores __getattr__ since Python 3.12
 
 
 def is_consecutive(dataloader: Iterable[Any]) -> bool:
@@ -105,7 +109,7 @@ def iterate_from(
     Returns:
         The iterator, and how many batches were fetched and dropped.
     """
-    if isinstance(dataloader, SeekableLoader):
+    if is_seekable(dataloader):
         dataloader.seek(epoch, batch)
         return iter(dataloader), 0
     if isinstance(dataloader, (list, tuple)):

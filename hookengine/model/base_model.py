@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
 from hookengine.model.modules import BaseModule
 from hookengine.registry import MODELS
-
-if TYPE_CHECKING:
-    from hookengine.loop.optim import OptimWrapper
 
 
 class BaseModel(BaseModule):
@@ -57,12 +54,13 @@ class BaseModel(BaseModule):
                 ``"tensor"``, return tensors for your own use.
         """
 
-    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Train on one batch: preprocess, forward, backward, step.
 
         Args:
             data: A batch: a dict, tuple or list.
-            optim_wrapper: The wrapper that updates the parameters.
+            optim_wrapper: The ``OptimWrapper`` that updates the parameters. An override for several
+                optimizers receives an ``OptimWrapperDict``.
 
         Returns:
             The losses by name, as detached scalar tensors on the device; ``loss`` is their sum.
@@ -91,7 +89,7 @@ class BaseModel(BaseModule):
         return _sum_losses(self._run_forward(data, "loss"))[1]
 
     def parse_losses(
-        self, losses: dict[str, Tensor | list[Tensor]]
+        self, losses: Mapping[str, Tensor | Sequence[Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Let plugins replace the losses through ``after_forward``, then sum them.
 
@@ -104,12 +102,13 @@ class BaseModel(BaseModule):
             the sum as ``loss``.
 
         Raises:
-            TypeError: If ``losses`` is not a dict, or an entry is not a tensor or list of tensors.
+            TypeError: If ``losses`` is not a mapping, or an entry is neither a tensor nor a list of
+                tensors.
             ValueError: If no name contains "loss".
         """
         hooks = self._hooks
         given, losses = losses, hooks.after_forward(hooks.runner, losses)
-        if losses is not given and not isinstance(losses, dict):
+        if losses is not given and not isinstance(losses, Mapping):
             raise TypeError(
                 f"{answering(hooks.runner, 'after_forward')} must return a dict of losses by name, "
                 f"or None; got {type(losses).__name__}"
@@ -202,7 +201,7 @@ def _describe(data: Any) -> str:
 
 
 def _sum_losses(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    if not isinstance(losses, dict):
+    if not isinstance(losses, (dict, Mapping)):  # a dict is recognized faster
         raise TypeError(
             "forward(mode='loss') must return a dict of losses by name, as in dict(loss=loss); got "
             f"{type(losses).__name__}"

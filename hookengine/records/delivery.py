@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from hookengine.records.record import Record
+
+if TYPE_CHECKING:
+    from hookengine.events.hookspecs import HookSpecs
+    from hookengine.records.sink import RunInfo
 
 _this_thread = threading.local()
 """``owner``: the sink that this thread writes to, even after that sink serves another Runner."""
@@ -64,7 +68,9 @@ class Delivery:
         thread: The thread, or None before the first job and after the last one.
     """
 
-    def __init__(self, owner: object, destination: Destination, runner: Any = None) -> None:
+    def __init__(
+        self, owner: object, destination: Destination, runner: RunInfo | None = None
+    ) -> None:
         self.runner = runner
         self.held: dict[str, int] = {}
         self.continues = False
@@ -188,8 +194,8 @@ class Delivery:
         self._hold_written()
 
     def _history(self) -> Iterable[Record] | None:
-        records: Iterable[Record] | None = self.runner.hooks.history(self.runner)
-        return records
+        hooks: HookSpecs | None = getattr(self.runner, "hooks", None)  # a past run has none
+        return None if hooks is None else hooks.history(hooks.runner)
 
     def _fill(self, records: Iterable[Record]) -> bool:
         """Write the records that the sink does not hold; return whether all could be read."""

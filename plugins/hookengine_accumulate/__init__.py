@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import OptimWrapper, Plugin, dist, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, dist, hookimpl
 from hookengine_accumulate.count import count_samples, count_tokens
 from hookengine_accumulate.window import Weight, Window, micro_batches_left
 
@@ -71,7 +71,7 @@ class Accumulate(Plugin, name="accumulate"):
         self._last = 0.0  # the last weight that was not 0
 
     @hookimpl(tryfirst=True)  # schedules read the window length
-    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Set the window length of the optimizer."""
         if optim_wrapper.name not in runner.optim_wrapper.by_name(self.optimizer):
             return
@@ -85,13 +85,13 @@ class Accumulate(Plugin, name="accumulate"):
         if self.steps > 1:
             self._windows[optim_wrapper.name] = Window(self.steps)
 
-    def unconfigure(self, runner: Any) -> None:
+    def unconfigure(self, runner: Runner) -> None:
         """Reset the window lengths, so that every iteration steps again."""
         for name in self._windows:
             runner.optim_wrapper.by_name(name)[name].window_length = 1
 
     @hookimpl(trylast=True)  # after the plugins that replace the batch
-    def before_train_iter(self, runner: Any, data_batch: Any) -> None:
+    def before_train_iter(self, runner: Runner, data_batch: Any) -> None:
         """Count the samples or tokens that the loss of this batch averages over."""
         if self.weight == "sample":
             self._weight = count_samples(data_batch)
@@ -101,14 +101,14 @@ class Accumulate(Plugin, name="accumulate"):
     def after_forward(self, losses: Any) -> dict[str, Any] | None:
         """Replace NaN and infinite losses with 0 if the micro-batch has no valid token."""
         nothing = self._weight_is_zero() and self._windows and self.optimizer is None
-        if not nothing or not isinstance(losses, dict):
+        if not nothing or not isinstance(losses, Mapping):
             return None
         return {name: _without_nan(value) for name, value in losses.items()}
 
     def _weight_is_zero(self) -> bool:
         return isinstance(self._weight, float) and self._weight == 0
 
-    def should_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool:
+    def should_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool:
         """Step with the last micro-batch of a window, an epoch, or the run."""
         window = self._windows.get(optim_wrapper.name)
         if window is None:
@@ -118,7 +118,9 @@ class Accumulate(Plugin, name="accumulate"):
         return held + 1 >= self.steps or runner.progress.is_last or self._closing
 
     @hookimpl(trylast=True)  # after plugins that change the loss
-    def scale_loss(self, runner: Any, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
+    def scale_loss(
+        self, runner: Runner, optim_wrapper: OptimWrapper, loss: Tensor
+    ) -> Tensor | None:
         """Weight the loss of this micro-batch."""
         window = self._windows.get(optim_wrapper.name)
         if window is None:
@@ -139,7 +141,7 @@ class Accumulate(Plugin, name="accumulate"):
         return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
     @hookimpl(tryfirst=True, after="amp")  # amp must see infinite gradients as they are
-    def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Correct the gradients if the weight of the window is not the expected one."""
         window = self._windows.get(optim_wrapper.name)
         if window is None or window.held == 0:
@@ -158,17 +160,17 @@ class Accumulate(Plugin, name="accumulate"):
     # These run first, so that other plugins see the weights and counters of a complete window.
 
     @hookimpl(tryfirst=True)
-    def after_train_iter(self, runner: Any) -> None:
+    def after_train_iter(self, runner: Runner) -> None:
         """Close the windows of optimizers that the last iteration did not use."""
         if runner.progress.is_last:
             self._close(runner)
 
     @hookimpl(tryfirst=True)
-    def after_train_epoch(self, runner: Any) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """Close the windows left open because the length of the epoch was not known."""
         self._close(runner)
 
-    def _close(self, runner: Any) -> None:
+    def _close(self, runner: Runner) -> None:
         for name in self._windows:
             optim_wrapper = runner.optim_wrapper.by_name(name)[name]
             if optim_wrapper.window_open:
@@ -179,7 +181,7 @@ class Accumulate(Plugin, name="accumulate"):
                 finally:
                     self._closing = False
 
-    def _expected(self, runner: Any, window: Window) -> Weight | None:
+    def _expected(self, runner: Runner, window: Window) -> Weight | None:
         """Estimate the total weight of the window; None means to try again at the next batch.
 
         All ranks must use the same estimate, so with several ranks the first batch of the run

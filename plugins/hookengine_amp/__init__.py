@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hookengine import OptimWrapper, Plugin, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, hookimpl
 
 __all__ = ["Amp"]
 
@@ -52,14 +52,14 @@ class Amp(Plugin, name="amp"):
         default=None, description="in training, use autocast only for the optimizer of this name"
     )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Raise a ValueError if the device does not support the dtype."""
         self._device_type: str = runner.device.type
         self._dtype: torch.dtype = getattr(torch, self.dtype)
         self._scaled: dict[str, _Scaled] = {}
         _check_supported(runner.device, self._dtype)
 
-    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Create the loss scale of the optimizer, with float16."""
         several = runner.optim_wrapper.by_name()
         if optim_wrapper.name not in runner.optim_wrapper.by_name(self.optimizer):
@@ -118,7 +118,7 @@ class Amp(Plugin, name="amp"):
             scaled.unscaled = True
 
     @hookimpl(trylast=True)  # another plugin may take or skip the step
-    def optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> bool | None:
+    def optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool | None:
         """Take the step, or skip it if a gradient is infinite or NaN."""
         scaled = self._scaled.get(optim_wrapper.name)
         if scaled is None or not scaled.unscaled:

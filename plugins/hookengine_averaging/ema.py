@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from hookengine import MODELS, Plugin, hookimpl
+from hookengine import MODELS, Plugin, Runner, hookimpl
 from hookengine_averaging.averaged import (
     BaseAveragedModel,
     ExponentialMovingAverage,
@@ -75,7 +75,7 @@ class Ema(Plugin, name="ema"):
                 f"ema: gamma is for exponential averages, not {self.ema_type!r}. Drop it"
             )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Reset the counters; raise a ValueError if two averages choose the evaluated weights."""
         for name, other in runner.plugins.items():
             rivals = isinstance(other, Ema) and other is not self
@@ -96,7 +96,7 @@ class Ema(Plugin, name="ema"):
         self.averaged = self._build(model)
 
     @hookimpl(trylast=True)  # the model is wrapped by then, and its copy is wrapped like it
-    def wrap_model(self, runner: Any, role: str) -> None:
+    def wrap_model(self, runner: Runner, role: Literal["train", "average"]) -> None:
         """Wrap the copy in the same way as the model."""
         if role == "train":
             self.averaged.to(runner.device)
@@ -122,15 +122,15 @@ class Ema(Plugin, name="ema"):
     # An iteration steps before the first of these events. If the length of the epoch is not known,
     # its last window of accumulated gradients is closed later, before the second.
 
-    def after_train_iter(self, runner: Any) -> None:
+    def after_train_iter(self, runner: Runner) -> None:
         """Update the average if an optimizer stepped."""
         self._update(runner, runner.progress.epoch)
 
-    def after_train_epoch(self, runner: Any) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """Update the average if an optimizer stepped at the end of the epoch."""
         self._update(runner, runner.progress.epoch - 1)
 
-    def _update(self, runner: Any, epoch: int) -> None:
+    def _update(self, runner: Runner, epoch: int) -> None:
         steps = _steps(runner)
         if steps == self._steps:
             return
@@ -140,7 +140,7 @@ class Ema(Plugin, name="ema"):
             self.averaged.update_parameters(runner.bare_model)
             self._updates += 1
 
-    def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
+    def evaluated_models(self, runner: Runner) -> dict[str, nn.Module] | None:
         """Choose the averaged weights, the raw ones, or both."""
         if self.evaluate == "raw":
             return None
@@ -160,7 +160,7 @@ class Ema(Plugin, name="ema"):
         """Add the averaged weights."""
         checkpoint[self._key] = self.averaged.state_dict()
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Load the averaged weights, or start over if they are missing and that was allowed."""
         loaded, self._loaded = self._loaded, False
         if self._key in checkpoint:
@@ -213,7 +213,7 @@ class Ema(Plugin, name="ema"):
         self._loaded = True
 
 
-def _steps(runner: Any) -> int:
+def _steps(runner: Runner) -> int:
     """Return how many steps all optimizers together have taken."""
     if runner.optim_wrapper is None:
         return 0

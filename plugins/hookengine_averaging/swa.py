@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import SWALR
 
-from hookengine import OptimWrapper, Plugin, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, hookimpl
 from hookengine_averaging.averaged import StochasticWeightAverage
 from hookengine_averaging.batch_norm import batch_norms, compute_statistics
 from hookengine_averaging.ema import Ema
@@ -62,7 +62,7 @@ class Swa(Plugin, name="swa"):
                 "the run below 1"
             )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Reset the state; raise a ValueError if another plugin chooses the evaluated weights."""
         for name, other in runner.plugins.items():
             if isinstance(other, Swa) and other is not self:
@@ -86,7 +86,7 @@ class Swa(Plugin, name="swa"):
         self.averaged = StochasticWeightAverage(model)
 
     @hookimpl(trylast=True)  # the model is wrapped by then, and its copy is wrapped like it
-    def wrap_model(self, runner: Any, role: str) -> None:
+    def wrap_model(self, runner: Runner, role: Literal["train", "average"]) -> None:
         """Wrap the copy in the same way as the model."""
         if role == "train":
             self.averaged.to(runner.device)
@@ -97,28 +97,30 @@ class Swa(Plugin, name="swa"):
                     f"{type(self._evaluated).__name__} has none"
                 )
 
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Determine when averaging begins."""
-        epochs = runner.progress.max_epochs
-        if epochs is None and self.begin < 1:
-            raise ValueError(
-                f"swa: begin={self.begin} is a fraction of the epochs, but max_iters limits this "
-                "run, so their number is unknown. Pass a number of epochs"
-            )
+        epochs, begin = runner.progress.max_epochs, self.begin
+        if begin < 1:
+            if epochs is None:
+                raise ValueError(
+                    f"swa: begin={begin} is a fraction of the epochs, but max_iters limits this "
+                    "run, so their number is unknown. Pass a number of epochs"
+                )
+            begin *= epochs
         if self._updates or self._rates or self._pending:
             return  # averaging has begun, and training again does not move its begin
-        self._begin = int(self.begin * epochs) if self.begin < 1 else int(self.begin)
+        self._begin = int(begin)
         if epochs is not None and self._begin >= epochs:
             runner.logger.warning(
                 f"swa: averaging begins after epoch {self._begin}, but this run ends with epoch "
                 f"{epochs}, so nothing is averaged"
             )
 
-    def before_train_epoch(self, runner: Any) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Take over the learning rates once averaging begins."""
         if self.lr is None or self._rates or runner.progress.epoch < self._begin:
             return
-        for name, optim_wrapper in runner.optim_wrapper.by_name().items():
+        for name, optim_wrapper in runner.optim_wrappers.items():
             scheduler = SWALR(
                 optim_wrapper.optimizer,
                 swa_lr=self.lr,
@@ -143,13 +145,13 @@ class Swa(Plugin, name="swa"):
         if rates is not None:
             rates.restore()
 
-    def after_train_iter(self, runner: Any) -> None:
+    def after_train_iter(self, runner: Runner) -> None:
         """Finish when a run that is limited by iterations reaches its limit."""
         progress = runner.progress
         if progress.max_epochs is None and progress.iter == progress.max_iters and self._updates:
             self.finish(runner)
 
-    def after_train_epoch(self, runner: Any) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """Update the average and advance the learning rates; finish after the last epoch."""
         for rates in self._rates.values():
             rates.step()
@@ -164,7 +166,7 @@ class Swa(Plugin, name="swa"):
         if last and self._updates:
             self.finish(runner)
 
-    def after_train(self, runner: Any) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Warn if training stopped before its limit, and say how to finish."""
         if self._updates and not self._ready:
             runner.logger.warning(
@@ -173,7 +175,7 @@ class Swa(Plugin, name="swa"):
                 "runner.plugins['swa'].finish(runner)"
             )
 
-    def finish(self, runner: Any) -> None:
+    def finish(self, runner: Runner) -> None:
         """Compute the averaged model's batch-norm statistics over the training data.
 
         Raises:
@@ -181,13 +183,13 @@ class Swa(Plugin, name="swa"):
         """
         if self._updates == 0:
             raise RuntimeError("swa: nothing has been averaged yet. Train past begin first")
-        model, batches = self._evaluated, runner.train_loop.dataloader
+        model, batches = self._evaluated, runner.dataloaders["train"]
         if batch_norms(model):
             contexts = runner.hooks.forward_context(runner, model, None, "val")
             compute_statistics(model, batches, contexts)
         self._ready = True
 
-    def evaluated_models(self, runner: Any) -> dict[str, nn.Module] | None:
+    def evaluated_models(self, runner: Runner) -> dict[str, nn.Module] | None:
         """Evaluate the averaged weights beside the raw ones, once they are ready."""
         return {"": runner.model, "swa": self._evaluated} if self._ready else None
 
@@ -195,7 +197,7 @@ class Swa(Plugin, name="swa"):
         """Add the averaged weights."""
         checkpoint["swa_state_dict"] = self.averaged.state_dict()
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Load the averaged weights, or start over if they are missing and that was allowed."""
         self._rates.clear()
         loaded, self._loaded = self._loaded, False

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from hookengine import Plugin, dist, greater_is_better, hookimpl, metric_value
+from hookengine import Plugin, Runner, dist, greater_is_better, hookimpl, metric_value
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best, optimizer_steps
 from hookengine_checkpoint.checks import check_plain, warn_of_later_changes
@@ -94,7 +94,7 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     # -- starting and resuming ------------------------------------------------------------------
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Find the checkpoint to resume from, so that the run continues in its folder."""
         self._best = Best(self.keep_best, self._best.greater)
         self._checkpoints = RunCheckpoints(self.keep_last)
@@ -107,12 +107,12 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._found = find_on_all_ranks(runner, self._log.append)
 
     @hookimpl(trylast=True)  # after all initialization, before plugins copy or convert the model
-    def initialize_model(self, runner: Any, model: nn.Module) -> None:
+    def initialize_model(self, runner: Runner, model: nn.Module) -> None:
         """Load the weights of ``Runner(load_from=...)``, unless a checkpoint is resumed."""
         if runner.load_from is not None and self._found is None:
             load_initial_weights(model, runner.load_from, self._log.append)
 
-    def resume(self, runner: Any) -> None:
+    def resume(self, runner: Runner) -> None:
         """Load the state of the checkpoint to resume from.
 
         Raises:
@@ -129,14 +129,14 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._writer.mark_saved(runner.progress)
         self._log.append(f"resuming from {found.path}: {runner.progress}")
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Log how the run starts, now that its log is open."""
         for text in self._log:
             runner.logger.info(f"checkpoint: {text}")
         self._log.clear()
 
     @hookimpl(tryfirst=True)  # before the history of the run is truncated
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Start the timer and handle signals; refuse states that could not be saved."""
         for path in self._checkpoints.abandon_later():
             runner.logger.warning(
@@ -160,7 +160,7 @@ class Checkpoint(Plugin, name="checkpoint"):
     # -- saving ---------------------------------------------------------------------------------
 
     @hookimpl(trylast=True)  # other plugins may add metrics
-    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Compare a validation of training with the best one so far."""
         self._validated = runner.progress.iter, numbers(metrics)
         if self.keep_best is None or not runner.progress.val_due:
@@ -169,7 +169,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best.compare(metric_value(metrics, self.keep_best), optimizer_steps(runner))
 
     @hookimpl(trylast=True)  # changes that other plugins make at a safe point are saved, too
-    def safe_point(self, runner: Any, agreed: Mapping[str, str]) -> None:
+    def safe_point(self, runner: Runner, agreed: Mapping[str, str]) -> None:
         """Save if a checkpoint is due, or if the current weights are the best so far."""
         self._writer.poll(runner)
         if self._best.is_pending and self._best.expire(optimizer_steps(runner)):
@@ -184,7 +184,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         if is_due or (self._best.is_pending and not self._writer.mark_best(runner)):
             self.begin_save(runner)
 
-    def save(self, runner: Any) -> None:
+    def save(self, runner: Runner) -> None:
         """Save now. A run can only be resumed exactly from a save within ``safe_point``.
 
         Raises:
@@ -196,7 +196,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             if self._writer.error is not None:
                 raise OSError(self._writer.error)
 
-    def begin_save(self, runner: Any) -> None:
+    def begin_save(self, runner: Runner) -> None:
         """Copy the state and write it on the thread; without ``asynchronous``, wait for it."""
         self._writer.finish(runner)
         if self._training:
@@ -206,13 +206,13 @@ class Checkpoint(Plugin, name="checkpoint"):
         if not self.asynchronous:
             self._writer.finish(runner)
 
-    def wait(self, runner: Any) -> None:
+    def wait(self, runner: Runner) -> None:
         """Wait until the checkpoint in progress is on the disk; log an error."""
         self._writer.wait(runner)
 
     # -- ending ---------------------------------------------------------------------------------
 
-    def after_train(self, runner: Any) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Wait until the last checkpoint is on the disk.
 
         Raises:
@@ -233,7 +233,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             )
 
     @hookimpl(trylast=True)  # it may end the process
-    def after_run(self, runner: Any) -> None:
+    def after_run(self, runner: Runner) -> None:
         """Restore the signal handlers, and end the process if a signal has asked for it."""
         self._training = False
         self._writer.finish(runner)
@@ -247,7 +247,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._preemption.restore_handlers()
             self._preemption = None
 
-    def unconfigure(self, runner: Any) -> None:
+    def unconfigure(self, runner: Runner) -> None:
         """Finish what is being written, and end the thread."""
         self._writer.close(runner)
 

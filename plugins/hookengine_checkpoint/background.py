@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from hookengine import dist
+from hookengine import Runner, dist
 from hookengine_checkpoint.best import Best, optimizer_steps
 from hookengine_checkpoint.files import Saved
 from hookengine_checkpoint.retention import RunCheckpoints
@@ -59,12 +59,12 @@ class BackgroundWriter:
         """Whether no write is in progress."""
         return self._write is None or self._write.done()
 
-    def poll(self, runner: Any) -> None:
+    def poll(self, runner: Runner) -> None:
         """Report a write that has ended; do not wait for one in progress."""
         if self._write is not None and self._write.done():
             self.wait(runner)
 
-    def wait(self, runner: Any) -> None:
+    def wait(self, runner: Runner) -> None:
         """Wait for the write in progress and report its outcome."""
         write, self._write = self._write, None
         if write is None:
@@ -88,18 +88,18 @@ class BackgroundWriter:
         finally:
             self.prune(runner, best, name)
 
-    def finish(self, runner: Any) -> None:
+    def finish(self, runner: Runner) -> None:
         """Wait for the write in progress and for the removal of old checkpoints."""
         self.wait(runner)
         if self._pruning is not None:
             self._pruning.result()
 
-    def close(self, runner: Any) -> None:
+    def close(self, runner: Runner) -> None:
         """Finish what is in progress, and end the thread."""
         self.finish(runner)
         self._executor.shutdown()
 
-    def report(self, runner: Any, error: Exception) -> None:
+    def report(self, runner: Runner, error: Exception) -> None:
         """Log that a checkpoint could not be saved, and forget that it was to be the best one."""
         self.error = f"{type(error).__name__}: {error}"
         alone = dist.get_world_size() == 1  # several ranks would act differently
@@ -114,20 +114,20 @@ class BackgroundWriter:
             "disk space or fix the folder; the next save tries again"
         )
 
-    def prune(self, runner: Any, best: int | None, name: str | None = None) -> None:
+    def prune(self, runner: Runner, best: int | None, name: str | None = None) -> None:
         """Remove old checkpoints on the thread, see ``RunCheckpoints.prune``.
 
         Freeing disk space takes a while, so ``wait`` does not wait for it.
         """
         self._pruning = self._executor.submit(self._prune, runner, best, name)
 
-    def _prune(self, runner: Any, best: int | None, name: str | None) -> None:
+    def _prune(self, runner: Runner, best: int | None, name: str | None) -> None:
         try:
             self._checkpoints.prune(best, name)
         except OSError as error:
             runner.logger.warning(f"checkpoint: old checkpoints could not be removed: {error}")
 
-    def mark_best(self, runner: Any) -> bool:
+    def mark_best(self, runner: Runner) -> bool:
         """Make the newest checkpoint the best one if it holds the weights that were validated.
 
         All ranks call it together.

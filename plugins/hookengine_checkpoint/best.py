@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hookengine import Runner
 
-def optimizer_steps(runner: Any) -> list[int]:
+
+def optimizer_steps(runner: Runner) -> list[int]:
     """Return the steps of all optimizers, which tell whether weights have changed."""
-    return [wrapper.steps for wrapper in runner.optim_wrapper.by_name().values()]
+    return [wrapper.steps for wrapper in runner.optim_wrappers.values()]
 
 
 class Best:

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
+from hookengine import RunFolder
 from hookengine_checkpoint.integrity import DamagedError, archive_at, crc32, digest, records
 
 FORMAT = 1
 STATE = "state.pth"
-MANIFEST = "manifest.json"
-FOLDER = "checkpoints"
-"""The folder of the checkpoints in the folder of a run."""
 METADATA = ".metadata"
 """The file of ``torch.distributed.checkpoint`` in a checkpoint with sharded tensors."""
 
@@ -84,14 +82,15 @@ def read_manifest(path: Path) -> Saved:
     Raises:
         DamagedError: The manifest is missing, damaged or of a later version.
     """
+    file = RunFolder.manifest(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(file.read_bytes())
         expected = manifest.pop("checksum")
         same = expected == digest(manifest)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(f"{path} has no readable {MANIFEST}: {error}") from error
+        raise DamagedError(f"{path} has no readable {file.name}: {error}") from error
     if not same:
-        raise DamagedError(f"{path / MANIFEST} is damaged: its checksum differs")
+        raise DamagedError(f"{file} is damaged: its checksum differs")
     if manifest["format"] > FORMAT:
         raise DamagedError(
             f"{path} has format {manifest['format']}, of a later hookengine; this version reads "

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from hookengine import RunFolder, Runner
 from hookengine_checkpoint.files import (
-    FOLDER,
-    MANIFEST,
     METADATA,
     STATE,
     Saved,
@@ -39,8 +37,9 @@ class Found:
     @property
     def run_dir(self) -> Path | None:
         """The folder of the run that saved it, if the checkpoint is still there."""
-        inside = self.saved is not None and self.path.parent.name == FOLDER
-        return self.path.parent.parent if inside else None
+        folder = self.path.parent
+        inside = self.saved is not None and folder == RunFolder(folder.parent).checkpoints
+        return folder.parent if inside else None
 
     @property
     def state(self) -> Path:
@@ -52,11 +51,11 @@ class Found:
         """Whether its tensors are sharded."""
         return (self.path / METADATA).exists()
 
-    def continues(self, runner: Any) -> bool:
+    def continues(self, runner: Runner) -> bool:
         """Return whether the run continues the one that saved it, in the same folder."""
         if self.saved is None or not runner.named:
             return False
-        return self.path.parent.resolve() == Path(runner.run_dir, FOLDER).resolve()
+        return self.path.parent.resolve() == RunFolder(runner.run_dir).checkpoints.resolve()
 
 
 def newest_under(work_dir: Path, log: Callable[[str], None]) -> Found | None:
@@ -67,7 +66,8 @@ def newest_under(work_dir: Path, log: Callable[[str], None]) -> Found | None:
         log: Called with a text for each damaged checkpoint.
     """
     runs = work_dir.iterdir() if work_dir.is_dir() else ()
-    times = {run / FOLDER: _last_saved_at(run / FOLDER) for run in runs}
+    folders = [RunFolder(run).checkpoints for run in runs]
+    times = {folder: _last_saved_at(folder) for folder in folders}
     newest = max(times, key=times.__getitem__, default=None)
     return None if newest is None or not times[newest] else newest_in(newest, log)
 
@@ -140,25 +140,25 @@ def at(path: Path, log: Callable[[str], None]) -> Found:
     if path.is_symlink():  # such as best, a link to a checkpoint beside it
         target = path.resolve()
         path = path.parent / target.name if target.parent == path.parent.resolve() else target
-    if path.is_file() and path.name == STATE and (path.parent / MANIFEST).exists():
+    if path.is_file() and path.name == STATE and RunFolder.manifest(path.parent).exists():
         path = path.parent
     if path.is_file():
         verify_archive(path)
         return Found(path)
-    if (path / MANIFEST).exists() or (path / STATE).exists():
+    if RunFolder.manifest(path).exists() or (path / STATE).exists():
         saved = read_manifest(path)
         verify(saved)
         last = max((s.number for s in published(path.parent)), default=saved.number)
         return Found(path, saved, saved.number == last)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if (found := newest_in(folder, log)) is not None:
+    inside = RunFolder(path).checkpoints
+    if (found := newest_in(inside if inside.is_dir() else path, log)) is not None:
         return found
     near = path if path.is_dir() else path.parent
     there = ", ".join(saved.name for saved in published(near)) or "none"
     raise FileNotFoundError(f"there is no checkpoint {path}; the checkpoints in {near}: {there}")
 
 
-def find(runner: Any, log: Callable[[str], None]) -> Found | None:
+def find(runner: Runner, log: Callable[[str], None]) -> Found | None:
     """Find the checkpoint that ``Runner(resume=...)`` names, and continue the run that saved it.
 
     An older checkpoint than the newest of its run starts a new run, which leaves the other one
@@ -180,7 +180,7 @@ def find(runner: Any, log: Callable[[str], None]) -> Found | None:
     if wanted != "auto":
         found = at(Path(wanted).expanduser(), log)
     elif runner.named:
-        found = newest_in(runner.run_dir / FOLDER, log)
+        found = newest_in(RunFolder(runner.run_dir).checkpoints, log)
     else:
         found = newest_under(runner.work_dir, log)
     if found is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from hookengine import dist
+from hookengine import Progress, Runner, dist
 
 Unit = Literal["epochs", "iterations", "minutes"]
 _UNITS: dict[str, Unit] = {
@@ -69,7 +69,7 @@ class SaveTimer:
         ValueError: ``every`` is not an interval.
     """
 
-    def __init__(self, every: int | str | None, progress: Any) -> None:
+    def __init__(self, every: int | str | None, progress: Progress) -> None:
         self.interval = parse_interval(every, by_epoch=progress.max_epochs is not None)
         self._every = every
         self._progress = progress
@@ -85,7 +85,7 @@ class SaveTimer:
         else:
             self._deadline = time.monotonic() + 60 * self.interval.number
 
-    def is_due(self, runner: Any, agreed: Mapping[str, str]) -> bool:
+    def is_due(self, runner: Runner, agreed: Mapping[str, str]) -> bool:
         """Return whether to save at this safe point; the answer is the same on all ranks.
 
         The clocks of ranks differ. When time is up, rank 0 only requests a save, which is due at
@@ -103,7 +103,7 @@ class SaveTimer:
         return _is_last_safe_point(runner)
 
 
-def _is_last_safe_point(runner: Any) -> bool:
-    progress = runner.progress
+def _is_last_safe_point(runner: Runner) -> bool:
+    progress, loop = runner.progress, runner.train_loop
     may_end = progress.batch == 0 or progress.iter == progress.max_iters
-    return may_end and bool(runner.train_loop.done)
+    return may_end and loop is not None and loop.done

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-from hookengine import dist
+from hookengine import Runner, dist
 
 EXIT_CODE = 75
 """``EX_TEMPFAIL`` of sysexits.h: the run ended early and can be started again."""
@@ -75,7 +75,7 @@ class Preemption:
         names: The signals to handle, see ``Signals``.
     """
 
-    def __init__(self, runner: Any, names: Iterable[str]) -> None:
+    def __init__(self, runner: Runner, names: Iterable[str]) -> None:
         self._runner = runner
         self._signals = Signals(names, self._request)
         self._agreed: str | None = None

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from hookengine import MODELS, dist
+from hookengine import MODELS, RunFolder, Runner, dist
 from hookengine_checkpoint.export import read_weights
-from hookengine_checkpoint.files import MANIFEST, read_state
+from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at, find
 
 
-def find_on_all_ranks(runner: Any, log: Callable[[str], None]) -> Found | None:
+def find_on_all_ranks(runner: Runner, log: Callable[[str], None]) -> Found | None:
     """Find the checkpoint to resume from on rank 0; all ranks continue the same run.
 
     Args:
@@ -32,7 +32,9 @@ def find_on_all_ranks(runner: Any, log: Callable[[str], None]) -> Found | None:
     return found
 
 
-def load_run(runner: Any, found: Found, allow: Iterable[str], log: Callable[[str], None]) -> None:
+def load_run(
+    runner: Runner, found: Found, allow: Iterable[str], log: Callable[[str], None]
+) -> None:
     """Load the state of a checkpoint into a Runner; all ranks call it together.
 
     Args:
@@ -58,7 +60,7 @@ def load_run(runner: Any, found: Found, allow: Iterable[str], log: Callable[[str
         raise
 
 
-def _read(runner: Any, found: Found) -> dict[str, Any]:
+def _read(runner: Runner, found: Found) -> dict[str, Any]:
     """Read a state, with its tensors sharded as the Runner's are."""
     state = read_state(found.state)
     if not found.is_sharded and not dist.is_distributed():
@@ -71,7 +73,7 @@ def _read(runner: Any, found: Found) -> dict[str, Any]:
 
 
 def _load_rank_state(
-    runner: Any, ranks: list[dict[str, Any]], name: str, log: Callable[[str], None]
+    runner: Runner, ranks: list[dict[str, Any]], name: str, log: Callable[[str], None]
 ) -> None:
     rank = dist.get_rank()
     state = ranks[rank]["plugins"] if rank < len(ranks) else {}
@@ -108,4 +110,4 @@ def load_initial_weights(
 
 def _is_checkpoint(path: Path) -> bool:
     """Return whether a path is one of our checkpoints, or a folder of them."""
-    return path.is_dir() or (path.parent / MANIFEST).is_file()
+    return path.is_dir() or RunFolder.manifest(path.parent).is_file()

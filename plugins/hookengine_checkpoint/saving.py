@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hookengine import describe_environment, dist
+from hookengine import RunFolder, Runner, describe_environment, dist
 from hookengine_checkpoint import writing
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best
 from hookengine_checkpoint.checks import check_plain, nonfinite
-from hookengine_checkpoint.files import FOLDER, Saved, published
+from hookengine_checkpoint.files import Saved, published
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.snapshot import Snapshot
 
@@ -49,7 +49,7 @@ class Saver:
         self._has_begun = False
         self._environment = describe_environment()
 
-    def begin(self, runner: Any, metrics: Mapping[str, float]) -> None:
+    def begin(self, runner: Runner, metrics: Mapping[str, float]) -> None:
         """Copy the state and start to write it; all ranks call it together.
 
         The write before must be finished. An error is logged instead of raised.
@@ -80,7 +80,7 @@ class Saver:
         elif write is not None:
             self._writer.start(write, self._best.number, _name(runner.progress))
 
-    def _collect(self, runner: Any) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    def _collect(self, runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
         """Collect the state of the run and, on rank 0, the states of all ranks."""
         state = runner.state_dict()
         ranks = dist.gather_objects({"plugins": runner.plugins.rank_state_dict()})
@@ -93,10 +93,10 @@ class Saver:
             state["plugins"] = {**state["plugins"], self._plugin_name: self._best.state_dict()}
         return state, ranks
 
-    def _prepare_folder(self, runner: Any) -> None:
+    def _prepare_folder(self, runner: Runner) -> None:
         """Clean the folder before the first save, and number on from the checkpoints there."""
         self._has_begun = True
-        folder = runner.run_dir / FOLDER
+        folder = RunFolder(runner.run_dir).checkpoints
         writing.clean(folder)
         there = published(folder)
         self._number = max((saved.number for saved in there), default=0)
@@ -107,7 +107,7 @@ class Saver:
             )
 
     def _take_shards(
-        self, runner: Any, state: dict[str, Any]
+        self, runner: Runner, state: dict[str, Any]
     ) -> tuple[dict[str, Any], Path | None]:
         """Copy the sharded tensors; return the rest of the state, and the folder for the shards."""
         if not dist.is_distributed():
@@ -125,7 +125,7 @@ class Saver:
 
     def _prepare(
         self,
-        runner: Any,
+        runner: Runner,
         state: dict[str, Any],
         metrics: Mapping[str, float],
         shards: Path | None,
@@ -140,7 +140,7 @@ class Saver:
             shards: The folder for the shards, or None.
             write_shards: Writes them, and returns the parameters that are not finite.
         """
-        folder = runner.make_run_dir() / FOLDER
+        folder = RunFolder(runner.make_run_dir()).checkpoints
         path = writing.free_path(folder, _name(runner.progress))
         check_plain(state, "the state")
         copied = self.snapshot.take(state)
@@ -174,7 +174,7 @@ class Saver:
         return write
 
 
-def _parameters(runner: Any) -> list[str]:
+def _parameters(runner: Runner) -> list[str]:
     return [name for name, _ in runner.bare_model.named_parameters()]
 
 

@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hookengine import dist
+from hookengine import RunFolder, Runner, dist
 from hookengine_checkpoint.checks import nonfinite
-from hookengine_checkpoint.files import FOLDER
 from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.shard_reader import ShardReader, TensorPlanner
 from hookengine_checkpoint.writing import make_folder
@@ -61,7 +60,7 @@ def _mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
     return leaf(value, path)
 
 
-def make_shard_folder(runner: Any) -> Path:
+def make_shard_folder(runner: Runner) -> Path:
     """Make the folder that all ranks write their shards into; all ranks call it together.
 
     Raises:
@@ -70,7 +69,7 @@ def make_shard_folder(runner: Any) -> Path:
     folder, problem = Path(), ""
     if dist.is_main_process():
         try:
-            folder = make_folder(runner.make_run_dir() / FOLDER / ".shards.saving")
+            folder = make_folder(RunFolder(runner.make_run_dir()).checkpoints / ".shards.saving")
         except OSError as error:
             problem = str(error)
     folder, problem = dist.broadcast_object((folder, problem))
@@ -131,7 +130,7 @@ class Shards:
         return list(dict.fromkeys(name for names in found for name in names))
 
 
-def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
+def load(folder: Path, state: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Load the sharded tensors of a state as the Runner's ranks hold them; all ranks call it.
 
     The Runner may have another number of ranks, or tensors that are not sharded.
@@ -170,7 +169,7 @@ def load(folder: Path, state: dict[str, Any], runner: Any) -> dict[str, Any]:
     return whole
 
 
-def spread(state: dict[str, Any], runner: Any) -> dict[str, Any]:
+def spread(state: dict[str, Any], runner: Runner) -> dict[str, Any]:
     """Shard the tensors of a state as the Runner's ranks hold them; all ranks call it together."""
     own = _tensors_of(runner)
 
@@ -214,14 +213,14 @@ def assemble(folder: Path, state: Any) -> Any:
     return whole
 
 
-def is_sharded(runner: Any) -> bool:
+def is_sharded(runner: Runner) -> bool:
     """Return whether the Runner's model is sharded across ranks."""
     return any(isinstance(parameter, DTensor) for parameter in runner.bare_model.parameters())
 
 
-def _tensors_of(runner: Any) -> dict[str, Tensor]:
+def _tensors_of(runner: Runner) -> dict[str, Tensor]:
     """Return the tensors of a Runner's state by their path in it, those of optimizers included."""
-    for wrapper in runner.optim_wrapper.by_name().values() if runner.optim_wrapper else ():
+    for wrapper in runner.optim_wrappers.values():
         get_optimizer_state_dict(
             runner.bare_model, wrapper.optimizer
         )  # creates the state that a step would create

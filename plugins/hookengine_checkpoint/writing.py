@@ -17,8 +17,9 @@ from typing import IO, Any, cast
 
 import torch
 
+from hookengine import RunFolder
 from hookengine_checkpoint import files
-from hookengine_checkpoint.files import MANIFEST, STATE, Saved, is_checkpoint_folder
+from hookengine_checkpoint.files import STATE, Saved, is_checkpoint_folder
 from hookengine_checkpoint.integrity import checksum, digest
 
 ABANDONED = "abandoned"
@@ -78,10 +79,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The complete manifest.
     """
-    checksums = {p.name: checksum(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    path = RunFolder.manifest(folder)
+    checksums = {p.name: checksum(p) for p in sorted(folder.iterdir()) if p != path}
     complete: dict[str, Any] = {"format": files.FORMAT, **manifest, "files": checksums}
     complete["checksum"] = digest(complete)
-    with _SyncedFile(folder / MANIFEST) as file:
+    with _SyncedFile(path) as file:
         file.write(json.dumps(complete, indent=2).encode() + b"\n")
     return complete
 

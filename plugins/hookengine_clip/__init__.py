@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from hookengine import OptimWrapper, Plugin, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, hookimpl
 
 __all__ = ["Clip"]
 
@@ -57,7 +56,7 @@ class Clip(Plugin, name="clip"):
         self._labels: dict[str, str] = {}
         self._norms: dict[str, Tensor] = {}
 
-    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Note whether this optimizer's gradients are clipped, and the name of their norm."""
         if optim_wrapper.name in runner.optim_wrapper.by_name(self.optimizer):
             for name, other in runner.plugins.items():
@@ -67,7 +66,7 @@ class Clip(Plugin, name="clip"):
                         f"clipped by the plugin {name!r}. Limit each plugin to one optimizer with "
                         "optimizer=NAME"
                     )
-            several = len(runner.optim_wrapper.by_name()) > 1
+            several = len(runner.optim_wrappers) > 1
             label = f"{optim_wrapper.name}/grad_norm" if several else "grad_norm"
             self._labels[optim_wrapper.name] = label
 
@@ -88,7 +87,7 @@ class Clip(Plugin, name="clip"):
         if self.clip_value is not None:
             clip_grad_value_(parameters, self.clip_value)
 
-    def after_optim_step(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def after_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Log the norm before clipping."""
         norm = self._norms.get(optim_wrapper.name)
         if norm is not None:

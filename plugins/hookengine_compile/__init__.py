@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from hookengine import BaseModel, Plugin
+from hookengine import BaseModel, Plugin, Runner
 
 __all__ = ["Compile"]
 
@@ -63,7 +63,7 @@ class Compile(Plugin, name="compile"):
         """Forget whether the compiler works."""
         self._works: bool | None = None
 
-    def wrap_model(self, runner: Any, model: nn.Module) -> None:
+    def wrap_model(self, runner: Runner, model: nn.Module) -> None:
         """Compile the model, or parts of it, in place."""
         parts = [_part(model, name) for name in self.modules] or [model]
         if self._works is None:
@@ -91,7 +91,7 @@ class Compile(Plugin, name="compile"):
             return {**arguments, "options": self.options}
         return {**arguments, "mode": self.mode} if self.mode != "default" else arguments
 
-    def _try(self, runner: Any) -> bool:
+    def _try(self, runner: Runner) -> bool:
         """Compile a small function, forward and backward; return whether the compiler works."""
         try:
             function = torch.compile(_something_small, **self._arguments())

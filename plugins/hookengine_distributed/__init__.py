@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,12 @@ from torch import nn
 from hookengine import (
     MODEL_WRAPPERS,
     OptimWrapper,
+    Phase,
     Plugin,
+    Runner,
     dist,
     hookimpl,
+    is_seekable,
     length_of,
     options_of,
 )
@@ -103,7 +106,7 @@ class Distributed(Plugin, name="distributed"):
     # -- the life of the process group ----------------------------------------------------------
 
     @hookimpl(tryfirst=True)  # other plugins use the device and the ranks
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Join the process group, and check that all ranks have the same options."""
         self._ranks = 1
         self._watch: Watch | None = None
@@ -133,7 +136,7 @@ class Distributed(Plugin, name="distributed"):
             runner.use_name(dist.broadcast_object(runner.name))
 
     @hookimpl(tryfirst=True)  # no plugin trains on if a rank has failed
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Check that no rank has failed, and that all ranks train the same."""
         if self._watch is not None:
             self._watch.check()
@@ -141,7 +144,7 @@ class Distributed(Plugin, name="distributed"):
             require_same("training", {n: getattr(runner.progress, n) for n in counters})
 
     @hookimpl(trylast=True)  # by then, rank 0 has created the folder
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Use the name under which rank 0 has found a folder for the run."""
         if self._watch is not None:
             name = dist.broadcast_object(runner.name)
@@ -167,7 +170,9 @@ class Distributed(Plugin, name="distributed"):
 
     # -- the model ------------------------------------------------------------------------------
 
-    def wrap_model(self, runner: Any, model: nn.Module, role: str) -> nn.Module | None:
+    def wrap_model(
+        self, runner: Runner, model: nn.Module, role: Literal["train", "average"]
+    ) -> nn.Module | None:
         """Give all ranks the weights of rank 0, and wrap the model."""
         if self._ranks == 1:
             return None
@@ -198,7 +203,7 @@ class Distributed(Plugin, name="distributed"):
             )
         return wrapper
 
-    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Reject optimizers that differ between ranks."""
         if self._ranks > 1:
             facts = {"class": type(optim_wrapper.optimizer).__name__}
@@ -223,7 +228,7 @@ class Distributed(Plugin, name="distributed"):
             told.before_backward()
 
     @hookimpl(tryfirst=True)  # the others see the gradients of all ranks
-    def finish_gradients(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Exchange gradients that no backward pass has exchanged; raise if none ever would."""
         wrapper, told = self._wrapper, getattr(self._wrapper, "exchange", None)
         if told is None:
@@ -240,7 +245,7 @@ class Distributed(Plugin, name="distributed"):
     # -- the data -------------------------------------------------------------------------------
 
     @hookimpl(tryfirst=True)  # before other plugins wrap it
-    def setup_dataloader(self, runner: Any, dataloader: Any, phase: str) -> Any:
+    def setup_dataloader(self, runner: Runner, dataloader: Iterable[Any], phase: Phase) -> Any:
         """Replace the dataloader with this rank's share of it."""
         if self._ranks == 1:
             return None
@@ -256,7 +261,7 @@ class Distributed(Plugin, name="distributed"):
             )
         return shared
 
-    def _share(self, loader: Any, phase: str, name: str) -> tuple[Any, str]:
+    def _share(self, loader: Any, phase: Phase, name: str) -> tuple[Any, str]:
         samples = length_of(getattr(loader, "dataset", ()))
         require_same(name, {"class": type(loader).__name__, "samples": samples})
         if not self.share_data:
@@ -270,29 +275,29 @@ class Distributed(Plugin, name="distributed"):
             self._shares[phase] = sampler
         return shared, text
 
-    def before_train_epoch(self, runner: Any) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Make all ranks draw the same order of samples."""
-        self._draw_alike("train", runner.train_loop.dataloader, runner.progress.epoch)
+        self._draw_alike(runner, "train", runner.progress.epoch)
 
-    def _draw_alike(self, phase: str, dataloader: Any, epoch: int) -> None:
+    def _draw_alike(self, runner: Runner, phase: Phase, epoch: int) -> None:
         share = self._shares.get(phase)
         # With seek, a pass is already a function of its number.
-        if share is not None and not hasattr(dataloader, "seek"):
+        if share is not None and not is_seekable(runner.dataloaders[phase]):
             share.seed = self._seed
             share.set_epoch(epoch)
 
     # -- evaluation -----------------------------------------------------------------------------
 
-    def before_val_epoch(self, runner: Any) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
         """Give all ranks the buffers of rank 0, which are the ones that are saved."""
         self._before_evaluation("validation")
-        self._draw_alike("val", runner.val_loop.dataloader, 0)
+        self._draw_alike(runner, "val", 0)
         self._evaluation.begin(self._models)
 
-    def before_test_epoch(self, runner: Any) -> None:
+    def before_test_epoch(self, runner: Runner) -> None:
         """Give all ranks the buffers of rank 0."""
         self._before_evaluation("test")
-        self._draw_alike("test", runner.test_loop.dataloader, 0)
+        self._draw_alike(runner, "test", 0)
         self._evaluation.begin(self._models)
 
     def _before_evaluation(self, name: str) -> None:
@@ -310,7 +315,7 @@ class Distributed(Plugin, name="distributed"):
         """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("test", ()))
 
-    def before_metrics(self, runner: Any, model: nn.Module, phase: str) -> None:
+    def before_metrics(self, runner: Runner, model: nn.Module, phase: Phase) -> None:
         """Join the forward passes of ranks with more batches, if the model is sharded."""
         self._evaluation.catch_up(runner, model, phase, self._batches.get(phase, ()))
 
@@ -325,7 +330,7 @@ class Distributed(Plugin, name="distributed"):
 
     # -- decisions ------------------------------------------------------------------------------
 
-    def agree(self, runner: Any, requests: Mapping[str, str]) -> dict[str, str] | None:
+    def agree(self, runner: Runner, requests: Mapping[str, str]) -> dict[str, str] | None:
         """Combine the requests of all ranks.
 
         The answer is immediate between epochs and after a validation. Within an epoch, it comes
@@ -356,7 +361,7 @@ class Distributed(Plugin, name="distributed"):
                 own[name].copy_(saved)
 
 
-def _options(runner: Any) -> dict[str, str]:
+def _options(runner: Runner) -> dict[str, str]:
     """Return the options of the Runner, which must be the same on all ranks."""
     facts = {f"the plugin {n!r}": described(options_of(p)) for n, p in runner.plugins.items()}
     for phase in ("train", "val", "test"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookengine import dist
+from hookengine import Phase, Runner, dist
 from hookengine_distributed.fsdp import is_sharded, reshard
 
 
@@ -57,7 +57,7 @@ class Evaluation:
             self._kept = dist.broadcast_object(self._kept, src=having[0])
 
     def catch_up(
-        self, runner: Any, model: nn.Module, phase: str, numbers: Sequence[int | None]
+        self, runner: Runner, model: nn.Module, phase: Phase, numbers: Sequence[int | None]
     ) -> None:
         """Join the passes of ranks with more batches, and discard the results.
 
@@ -83,6 +83,6 @@ class Evaluation:
                 for context in runner.hooks.forward_context(runner, model, None, phase):
                     stack.enter_context(context)
                 step(kept)
-                if cfg.loss:
+                if cfg is not None and cfg.loss:
                     model.loss_step(kept)  # type: ignore[operator]
         reshard(model)  # free what was gathered for a backward pass that never comes

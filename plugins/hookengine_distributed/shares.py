@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from hookengine import copy_dataloader, dist, length_of, preserved_random_state, samplers_of
+from hookengine import Phase, copy_dataloader, dist, length_of, preserved_random_state, samplers_of
 
 
 class Shared:
@@ -106,7 +106,7 @@ _BY_ITSELF = "each rank gets all of it, unless it selects its share itself (hook
 
 
 def share(
-    loader: Any, phase: str, drop: bool | None, split: bool
+    loader: Any, phase: Phase, drop: bool | None, split: bool
 ) -> tuple[Any, Shared | None, str]:
     """Give this rank its share of a dataloader.
 
@@ -225,7 +225,7 @@ class BatchList(list[Any]):
     consecutive = False
 
 
-def share_list(batches: Sequence[Any], phase: str, drop: bool | None) -> tuple[BatchList, str]:
+def share_list(batches: Sequence[Any], phase: Phase, drop: bool | None) -> tuple[BatchList, str]:
     """Give this rank its share of a list: every n-th batch in training, consecutive in evaluation.
 
     Args:

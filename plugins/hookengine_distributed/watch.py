@@ -7,11 +7,10 @@ import sys
 import threading
 import uuid
 from contextlib import suppress
-from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from hookengine import dist
+from hookengine import Runner, dist
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -38,7 +37,7 @@ class Watch:
         told: Whether this rank has reported an error.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.failure: str | None = None
         self.told = False
         self._rank = dist.get_rank()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Plugin, greater_is_better, hookimpl, metric_value
+from hookengine import Plugin, Runner, greater_is_better, hookimpl, metric_value
 
 __all__ = ["EarlyStop"]
 
@@ -47,7 +47,7 @@ class EarlyStop(Plugin, name="early_stop"):
         greater = known if self.rule is None else self.rule == "greater"
         self._sign = 1.0 if greater else -1.0
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Reset the state; raise a ValueError if training never validates."""
         self._best = -math.inf
         self._waited = 0
@@ -59,7 +59,7 @@ class EarlyStop(Plugin, name="early_stop"):
                 "validate. Pass val_dataloader and val_evaluator"
             )
 
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Reset the patience if training continues after a stop; stop a resumed run again."""
         ended = self._stopped or self._waited >= self.patience
         if ended and self._asked:
@@ -71,7 +71,7 @@ class EarlyStop(Plugin, name="early_stop"):
             self._asked = True
 
     @hookimpl(trylast=True)  # other plugins may add metrics
-    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Compare the metric with the best one, after a validation that training requested."""
         if not runner.progress.val_due:
             return

@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from hookengine import BaseModule, Plugin, dist, preserved_random_state
+from hookengine import BaseModule, Plugin, Runner, dist, preserved_random_state
 from hookengine_init.files import read_weights
 from hookengine_init.functions import (
     caffe2_xavier_init,
@@ -88,7 +88,7 @@ class Init(Plugin, name="init"):
         description="makes the weights depend on this seed alone, not on earlier random draws",
     )
 
-    def initialize_model(self, runner: Any, model: nn.Module) -> None:
+    def initialize_model(self, runner: Runner, model: nn.Module) -> None:
         """Call the model's ``init_weights()``, and log how each parameter was initialized."""
         if not isinstance(model, BaseModule):
             self._tell_of_parts(runner, model)
@@ -100,7 +100,7 @@ class Init(Plugin, name="init"):
         # Even if the model was already initialized: each rank may have drawn other weights.
         dist.broadcast_tensors(tensor for _, tensor in named_tensors(model))
 
-    def _initialize(self, runner: Any, model: BaseModule) -> None:
+    def _initialize(self, runner: Runner, model: BaseModule) -> None:
         with preserved_random_state() if self.seed is not None else nullcontext():
             if self.seed is not None:
                 _seed_all(self.seed)
@@ -108,7 +108,7 @@ class Init(Plugin, name="init"):
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
 
-    def _tell_of_parts(self, runner: Any, model: nn.Module) -> None:
+    def _tell_of_parts(self, runner: Runner, model: nn.Module) -> None:
         """Warn about the first part of a plain module whose ``init_cfg`` is not applied."""
         for name, part in model.named_modules():
             if isinstance(part, BaseModule) and part.init_cfg and not part.is_init:
@@ -118,7 +118,7 @@ class Init(Plugin, name="init"):
                 )
                 return
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Warn if pretrained weights that the model asks for were never loaded."""
         if runner.train_cfg is not None:
             return

@@ -17,7 +17,17 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import Plugin, Record, dist, hookimpl, log_context
+from hookengine import (
+    OptimWrapper,
+    Phase,
+    Plugin,
+    Record,
+    RunFolder,
+    Runner,
+    dist,
+    hookimpl,
+    log_context,
+)
 from hookengine_logging.announcements import (
     announce_error,
     announce_run,
@@ -68,7 +78,7 @@ class Logging(Plugin, name="logging"):
         default="stop", description="what a NaN or infinite loss leads to: an error, or one warning"
     )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Give the Runner its logger; the files are opened when a run begins."""
         self._main = dist.is_main_process()
         self._by_epoch = True
@@ -88,7 +98,7 @@ class Logging(Plugin, name="logging"):
         check_levels(self.levels, runner.plugins)  # last: after an error all of it is undone
 
     @hookimpl(tryfirst=True)  # what other plugins say goes into the files
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Open the files, and describe the run in them."""
         self._error = None
         self._captured.take_over()
@@ -99,21 +109,21 @@ class Logging(Plugin, name="logging"):
         if first:
             announce_run(runner, moved)
 
-    def _open_files(self, runner: Any) -> Path | None:
-        folder = runner.make_run_dir()
+    def _open_files(self, runner: Runner) -> Path | None:
+        folder = RunFolder(runner.make_run_dir())
         moved = self._history.open(folder, fresh=runner.progress.iter == 0)
-        self._output.open(folder / "run.log")
+        self._output.open(folder.log)
         description = {**runner.describe(), "history": self._history.id}
-        self._run_file = RunFile(folder / "run.json", description)
+        self._run_file = RunFile(folder.description, description)
         return moved
 
-    def after_run(self, runner: Any) -> None:
+    def after_run(self, runner: Runner) -> None:
         """Write to ``run.json`` how the run ended."""
         if self._run_file is not None:
             status = describe_end(runner.progress, self._error)
             self._run_file.write(status, runner.logger, ended=round(time.time(), 3))
 
-    def unconfigure(self, runner: Any) -> None:
+    def unconfigure(self, runner: Runner) -> None:
         """Close the files, and restore the previous logger."""
         if self._main and self._error is None:
             announce_unrecorded(runner.logger, self._meters)
@@ -124,7 +134,7 @@ class Logging(Plugin, name="logging"):
 
     # -- training -------------------------------------------------------------------------------
 
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Start the clock; cut the history back to where the run resumes."""
         self._history.start_training()
         self._training.stopwatch.restart()
@@ -140,7 +150,7 @@ class Logging(Plugin, name="logging"):
         clock.data_seconds += perf_counter() - clock.mark
 
     @hookimpl(trylast=True)  # after plugins that set the rate of this step
-    def before_optim_step(self, optim_wrapper: Any) -> None:
+    def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
         """Keep the learning rate of this step, which a schedule is about to change."""
         rate = optim_wrapper.param_groups[0]["lr"]
         rate = rate.clone() if isinstance(rate, Tensor) else rate
@@ -149,7 +159,7 @@ class Logging(Plugin, name="logging"):
     # Last, so that the record includes what other plugins log in these events.
 
     @hookimpl(trylast=True)
-    def after_train_iter(self, runner: Any, data_batch: Any, outputs: Any) -> None:
+    def after_train_iter(self, runner: Runner, data_batch: Any, outputs: Any) -> None:
         """Collect the outputs; write a record every ``interval`` iterations."""
         progress = runner.progress
         self._training.add_iteration(progress.iter, data_batch, outputs)
@@ -158,22 +168,22 @@ class Logging(Plugin, name="logging"):
             self._write_training(runner)
 
     @hookimpl(trylast=True)
-    def after_train_epoch(self, runner: Any) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         """Write the rest of an epoch whose length was not known."""
         if self._by_epoch:
             self._write_training(runner)
 
     @hookimpl(trylast=True)
-    def after_train(self, runner: Any) -> None:
+    def after_train(self, runner: Runner) -> None:
         """Write the rest when the limit is reached or the run was stopped."""
         self._write_training(runner)
 
     @hookimpl(tryfirst=True)  # nothing is saved after a bad loss
-    def before_save_checkpoint(self, runner: Any) -> None:
+    def before_save_checkpoint(self, runner: Runner) -> None:
         """Look at the losses not read yet, before the weights they led to are saved."""
         self._training.check_losses(runner)
 
-    def on_exception(self, runner: Any, error: BaseException) -> None:
+    def on_exception(self, runner: Runner, error: BaseException) -> None:
         """Write the rest, and log the error."""
         self._error = error
         try:
@@ -183,7 +193,7 @@ class Logging(Plugin, name="logging"):
         finally:
             announce_error(runner, error)
 
-    def _write_training(self, runner: Any) -> None:
+    def _write_training(self, runner: Runner) -> None:
         if self._training.stopwatch.iterations:
             scalars, media, problem = self._training.finish(runner)
             self._write(runner, "train", scalars, media)
@@ -192,7 +202,7 @@ class Logging(Plugin, name="logging"):
 
     # -- evaluation -----------------------------------------------------------------------------
 
-    def before_val(self, runner: Any) -> None:
+    def before_val(self, runner: Runner) -> None:
         """Write the iterations before the validation first; start the clock."""
         self._write_training(runner)
         self._evaluation.start()
@@ -214,28 +224,28 @@ class Logging(Plugin, name="logging"):
     # In a later event, so that the record includes what hooks log in the one before.
 
     @hookimpl(trylast=True)
-    def after_val(self, runner: Any) -> None:
+    def after_val(self, runner: Runner) -> None:
         """Write the metrics; leave the validation out of the time of iterations."""
         self._write(runner, "val", *self._evaluation.finish("val"))
         self._training.stopwatch.mark = perf_counter()
 
     @hookimpl(trylast=True)
-    def after_test(self, runner: Any) -> None:
+    def after_test(self, runner: Runner) -> None:
         """Write the metrics."""
         self._write(runner, "test", *self._evaluation.finish("test"))
 
     # -- records --------------------------------------------------------------------------------
 
-    def log(self, phase: str, values: Mapping[str, Any]) -> None:
+    def log(self, phase: Phase, values: Mapping[str, Any]) -> None:
         """Collect values for the next record of their phase."""
         self._meters[phase].add(values)
 
-    def history(self, runner: Any) -> Iterable[Record] | None:
+    def history(self, runner: Runner) -> Iterable[Record] | None:
         """Return the records in ``metrics.jsonl``, up to where the run resumes."""
-        return self._history.read(runner.run_dir) if self._main else None
+        return self._history.read(RunFolder(runner.run_dir)) if self._main else None
 
     def _write(
-        self, runner: Any, phase: str, scalars: dict[str, float], media: dict[str, Medium]
+        self, runner: Runner, phase: Phase, scalars: dict[str, float], media: dict[str, Medium]
     ) -> None:
         if not self._history.is_open:
             return
@@ -266,7 +276,7 @@ class Logging(Plugin, name="logging"):
         self._history.load_state_dict(state)
 
     @hookimpl(tryfirst=True)  # sinks read the history in this event
-    def after_load_checkpoint(self, runner: Any) -> None:
+    def after_load_checkpoint(self, runner: Runner) -> None:
         """Find out whether the history in the folder leads to the loaded state."""
         if self._main:
-            self._history.resume(runner.make_run_dir())
+            self._history.resume(RunFolder(runner.make_run_dir()))

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hookengine import EVENTS
+from hookengine import EVENTS, Runner
 from hookengine_logging.meter import Meter
 
 
-def announce_run(runner: Any, moved: Path | None) -> None:
+def announce_run(runner: Runner, moved: Path | None) -> None:
     """Log the run's name, folder, device and plugins, and which plugins replace values.
 
     Args:
@@ -33,7 +33,7 @@ def announce_run(runner: Any, moved: Path | None) -> None:
             )
 
 
-def announce_error(runner: Any, error: BaseException) -> None:
+def announce_error(runner: Runner, error: BaseException) -> None:
     """Log the error that ends a run; the traceback is for run.log alone."""
     progress = runner.progress
     if isinstance(error, KeyboardInterrupt):

@@ -9,6 +9,8 @@ import warnings
 import weakref
 from typing import Any, TextIO
 
+from hookengine import Runner
+
 
 class CapturedWarnings:
     """Log what ``warnings.warn`` and torch's loggers emit, from ``start`` to ``stop``.
@@ -23,7 +25,7 @@ class CapturedWarnings:
         prints: Whether this process may print more than errors.
     """
 
-    def __init__(self, runner: Any, prints: bool) -> None:
+    def __init__(self, runner: Runner, prints: bool) -> None:
         self._runner = weakref.ref(runner)
         self._prints = prints
         self._handler = _Handler(self)

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hookengine import Record, read_records
+from hookengine import Record, RunFolder, read_records
 from hookengine_logging.metrics_file import MetricsFile
 from hookengine_logging.run_file import history_id
 
@@ -37,7 +37,7 @@ class History:
         """Whether this process writes records."""
         return self._file is not None
 
-    def open(self, folder: Path, *, fresh: bool) -> Path | None:
+    def open(self, folder: RunFolder, *, fresh: bool) -> Path | None:
         """Start writing to a run's folder.
 
         Args:
@@ -48,7 +48,7 @@ class History:
         Returns:
             Where the records of another run are now, or None if there were none.
         """
-        self._file = MetricsFile(folder / "metrics.jsonl")
+        self._file = MetricsFile(folder.metrics)
         if not fresh and not self._other:
             return None
         moved = self._file.begin()
@@ -71,11 +71,11 @@ class History:
             self._file.remove_repeated(self._resumed_at, record.phase, record.iter)
         self._file.append(record, logger)
 
-    def read(self, folder: Path) -> Iterable[Record] | None:
+    def read(self, folder: RunFolder) -> Iterable[Record] | None:
         """Read the records up to where the run resumes; None if the folder has none of them."""
-        if self._other or not (folder / "metrics.jsonl").exists():
+        if self._other or not folder.metrics.exists():
             return None
-        return islice(read_records(folder), self._resumed_at)
+        return islice(read_records(folder.path), self._resumed_at)
 
     def close(self, logger: Any) -> None:
         """Write what is still unwritten."""
@@ -90,10 +90,10 @@ class History:
         """Take over where to resume; ``resume`` compares it with the folder."""
         self._loaded = state["records"], state.get("history")
 
-    def resume(self, folder: Path) -> None:
+    def resume(self, folder: RunFolder) -> None:
         """Continue the history in the folder, if it is the one that led to the loaded state."""
         self._resumed_at, loaded = self._loaded
-        path = folder / "metrics.jsonl"
+        path = folder.metrics
         present = self.id if self._file is not None else history_id(folder)
         self._other = path.exists() and None not in (loaded, present) and loaded != present
         if self._other or not path.exists():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hookengine import Image, Record
+from hookengine import Image, Record, RunFolder
 from hookengine_logging.meter import Medium
 
 
@@ -40,7 +40,7 @@ class ImageFolder:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+        self._folder = RunFolder(run_dir).media
         self._warned = False
 
     def save(self, record: Record, logger: Any) -> dict[str, str]:
@@ -55,10 +55,11 @@ class ImageFolder:
         for name, medium in record.media.items():
             if not isinstance(medium, Image):
                 continue
-            file = f"media/{record.phase}_{record.iter:06}_{_as_file_name(name)}.png"
+            path = self._folder / f"{record.phase}_{record.iter:06}_{_as_file_name(name)}.png"
+            file = f"{self._folder.name}/{path.name}"
             try:
-                (self._run_dir / "media").mkdir(exist_ok=True)
-                (self._run_dir / file).write_bytes(medium.png)
+                self._folder.mkdir(exist_ok=True)
+                path.write_bytes(medium.png)
                 saved[name] = file
             except OSError as error:
                 if not self._warned:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookengine import Histogram, Image, Table, as_medium
+from hookengine import Histogram, Image, Runner, Table, as_medium
 
 Medium = Histogram | Image | Table | str
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -24,7 +24,7 @@ class Rejections:
         runner: Whose logger warns.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._warned: set[str] = set()
 

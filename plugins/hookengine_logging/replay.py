@@ -6,16 +6,16 @@ import json
 import pkgutil
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import structlog
 import typer
 
-from hookengine import PLUGINS, Sink, read_records
+from hookengine import PLUGINS, RunFolder, RunInfo, Runner, Sink, read_records
 
 
 class FinishedRun:
-    """Stand in for the Runner of a finished run: what a sink asks of it, read from its folder.
+    """Stand in for the Runner of a finished run, as a ``RunInfo`` read from the run's folder.
 
     Args:
         folder: The folder of the run.
@@ -26,10 +26,11 @@ class FinishedRun:
 
     def __init__(self, folder: Path) -> None:
         self.run_dir = folder
-        for name in ("metrics.jsonl", "run.json"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is not a run's folder: it has no {name}")
-        self._description = json.loads((folder / "run.json").read_text())
+        files = RunFolder(folder)
+        for file in (files.metrics, files.description):
+            if not file.is_file():
+                raise FileNotFoundError(f"{folder} is not a run's folder: it has no {file.name}")
+        self._description = json.loads(files.description.read_text())
         self.name = self._description["name"]
         self.logger = structlog.get_logger("hookengine")
 
@@ -49,11 +50,12 @@ def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
     Returns:
         How often the sink failed.
     """
-    run: Any = FinishedRun(folder)
-    sink.configure(run)
+    run: RunInfo = FinishedRun(folder)
+    stand_in = cast(Runner, run)  # these two events of a sink use no more of it than a RunInfo has
+    sink.configure(stand_in)
     sink.flush_timeout = threading.TIMEOUT_MAX
     sink.replay(run, read_records(folder), continues=not anew)
-    sink.unconfigure(run)
+    sink.unconfigure(stand_in)
     return sink.failures
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hookengine import RunFolder
+
 
 class RunFile:
     """The file ``run.json``.
@@ -38,10 +40,10 @@ class RunFile:
             logger.warning(f"cannot write {error.filename}: {error.strerror}")
 
 
-def history_id(folder: Path) -> str | None:
+def history_id(folder: RunFolder) -> str | None:
     """Read from a run's folder which history its records belong to; None if that is unknown."""
     try:
-        history = json.loads((folder / "run.json").read_text()).get("history")
+        history = json.loads(folder.description.read_text()).get("history")
     except (OSError, ValueError, AttributeError):
         return None
     return str(history) if history is not None else None

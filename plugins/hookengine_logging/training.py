@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookengine import batch_size, dist
+from hookengine import OptimWrapper, Runner, batch_size, dist
 from hookengine_logging.losses import RecentLosses
 from hookengine_logging.meter import Medium, Meter, as_float
 from hookengine_logging.stopwatch import Stopwatch
@@ -72,7 +72,7 @@ class TrainingInterval:
         self._losses.by_iteration.append((iteration, losses))
 
     def finish(
-        self, runner: Any, *, this_rank_only: bool = False
+        self, runner: Runner, *, this_rank_only: bool = False
     ) -> tuple[dict[str, float], dict[str, Medium], str | None]:
         """Reduce the values to those of a record, and start the next interval.
 
@@ -97,10 +97,10 @@ class TrainingInterval:
         self.stopwatch.start_interval()
         return scalars, media, problem
 
-    def _measurements(self, runner: Any) -> dict[str, float]:
+    def _measurements(self, runner: Runner) -> dict[str, float]:
         """Return what the record holds besides logged values: rates, times, memory."""
         clock, progress = self.stopwatch, runner.progress
-        measured = _learning_rates(runner.optim_wrapper, self.rates)
+        measured = _learning_rates(runner.optim_wrappers, self.rates)
         measured["time"] = clock.seconds / clock.iterations
         measured["data_time"] = clock.data_seconds / clock.iterations
         samples = clock.samples * dist.get_world_size()  # every rank has as many
@@ -111,7 +111,7 @@ class TrainingInterval:
             measured["eta"] = left * clock.seconds_per_iteration
         return measured
 
-    def check_losses(self, runner: Any) -> None:
+    def check_losses(self, runner: Runner) -> None:
         """Look at the losses so far, as ``finish`` would, and report one that is not finite."""
         if not self._meter.are_finite(self._losses.names()):
             problem = self._losses.find_nonfinite(runner.progress)
@@ -139,14 +139,15 @@ def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(logged) / len(logged) for name, logged in by_name.items()}
 
 
-def _learning_rates(optim_wrapper: Any, used: Mapping[str, Any]) -> dict[str, float]:
+def _learning_rates(
+    wrappers: Mapping[str, OptimWrapper], used: Mapping[str, Any]
+) -> dict[str, float]:
     """Return ``lr``, that of the first parameter group; ``NAME/lr`` for several optimizers.
 
     Args:
-        optim_wrapper: The optimizer wrapper or wrappers of the Runner.
+        wrappers: The optimizer wrappers of the Runner, by name.
         used: The rate of the last step, by optimizer; the current rate stands in for a missing one.
     """
-    wrappers = optim_wrapper.by_name()
     several = len(wrappers) > 1
     rates = {name: used.get(name, wrapper.get_lr()[0]) for name, wrapper in wrappers.items()}
     return {f"{n}/lr" if several else "lr": float(rate) for n, rate in rates.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from hookengine import Plugin
+from hookengine import Phase, Plugin, Runner
 
 __all__ = ["BaseDataPreprocessor", "ImgDataPreprocessor", "Preprocess", "stack_batch"]
 
@@ -237,7 +237,7 @@ class Preprocess(Plugin, name="preprocess"):
         default=False, description="copy the next batch while training on this one"
     )
 
-    def setup_dataloader(self, runner: Any, dataloader: Iterable[Any], phase: str) -> Any:
+    def setup_dataloader(self, runner: Runner, dataloader: Iterable[Any], phase: Phase) -> Any:
         """Wrap the training dataloader in one that prefetches."""
         if not self.prefetch or phase != "train":
             return None

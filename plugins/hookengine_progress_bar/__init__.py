@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hookengine import Plugin, dist, length_of
+from hookengine import Phase, Plugin, Runner, dist, length_of
 
 __all__ = ["ProgressBar"]
 
@@ -35,7 +35,7 @@ class ProgressBar(Plugin, name="progress_bar"):
         """Start without a bar."""
         self._bar: _Bar | None = None
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Start drawing, on a terminal and on rank 0 only."""
         console = Console()
         # In a notebook, rich would wrap the lines of the log at its own width.
@@ -53,17 +53,17 @@ class ProgressBar(Plugin, name="progress_bar"):
         """Restore the terminal, even if the plugin is removed during a run."""
         self.after_run()
 
-    def before_val_epoch(self, runner: Any) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
         """Show the progress of the validation."""
-        self._show("val", runner.val_loop)
+        self._show(runner, "val")
 
-    def before_test_epoch(self, runner: Any) -> None:
+    def before_test_epoch(self, runner: Runner) -> None:
         """Show the progress of the test."""
-        self._show("test", runner.test_loop)
+        self._show(runner, "test")
 
-    def _show(self, phase: str, loop: Any) -> None:
+    def _show(self, runner: Runner, phase: Phase) -> None:
         if self._bar is not None:
-            self._bar.begin(phase, loop.dataloader)
+            self._bar.begin(phase, runner.dataloaders[phase])
 
     def after_val_iter(self, batch_idx: int) -> None:
         """Update the number of evaluated batches."""
@@ -91,7 +91,7 @@ class ProgressBar(Plugin, name="progress_bar"):
 class _Bar(Progress):
     """A progress bar of rich that reads the Runner's counters each time it is drawn."""
 
-    def __init__(self, runner: Any, console: Console, refresh_per_second: float) -> None:
+    def __init__(self, runner: Runner, console: Console, refresh_per_second: float) -> None:
         self.runner = runner
         self.evaluated = 0
         self.evaluating = False
@@ -109,7 +109,7 @@ class _Bar(Progress):
         self._training = self.add_task("train", visible=False)
         self._evaluation = self.add_task("val", visible=False)
 
-    def begin(self, phase: str, dataloader: Any) -> None:
+    def begin(self, phase: Phase, dataloader: Iterable[Any]) -> None:
         """Show the progress of a pass over ``dataloader``."""
         self.evaluated = 0
         self.evaluating = True

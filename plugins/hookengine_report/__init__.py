@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from hookengine import Record, Sink, dist, hookimpl
+from hookengine import Record, RunInfo, Runner, Sink, dist, hookimpl
 from hookengine_report.write import write_report
 
 __all__ = ["Report", "write_report"]
@@ -33,32 +32,32 @@ class Report(Sink, name="report"):
         "only at the end",
     )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Reset the counters, and allow a drawing more time than a record."""
         self.flush_timeout = 60.0
         self._validations = 0
         self._waiting = False
 
-    def write(self, runner: Any, record: Record) -> None:
+    def write(self, runner: RunInfo, record: Record) -> None:
         """Do nothing: the run's folder has the records when it is time to draw."""
 
-    def after_val(self, runner: Any) -> None:
+    def after_val(self, runner: Runner) -> None:
         """Draw a run in progress, unless the previous drawing is unfinished."""
         self._validations += 1
         if self.every is not None and self._validations % self.every == 0 and not self._waiting:
             self._draw(runner)
 
     @hookimpl(after="logging", before="checkpoint")  # run.json is complete, the process still runs
-    def after_run(self, runner: Any) -> None:
+    def after_run(self, runner: Runner) -> None:
         """Draw the run."""
         self._draw(runner)
 
-    def _draw(self, runner: Any) -> None:
+    def _draw(self, runner: Runner) -> None:
         if dist.is_main_process():
             self._waiting = True
             self.enqueue(functools.partial(self._draw_folder, runner, runner.run_dir))
 
-    def _draw_folder(self, runner: Any, folder: Path) -> None:
+    def _draw_folder(self, runner: Runner, folder: Path) -> None:
         try:
             page, _ = write_report([folder], folder)
             runner.logger.info(f"report: {page}", plugin=self.plugin_name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookengine import Histogram, Image, Record, Table, read_records
+from hookengine import Histogram, Image, Record, RunFolder, Table, read_records
 
 Medium = Image | Histogram | Table | str
 
@@ -100,7 +100,11 @@ class Run:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds the files of a run."""
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "run.json"))
+    return any(file.is_file() for file in _files(RunFolder(folder)))
+
+
+def _files(folder: RunFolder) -> tuple[Path, Path]:
+    return folder.metrics, folder.description
 
 
 def find_runs(path: str | Path, every: bool = False) -> list[Path]:
@@ -128,7 +132,7 @@ def find_runs(path: str | Path, every: bool = False) -> list[Path]:
 
 
 def _written(folder: Path) -> tuple[float, str]:
-    files = (folder / "metrics.jsonl", folder / "run.json")
+    files = _files(RunFolder(folder))
     return max(file.stat().st_mtime for file in files if file.is_file()), folder.name
 
 
@@ -144,15 +148,16 @@ def read_run(folder: str | Path) -> Run:
             f"{folder} holds no run to draw. It needs the metrics.jsonl or run.json that the "
             "plugin 'logging' writes"
         )
-    info = dict(_mapping(folder / "run.json"))
+    files = RunFolder(folder)
+    info = dict(_mapping(files.description))
     if "ranks" in info:  # its name in runs before 0.1
         info.setdefault("world_size", info.pop("ranks"))
     run = Run(folder, info, name=str(info.get("name") or folder.resolve().name))
-    if (folder / "metrics.jsonl").is_file():
+    if files.metrics.is_file():
         for record in read_records(folder):
             _add(run, record)
     for name in ("best", "latest"):
-        if manifest := _mapping(folder / "checkpoints" / name / "manifest.json"):
+        if manifest := _mapping(files.manifest(files.checkpoints / name)):
             run.checkpoints[name] = manifest
     return run
 

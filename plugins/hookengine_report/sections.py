@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hookengine import EVENTS
+from hookengine import EVENTS, RunFolder
 from hookengine_report.markup import Markup, element, joined
 from hookengine_report.runs import Run
 from hookengine_report.summary import (
@@ -134,8 +134,8 @@ def checkpoints(run: Run) -> Markup:
 
 
 def _folder(run: Run, name: str) -> str:
-    path = run.folder / "checkpoints" / name
-    return f"checkpoints/{path.resolve().name}"
+    folder = RunFolder(run.folder).checkpoints
+    return f"{folder.name}/{(folder / name).resolve().name}"
 
 
 def _measured(run: Run, name: str, manifest: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hookengine import OptimWrapper, Plugin, hookimpl, metric_value
+from hookengine import OptimWrapper, Plugin, Runner, hookimpl, metric_value
 from hookengine_schedule.build import Built, build_scheduler, check_plain, is_by_step
 from hookengine_schedule.length import total_epochs, total_steps
 from hookengine_schedule.warmup import Warmup
@@ -66,7 +66,7 @@ class Schedule(Plugin, name="schedule"):
         self._tracks: dict[str, _Track] = {}
 
     @hookimpl(trylast=True)  # after plugins that accumulate gradients have set window_length
-    def setup_optimizer(self, runner: Any, optim_wrapper: OptimWrapper) -> None:
+    def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Create the scheduler of this optimizer."""
         name = self._optimizer_of_an_instance(runner) or self.optimizer
         if runner.train_cfg is None or optim_wrapper.name not in runner.optim_wrapper.by_name(name):
@@ -80,7 +80,7 @@ class Schedule(Plugin, name="schedule"):
                 )
         by_epoch = self.by_epoch
         if by_epoch is None:
-            by_epoch = runner.train_cfg.by_epoch and not is_by_step(self.scheduler)
+            by_epoch = bool(runner.train_cfg.by_epoch) and not is_by_step(self.scheduler)
         steps = total_steps(runner.progress, optim_wrapper.window_length)
         warmup = self._warmup_steps(steps)
         total = total_epochs(runner.progress) if by_epoch else steps and max(steps - warmup, 1)
@@ -96,13 +96,13 @@ class Schedule(Plugin, name="schedule"):
         check_plain(built.scheduler)
         self._tracks[optim_wrapper.name] = track
 
-    def _optimizer_of_an_instance(self, runner: Any) -> str | None:
+    def _optimizer_of_an_instance(self, runner: Runner) -> str | None:
         if not isinstance(self.scheduler, LRScheduler):
             return None
         if self.milestones:
             raise TypeError("schedule: milestones need a list of schedulers, got a single one")
-        wrappers = runner.optim_wrapper.by_name().values()
-        names: list[str] = [w.name for w in wrappers if w.optimizer is self.scheduler.optimizer]
+        wrappers = runner.optim_wrappers.values()
+        names = [w.name for w in wrappers if w.optimizer is self.scheduler.optimizer]
         if not names or self.optimizer not in (None, names[0]):
             raise ValueError(
                 f"schedule: the {type(self.scheduler).__name__} belongs to an optimizer that this "
@@ -121,7 +121,7 @@ class Schedule(Plugin, name="schedule"):
             )
         return max(round(self.warmup * steps), 1)
 
-    def _check_metric(self, runner: Any, wanted: bool) -> None:
+    def _check_metric(self, runner: Runner, wanted: bool) -> None:
         if not wanted:
             if self.metric is not None:
                 raise TypeError(
@@ -139,7 +139,7 @@ class Schedule(Plugin, name="schedule"):
                 "this Runner does not validate. Pass val_dataloader and val_evaluator"
             )
 
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Log each schedule, and warn if it does not fit the length of this run."""
         for track in self._tracks.values():
             of = f" of {track.optim_wrapper.name!r}" if len(self._tracks) > 1 else ""
@@ -173,7 +173,7 @@ class Schedule(Plugin, name="schedule"):
         for track in self._tracks.values():
             track.after_epoch()
 
-    def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Step ReduceLROnPlateau with the metric of a validation that training has started."""
         if not runner.progress.val_due:
             return
@@ -190,7 +190,7 @@ class Schedule(Plugin, name="schedule"):
         for name, track in self._tracks.items():
             track.load_state_dict(state[name])
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Scale the learning rates of an optimizer whose state was not loaded.
 
         The option ``allow`` permits that. torch's schedulers continue from the current learning

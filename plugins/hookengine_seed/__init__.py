@@ -11,7 +11,16 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader
 
-from hookengine import Plugin, dist, get_random_state, hookimpl, set_random_state
+from hookengine import (
+    Phase,
+    Plugin,
+    Runner,
+    dist,
+    get_random_state,
+    hookimpl,
+    is_seekable,
+    set_random_state,
+)
 from hookengine_seed.loader import SeededLoader, StatefulLoader
 from hookengine_seed.sample import derive, seed_here
 
@@ -51,7 +60,7 @@ class Seed(Plugin, name="seed"):
         default=None, description="seed each sample; by default if workers read the samples"
     )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Choose the seed, and seed the process if you have set ``seed``."""
         own = torch.initial_seed() & (2**63 - 1) if self.seed is None else self.seed
         seeds = dist.all_gather_objects(own)
@@ -81,7 +90,7 @@ class Seed(Plugin, name="seed"):
                 os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
     @hookimpl(tryfirst=True)  # innermost: the wrappers of other plugins stay around it
-    def setup_dataloader(self, dataloader: Iterable[Any], phase: str) -> Any:
+    def setup_dataloader(self, dataloader: Iterable[Any], phase: Phase) -> Any:
         """Replace torch's dataloader with a seeded one, or a stateful one with a wrapper."""
         loader: SeededLoader | StatefulLoader
         if hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict"):
@@ -91,7 +100,7 @@ class Seed(Plugin, name="seed"):
         else:
             if isinstance(dataloader, DataLoader):
                 self._others[phase] = f"{type(dataloader).__name__}, which has its own __iter__,"
-            elif not isinstance(dataloader, (list, tuple)) and not hasattr(dataloader, "seek"):
+            elif not isinstance(dataloader, (list, tuple)) and not is_seekable(dataloader):
                 self._others[phase] = type(dataloader).__name__
             return None
         self._loaders[phase] = loader
@@ -100,7 +109,7 @@ class Seed(Plugin, name="seed"):
     # These run last, so that nothing draws random numbers between them and the first batch.
 
     @hookimpl(trylast=True)
-    def before_train(self, runner: Any) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Restore the loaded random states, and log once what a resume cannot repeat exactly."""
         if self._random is not None:
             set_random_state(self._random)
@@ -109,7 +118,7 @@ class Seed(Plugin, name="seed"):
             self._tell(runner)
 
     @hookimpl(trylast=True)
-    def before_train_epoch(self, runner: Any) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         """Restore the random states again in a resumed epoch.
 
         The other plugins are called for the start of that epoch a second time and may draw.
@@ -118,11 +127,11 @@ class Seed(Plugin, name="seed"):
             set_random_state(self._random)
         self._random = None
         loader = self._loaders.get("train")
-        if loader is not None and not hasattr(runner.train_loop.dataloader, "seek"):
+        if loader is not None and not is_seekable(runner.dataloaders["train"]):
             # A wrapper around the loader has no seek, so the kernel drops the earlier batches.
             loader.seek(runner.progress.epoch, 0)
 
-    def _tell(self, runner: Any) -> None:
+    def _tell(self, runner: Runner) -> None:
         given = "" if self.seed is not None else " from torch.initial_seed(), to order the samples"
         if self._alike:
             given += (
@@ -137,7 +146,7 @@ class Seed(Plugin, name="seed"):
                 f"{name} is left unchanged: a resume within an epoch fetches and drops the earlier "
                 "batches, which are the same ones only if nothing in it is random"
             )
-        if loader is not None and _reads_ahead(runner.train_loop.dataloader, loader):
+        if loader is not None and _reads_ahead(runner.dataloaders["train"], loader):
             remarks.append(
                 "a plugin prefetches batches in this process: a resume repeats random augmentation "
                 "only with dict(type='seed', per_sample=True)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from hookengine import Plugin, dist
+from hookengine import Plugin, Runner, dist
 
 __all__ = ["SyncBN", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 
@@ -22,7 +21,7 @@ class SyncBN(Plugin, name="syncbn"):
     The plugin does nothing on one rank. torch has no SyncBatchNorm for the CPU.
     """
 
-    def convert_model(self, runner: Any, model: nn.Module) -> nn.Module | None:
+    def convert_model(self, runner: Runner, model: nn.Module) -> nn.Module | None:
         """Convert the batch-norm layers, and log how many there are."""
         ranks = dist.get_world_size()
         if ranks == 1:

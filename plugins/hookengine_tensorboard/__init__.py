@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from hookengine import Record, Sink
+from hookengine import Record, RunInfo, Runner, Sink
 from hookengine_tensorboard.summaries import START, hyperparameters, session_end, summary_of
 
 __all__ = ["TensorBoard"]
@@ -31,11 +31,11 @@ class TensorBoard(Sink, name="tensorboard"):
 
     _failed = False
 
-    def open(self, runner: Any) -> None:
+    def open(self, runner: RunInfo) -> None:
         """Read what the folder already holds, and start another file."""
         self._described = self._had_failed = False
         self._hyperparameters: dict[str, Any] | None = None
-        folder: Path = runner.run_dir
+        folder = runner.run_dir
         files = sorted(folder.glob("events.out.tfevents.*"))
         if self.continues:
             for file in files:
@@ -55,7 +55,7 @@ class TensorBoard(Sink, name="tensorboard"):
                 self._described |= value.tag == START
                 self.held[phase] = max(event.step, self.held.get(phase, -1))
 
-    def write(self, runner: Any, record: Record) -> None:
+    def write(self, runner: RunInfo, record: Record) -> None:
         """Write a record as one event."""
         if self._hyperparameters is not None and record.phase != "train":
             self._describe(
@@ -78,11 +78,11 @@ class TensorBoard(Sink, name="tensorboard"):
         """Remember that the run has failed."""
         self._failed = True
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Forget the failure of an earlier run."""
         self._failed = False
 
-    def close(self, runner: Any) -> None:
+    def close(self, runner: RunInfo) -> None:
         """Write how the run ended, after the hyperparameters if it was never evaluated."""
         if self._hyperparameters is not None:
             self._describe(time.time(), [])

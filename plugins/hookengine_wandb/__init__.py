@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Image, Record, Sink, dist, greater_is_better
+from hookengine import Image, Record, RunFolder, RunInfo, Runner, Sink, dist, greater_is_better
 from hookengine_wandb.process import SessionLike, SessionProcess
 
 __all__ = ["Wandb"]
@@ -71,7 +71,7 @@ class Wandb(Sink, name="wandb"):
         description="seconds to wait for the upload at the end; the log tells how to add the rest",
     )
 
-    def configure(self, runner: Any) -> None:
+    def configure(self, runner: Runner) -> None:
         """Reset the state, and let the end take as long as the upload may."""
         self.flush_timeout = self.finish_timeout + 5
         self._session: SessionLike | None = None
@@ -81,7 +81,7 @@ class Wandb(Sink, name="wandb"):
 
     # -- on the sink's thread -------------------------------------------------------------------
 
-    def open(self, runner: Any) -> None:
+    def open(self, runner: RunInfo) -> None:
         """Start the W&B run, or continue it."""
         folder = runner.run_dir / "wandb"
         description = runner.describe()
@@ -134,13 +134,13 @@ class Wandb(Sink, name="wandb"):
             raise RuntimeError("no W&B run is open to write to")
         return self._session
 
-    def write(self, runner: Any, record: Record) -> None:
+    def write(self, runner: RunInfo, record: Record) -> None:
         """Log a record as a row."""
         images = {n: one for n, one in record.media.items() if isinstance(one, Image)}
         self._open.log(record.to_line({n: _data_url(image) for n, image in images.items()}))
         self._note_best(record)
 
-    def skip(self, runner: Any, record: Record) -> None:
+    def skip(self, runner: RunInfo, record: Record) -> None:
         """Skip a record that W&B already holds; only note the best values."""
         self._note_best(record)
 
@@ -157,18 +157,19 @@ class Wandb(Sink, name="wandb"):
             self._best[key] = better
             self._open.summarize({key: value, f"{key}/epoch": record.epoch})
 
-    def close(self, runner: Any) -> None:
+    def close(self, runner: RunInfo) -> None:
         """Finish the W&B run, with the exit code of the run."""
         session, self._session = self._session, None
         if session is None:
             return
-        files = [str(runner.run_dir / name) for name in ("run.json", "run.log")]
+        folder = RunFolder(runner.run_dir)
+        files = [str(folder.description), str(folder.log)]
         answer = session.finish(self._exit_code, files)
         if answer["timed_out"]:
-            folder = shlex.quote(str(runner.run_dir))
+            run_dir = shlex.quote(str(folder.path))
             runner.logger.warning(
                 f"wandb: not everything was uploaded within {self.finish_timeout:g} s. To upload "
-                f"the rest: python -m hookengine_logging.replay {folder} --to wandb"
+                f"the rest: python -m hookengine_logging.replay {run_dir} --to wandb"
             )
         if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
@@ -177,7 +178,7 @@ class Wandb(Sink, name="wandb"):
 
     # -- on the main thread ---------------------------------------------------------------------
 
-    def before_run(self, runner: Any) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Reset the exit code, and remove the uploads that a killed run has left."""
         self._exit_code = 0
         if self._session is None and not self._uploads and dist.is_main_process():
@@ -191,7 +192,7 @@ class Wandb(Sink, name="wandb"):
             text = f"{type(error).__name__}: {error}"
             self.enqueue(lambda: self._open.summarize({"exception": text}))
 
-    def after_save_checkpoint(self, runner: Any, path: Path, best: bool) -> None:
+    def after_save_checkpoint(self, runner: Runner, path: Path, best: bool) -> None:
         """Upload a checkpoint, if ``checkpoints`` includes it."""
         if self.checkpoints == "all" or (self.checkpoints == "best" and best):
             if len(self._uploads) >= _MOST_UPLOADS:
@@ -205,7 +206,7 @@ class Wandb(Sink, name="wandb"):
 
     def _upload(self, path: Path, aliases: list[str]) -> None:
         self._uploads.discard(path)
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(RunFolder.manifest(path).read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
         self._open.upload(str(path), ["latest", path.name, *aliases], metadata)
 

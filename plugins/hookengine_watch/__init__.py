@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from hookengine import Histogram, Plugin, dist, hookimpl
+from hookengine import Histogram, OptimWrapper, Plugin, Runner, dist, hookimpl
 
 __all__ = ["Watch"]
 
@@ -29,10 +30,10 @@ class Watch(Plugin, name="watch"):
         self._left_out: set[str] = set()
 
     @hookimpl(trylast=True, after="clip", every="every")  # the gradients are those of the step
-    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+    def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
         """Compute histograms, before the first step and then every ``every`` steps."""
         mine = {id(parameter) for parameter in optim_wrapper.parameters()}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in runner.bare_model.named_parameters():
             if id(parameter) not in mine:
                 continue
@@ -43,7 +44,7 @@ class Watch(Plugin, name="watch"):
         histograms = {name: self._histogram(runner, name, t) for name, t in tensors.items()}
         runner.log({name: one for name, one in histograms.items() if one is not None})
 
-    def _histogram(self, runner: Any, name: str, tensor: Any) -> Histogram | None:
+    def _histogram(self, runner: Runner, name: str, tensor: Tensor) -> Histogram | None:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of all ranks
         if not dist.is_main_process():
             return None

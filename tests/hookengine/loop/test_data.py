@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from hookengine import batch_size
+from hookengine import batch_size, is_seekable
 from hookengine.loop.data import iterate_from
 
 IMAGES = torch.zeros(5, 3, 8, 8)
@@ -55,6 +56,39 @@ def test_a_pass_starts_at_a_batch() -> None:
     assert (list(iterator), dropped) == ([1, 2, 3], 0)
     iterator, dropped = iterate_from(iter([1, 2, 3]), 0, 0, behind=2)
     assert (list(iterator), dropped) == ([3], 2)
+
+
+class Seekable:
+    """Three batches, from the one that ``seek`` names."""
+
+    start = 0
+
+    def seek(self, epoch: int, batch: int) -> None:
+        self.start = batch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2, 3][self.start :])
+
+
+class Forwarding:
+    """A wrapper that forwards the attributes of a dataloader, as many wrappers do."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("loader", [Seekable(), Forwarding(Seekable())])
+def test_a_seekable_loader_starts_a_pass_by_itself(loader: Any) -> None:
+    assert is_seekable(loader)
+    iterator, dropped = iterate_from(loader, 0, 2)
+    assert (list(iterator), dropped) == ([3], 0)
+    assert not is_seekable(Forwarding([1]))
 
 
 def test_a_list_of_samples_is_known_by_the_targets_beside_it() -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -91,6 +92,11 @@ def test_a_single_loss_gets_no_node_of_its_own() -> None:
         assert loss is value
         assert log_vars["loss"].item() == 6
     loss, _ = Modes().parse_losses({"loss": torch.ones(2, requires_grad=True) * 3})
+    assert loss.item() == 3
+
+
+def test_losses_may_be_in_any_mapping() -> None:
+    loss, _ = Modes().parse_losses(MappingProxyType(tensors(loss_a=1.0, loss_b=2.0)))
     assert loss.item() == 3
 
 
