@@ -1,6 +1,7 @@
 """hookengine: a training loop that emits events, and plugins that implement them."""
 
 from hookengine import dist
+from hookengine.batches import batch_size
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
 from hookengine.events.dispatch import Observer
 from hookengine.events.hookimpl import hookimpl
@@ -11,7 +12,6 @@ from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
 from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.data import (
     SeekableLoader,
-    batch_size,
     is_consecutive,
     is_seekable,
     length_of,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import textwrap
 from typing import Annotated, Any
@@ -104,9 +105,9 @@ def _declared_place(plugin: Any, event: str) -> str:
     parts = [group for group in ("tryfirst", "trylast") if getattr(options, group)]
     for side in ("after", "before"):
         own = getattr(options, side)
-        found = names(getattr(plugin, side, ())) if own is None else own
-        parts += [f"{side} {', '.join(found)}"] if found else []
-    return "; ".join(parts) or "given order"
+        found = names(getattr(plugin, side, None)) if own is None else own
+        parts += [f"{side} {other}" for other in found]
+    return ", ".join(parts) or "given order"
 
 
 @app.command()
@@ -117,8 +118,9 @@ def order(
         typer.Option(
             "--plugin",
             "-p",
-            help="Enable this plugin beside the default ones; repeat it in the order of your "
-            "plugins=[...]. By default, all installed plugins are enabled.",
+            help="Enable this plugin in addition to the defaults, or disable one with no:NAME. "
+            "Give the option once per plugin, in the order of your plugins=[...]. Without it, all "
+            "installed plugins are enabled.",
         ),
     ] = None,
 ) -> None:
@@ -129,7 +131,10 @@ def order(
     if event is not None and event not in EVENTS:
         raise typer.BadParameter(unknown("event", event, EVENTS))
     chosen = plugin if plugin else PLUGINS.names()
-    enabled = {name: _plugin(name) for name in (*DEFAULT_PLUGINS, *chosen)}
+    off = {name.removeprefix("no:") for name in chosen if name.startswith("no:")}
+    off |= {name.strip() for name in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
+    wanted = [name for name in (*DEFAULT_PLUGINS, *chosen) if not name.startswith("no:")]
+    enabled = {name: _plugin(name) for name in wanted if name not in off}
     table = Table("event", "plugin", "because", "called")
     for spec in EVENTS.values():
         places = resolve_order(spec, enabled) if event in (None, spec.name) else []

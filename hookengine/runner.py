@@ -25,7 +25,9 @@ from hookengine.loop.optim import OptimWrapper, repeat
 from hookengine.loop.progress import Progress
 from hookengine.model.base_model import BaseModel, SupervisedModel
 from hookengine.records.log_context import make_logger
-from hookengine.records.run_folder import make_folder
+from hookengine.records.record import check_logged
+from hookengine.records.run_folder import check_name, make_folder
+from hookengine.registry import did_you_mean
 from hookengine.setup import arguments, state
 from hookengine.setup.description import describe_run
 from hookengine.setup.migration import drop_neutral
@@ -129,7 +131,7 @@ class Runner(Life):
         self._named = name is not None
         self._run_dir_made = False
         self._window_told = False
-        self.name = name or time.strftime("%Y%m%d_%H%M%S")
+        self.name = time.strftime("%Y%m%d_%H%M%S") if name is None else check_name(name)
         self.resume_from, self.load_from = arguments.beginning(resume, load_from)
         self.device = torch.device(device) if device is not None else arguments.default_device()
         self.progress = Progress()
@@ -304,7 +306,15 @@ class Runner(Life):
             reason: The reason, for the log and ``progress.stopped``.
             now: Do not ask the other ranks. They must all do the same: this is for ``before_train``
                 and ``safe_point``, where training then ends without another iteration.
+
+        Raises:
+            RuntimeError: ``now`` is set, but training is not in progress.
         """
+        if now and not self.plugins.is_open("before_train"):
+            raise RuntimeError(
+                "stop(now=True) ends training that is in progress. Call it in before_train or "
+                "safe_point; elsewhere, call stop(reason)"
+            )
         if now:
             self.progress.stopped = reason
         else:
@@ -338,13 +348,7 @@ class Runner(Life):
         texts (``hookengine.Image``, ``Histogram``, ``Table``, or anything that ``media.as_medium``
         accepts), the record keeps the last one of each name, as it was when you logged it.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(
-                f"runner.log takes a dict of values by name, as in runner.log({{'loss': 0.5}}), "
-                f"got {values!r}"
-            )
-        if phase not in ("train", "val", "test"):
-            raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")
+        check_logged(values, phase)
         self.hooks.log(self, phase, values)
 
     def make_run_dir(self) -> Path:
@@ -364,29 +368,30 @@ class Runner(Life):
         return self.run_dir
 
     def use_name(self, name: str) -> None:
-        """Give the run another name, and thereby another folder, before the folder is created.
+        """Give the run another name, and thereby another folder; call it in ``configure``.
 
         Raises:
-            RuntimeError: This run already has another folder.
+            RuntimeError: The folder of the run is already created.
+            ValueError: The name cannot be the name of a folder in ``work_dir``.
         """
         if self._run_dir_made and name != self.name:
             raise RuntimeError(
-                f"cannot continue the run {name!r}, because this run already has the folder "
-                f"{self.run_dir}. Call continue_run or use_name before make_run_dir"
+                f"cannot name the run {name!r}, because its folder {self.run_dir} is already "
+                "created. Call use_name or continue_run in configure"
             )
-        self.name = name
+        self.name = check_name(name)
 
     def continue_run(self, name: str) -> None:
-        """Continue in the folder of an earlier run, ``work_dir/name``, which exists.
+        """Continue in the folder of an earlier run, ``work_dir/name``, even if it exists.
 
         Raises:
-            RuntimeError: This run already has another folder.
+            RuntimeError: The folder of this run is already created.
         """
         self.use_name(name)
         self._named = True
 
-    def use_device(self, device: torch.device) -> None:
-        """Choose the device of the model, in ``configure``.
+    def use_device(self, device: str | torch.device) -> None:
+        """Choose the device of the model; call it in ``configure``.
 
         Raises:
             RuntimeError: The model is already built.
@@ -396,10 +401,12 @@ class Runner(Life):
                 f"cannot use the device {device}, because the model is already on {self.device}. "
                 "Call use_device in configure"
             )
-        self.device = device
+        self.device = torch.device(device)
 
     def use_logger(self, logger: Any) -> Any:
         """Log to ``logger``, a structlog logger, from now on, and return the previous one."""
+        if not hasattr(logger, "bind"):
+            raise TypeError(f"use_logger takes a structlog logger, got {logger!r}")
         previous, self.logger = self.logger, logger
         return previous
 
@@ -429,7 +436,8 @@ class Runner(Life):
 
         def __getattr__(self, name: str) -> Any:
             text = answer(f"runner.{name}")
-            raise AttributeError(f"the Runner has no {name!r}" + (f": {text}" if text else ""))
+            hint = f": {text}" if text else f".{did_you_mean(name, dir(type(self)), 0.7)}"
+            raise AttributeError(f"the Runner has no {name!r}{hint}")
 
     def _leave_run(self) -> None:
         if self.train_loop is not None:

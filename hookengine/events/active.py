@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pluggy
 
-from hookengine.events.checks import check_methods, returns_a_value
+from hookengine.events.checks import check_methods
 from hookengine.events.dispatch import Called, Hooks, Observer, resolve
 from hookengine.events.hookspecs import EVENTS, PROJECT, HookSpecs
 from hookengine.events.order import Place, check_constraints, implements, resolve_order
@@ -115,21 +115,6 @@ class ActivePlugins(pluggy.PluginManager):
     def order(self) -> dict[str, list[Place]]:
         """Return, per implemented event, its plugins in order, with the reason for each place."""
         return {event: [*order] for event, order in self._places.items() if order}
-
-    def replacements(self) -> dict[str, list[str]]:
-        """Return, per transform with several plugins that replace its value, their names in order.
-
-        A plugin whose method always returns None only observes, and is left out.
-        """
-        table = {}
-        for event in EVENTS.values():
-            if event.kind.name == "transform":
-                order = self._places.get(event.name, ())
-                methods = {p.plugin: getattr(self._declared[p.plugin], event.name) for p in order}
-                names = [name for name, method in methods.items() if returns_a_value(method)]
-                if len(names) > 1:
-                    table[event.name] = names
-        return table
 
 
 _NO_OPTIONS: pluggy.HookimplOpts = {

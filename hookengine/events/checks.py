@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import dis
 import inspect
 import re
 import warnings
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from numbers import Integral
 
 from hookengine.answers import answer
-from hookengine.events.hookimpl import hook_options_of
+from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS, Event
 from hookengine.registry import unknown
 
@@ -28,6 +25,11 @@ def check_methods(name: str, plugin: object, source: str) -> None:
     Raises:
         TypeError: The message names the plugin, the method and the nearest match.
     """
+    for side in ("after", "before"):
+        try:
+            names(getattr(plugin, side, None))
+        except TypeError as error:
+            raise TypeError(f"plugin {name!r}: {error}") from None
     implemented = 0
     for attribute in dir(plugin):
         method = inspect.getattr_static(plugin, attribute, None)
@@ -82,14 +84,18 @@ def _check_rhythm(name: str, plugin: object, event: Event) -> None:
         )
     if isinstance(every, str):
         if not hasattr(plugin, every):
-            known = [n for n in vars(plugin) if not n.startswith("_")]
-            raise TypeError(f"{where}: {unknown('option in every', every, known)}")
+            known = [n for n in {**vars(type(plugin)), **vars(plugin)} if n.isidentifier()]
+            known = [n for n in known if n[0] != "_" and not callable(getattr(plugin, n))]
+            raise TypeError(
+                f"{where}: {unknown('option in every', every, known)}. Annotate an option, or set "
+                "the attribute in __post_init__"
+            )
         value = getattr(plugin, every)
-        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        number = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
         if value is not None and not number:
             raise TypeError(
                 f"{where}: every={every!r} names an option whose value is {value!r}; it must be a "
-                "number, at least 0, or None"
+                "whole number, at least 0, or None"
             )
 
 
@@ -110,20 +116,4 @@ def _check_is_no_event(name: str, attribute: str) -> None:
         f"plugin {name!r}: the method {attribute!r} is not an event and is never called. "
         f"{hint} To silence this warning, start its name with an underscore",
         stacklevel=2,
-    )
-
-
-def returns_a_value(function: Callable[..., Any]) -> bool:
-    """Return whether a function can return anything but None, as far as its bytecode tells."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        return True
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("NOP", "CACHE")]
-    returned = [
-        before if step.opname == "RETURN_VALUE" else step
-        for before, step in pairwise(steps)
-        if step.opname in ("RETURN_VALUE", "RETURN_CONST")
-    ]
-    return not all(
-        s.opname in ("LOAD_CONST", "RETURN_CONST") and s.argval is None for s in returned
     )

@@ -100,6 +100,10 @@ def compile_event(
         function: Function = impl.function
         for observe in observers:
             function = observe(event.name, impl.plugin_name, function)
+            if not callable(function):
+                raise TypeError(
+                    f"the observer {observe!r} must return a function, got {function!r}"
+                )
         options = hook_options_of(impl.plugin, event.name)
         namespace[f"f{index}"], namespace[f"p{index}"] = function, impl.plugin
         if options.once:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 from hookengine.registry import unknown
@@ -34,50 +35,65 @@ class HookOptions:
     once: bool = False
 
     @classmethod
-    def checked(cls, arguments: HookArguments) -> HookOptions:
+    def checked(cls, arguments: HookArguments, base: HookOptions | None = None) -> HookOptions:
         """Check the arguments of ``hookimpl``.
+
+        Args:
+            arguments: The arguments.
+            base: The options of another ``hookimpl`` on the same function; those not given stay.
 
         Raises:
             ValueError: The implementation is to be called both first and last, or ``every`` is
                 below 1.
-            TypeError: An argument is unknown, or ``every`` is neither a number nor a name.
+            TypeError: An argument is unknown, or of a wrong type.
         """
         given: dict[str, Any] = {**arguments}
         known = [field.name for field in fields(cls)]
-        for name in given.keys() - known:
-            raise TypeError(unknown("argument of hookimpl", name, known))
-        sides = {side: given.get(side) for side in ("after", "before")}
-        given.update({side: names(value) for side, value in sides.items() if value is not None})
-        options = cls(**given)
+        for name, value in given.items():
+            if name not in known:
+                raise TypeError(unknown("argument of hookimpl", name, known))
+            if name in ("after", "before"):
+                given[name] = None if value is None else names(value)
+            elif name == "every":
+                given[name] = _checked_every(value)
+            elif not isinstance(value, bool):
+                raise TypeError(f"hookimpl: {name} takes True or False, got {value!r}")
+        options = replace(base or _NONE, **given)
         if options.tryfirst and options.trylast:
             raise ValueError(
                 "hookimpl got both tryfirst=True and trylast=True, but an implementation is called "
                 "either first or last. Remove one of the two"
             )
-        every = options.every
-        number = isinstance(every, int) and not isinstance(every, bool)
-        name_given = isinstance(every, str) and every.isidentifier()
-        if not (every is None or number or name_given):
-            raise TypeError(
-                "every takes a number, as in every=100, or the name of an option of the plugin, as "
-                f'in every="interval"; got {every!r}'
-            )
-        if isinstance(every, int) and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
         return options
 
 
-def names(given: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the names in ``after`` or ``before``, which may be a single one.
+def names(given: Any) -> tuple[str, ...]:
+    """Return the names in ``after`` or ``before``, which may be a single one, or None.
 
     Raises:
         TypeError: ``given`` is not made of names.
     """
-    found = (given,) if isinstance(given, str) else tuple(given)
-    for name in found:
-        if not isinstance(name, str):
-            raise TypeError(f"after and before take the names of plugins, got {name!r}")
-    return found
+    found = [given] if isinstance(given, str) or not isinstance(given, Iterable) else [*given]
+    for name in found if given is not None else ():
+        if not isinstance(name, str) or not name.strip() or set(name) & set(", ") - set("<>"):
+            raise TypeError(
+                "after and before take the name of a plugin, or a tuple of names; got "
+                f"{given!r}. (These two names are reserved for that.)"
+            )
+    return tuple(found) if given is not None else ()
+
+
+def _checked_every(every: Any) -> int | str | None:
+    if isinstance(every, Integral) and not isinstance(every, bool):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        return int(every)
+    if every is None or (isinstance(every, str) and every.isidentifier()):
+        return every
+    raise TypeError(
+        "every takes a whole number, as in every=100, or the name of an option of the plugin, as "
+        f'in every="interval"; got {every!r}'
+    )
 
 
 @overload
@@ -91,8 +107,8 @@ def hookimpl(
 
     Args:
         function: The method, if you use the decorator without arguments.
-        **options: ``after`` and ``before`` name the plugins that are called before and after this
-            implementation. They replace those of the plugin's class, which are the defaults for
+        **options: ``after`` names the plugins that are called earlier, ``before`` those that are
+            called later. They replace what the plugin's class declares, which is the default for
             all its events.
 
             ``tryfirst=True`` calls the implementation before those of other plugins,
@@ -113,10 +129,14 @@ def hookimpl(
         ValueError: Both ``tryfirst`` and ``trylast`` are set, or ``every`` is below 1.
         TypeError: An argument is unknown, or ``every`` is neither a number nor a name.
     """
-    checked = HookOptions.checked(options)
+    if function is not None and not hasattr(function, "__get__"):
+        raise TypeError(f"hookimpl decorates a method, got {function!r}. Name its options")
+    HookOptions.checked(options)
 
     def mark(function: F) -> F:
-        function.hookengine_options = checked  # type: ignore[attr-defined]
+        method: Any = getattr(function, "__func__", function)  # of a classmethod, a staticmethod
+        base = getattr(method, "hookengine_options", None)
+        method.hookengine_options = HookOptions.checked(options, base)
         return function
 
     return mark(function) if function is not None else mark
@@ -128,9 +148,8 @@ def hook_options_of(plugin: object, event: str) -> HookOptions:
         options = getattr(marked, "hookengine_options", None)
         if isinstance(options, HookOptions):
             return options
-    if isinstance(
-        marks := getattr(method, "hookengine_impl", None), dict
-    ):  # by pluggy's own marker
+    marks = getattr(method, "hookengine_impl", None)  # by pluggy's own marker
+    if isinstance(marks, dict):
         return HookOptions(tryfirst=marks["tryfirst"], trylast=marks["trylast"])
     return _NONE
 

@@ -97,6 +97,10 @@ class PluginManager(ActivePlugins):
         finally:
             self._open.remove(event)
 
+    def is_open(self, event: str) -> bool:
+        """Return whether ``event``, a ``before_*``, is in progress."""
+        return event in self._open
+
     def add(self, plugin: PluginLike, *, replace: bool = False) -> str:
         """Enable a plugin, at any time, and return its name.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS, Event
-from hookengine.events.plugin import Plugin, name_of
+from hookengine.events.plugin import FunctionPlugin, Plugin, name_of
 from hookengine.registry import PLUGINS, did_you_mean
 
 
@@ -22,7 +22,8 @@ class Place(NamedTuple):
     plugin: str
     """The plugin's name."""
     reason: str
-    """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``before NAME``, or several."""
+    """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``before NAME``, or several; and
+    ``moved by NAME`` if a declaration of another plugin keeps it from its usual place."""
     rhythm: str
     """When the plugin is called: ``every 100``, ``every 50 (option interval)``, ``once``, or "" for
     each time."""
@@ -32,8 +33,21 @@ class _Constraint(NamedTuple):
     earlier: str
     later: str
     by: str
-    declared: str
+    side: str
+    name: str
     where: str
+
+    @property
+    def other(self) -> str:
+        return self.earlier if self.by == self.later else self.later
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.name}" + ("" if self.other == self.name else f" ({self.other})")
+
+    def quoted(self) -> str:
+        """Return who declares this, as a sentence."""
+        text = f"{self.by!r} declares {self.side}={self.name!r} ({self.where})"
+        return text if self.other == self.name else f"{text}, which includes {self.other!r}"
 
 
 def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
@@ -71,7 +85,7 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
         moved = [place[c.later] for c in constraints if c.by == c.earlier == name]
         place[name] = min([place[name], *moved])
     given = {name: index for index, name in enumerate(members)}
-    ordered, ready = [], list[tuple[tuple[int, int], int, str]]()
+    ordered, ready, reached = [], list[tuple[tuple[int, int], int, str]](), (-2, 0)
     sorter = graphlib.TopologicalSorter(graph)
     sorter.prepare()
     while sorter.is_active():
@@ -79,11 +93,16 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
             heapq.heappush(ready, (place[name], given[name], name))
         *_, name = heapq.heappop(ready)
         sorter.done(name)
-        groups = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
-        reasons = groups + [c.declared for c in constraints if c.by == name]
-        default = "configured later" if event.kind.mirrored else "given order"
+        reasons = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
+        reasons += dict.fromkeys(str(c) for c in constraints if c.by == name)
+        if not reasons:
+            reasons = ["configured later" if event.kind.mirrored else "given order"]
+        if place[name] < reached:  # it had to wait
+            others = {c.by: None for c in constraints if c.by != name == c.later}
+            reasons += [f"moved by {', '.join(others)}"] if others else []
+        reached = max(reached, place[name])
         rhythm = describe_rhythm(plugins[name], event.name)
-        ordered.append(Place(name, ", ".join(reasons) or default, rhythm))
+        ordered.append(Place(name, ", ".join(reasons), rhythm))
     return ordered
 
 
@@ -93,8 +112,8 @@ def describe_rhythm(plugin: object, event: str) -> str:
     parts = ["once"] if options.once else []
     if isinstance(options.every, str):
         value = getattr(plugin, options.every, None)
-        known = f"every {value} " if isinstance(value, int) else "every "
-        parts.insert(0, f"{known}(option {options.every})")
+        known = "every" if isinstance(plugin, type) else f"every {value}" if value else "off"
+        parts.insert(0, f"{known} (option {options.every})")
     elif options.every is not None:
         parts.insert(0, f"every {options.every}")
     return ", ".join(parts)
@@ -110,46 +129,48 @@ def _constraints(event: Event, plugins: Mapping[str, object]) -> Iterator[_Const
     meant = _meanings(plugins)
     for name, plugin in plugins.items():
         options = hook_options_of(plugin, event.name)
-        for side in ("after", "before"):
+        for side, opposite in (("after", "before"), ("before", "after")):
             own: tuple[str, ...] | None = getattr(options, side)
             # What undoes `configure` comes in the opposite order, unless the method itself differs.
             mirrored = own is None and event.kind.mirrored
-            for other in names(getattr(plugin, side, ())) if own is None else own:
+            where = "on its class" if own is None else "with @hookimpl"
+            for other in names(getattr(plugin, side, None)) if own is None else own:
+                if own is None and other in (getattr(options, opposite) or ()):
+                    continue  # the method itself says the opposite
                 for one in meant.get(other, ()):
-                    if one != name:
+                    # A name that stands for a class does not order the plugins of one class.
+                    alike = isinstance(plugin, Plugin) and isinstance(plugins[one], type(plugin))
+                    if one != name and (one == other or not alike):
                         later = (side == "after") != mirrored
                         pair = (one, name) if later else (name, one)
-                        text = f"{'after' if later else 'before'} {other}"
-                        yield _Constraint(*pair, name, text, "class" if own is None else "hookimpl")
+                        told = side if not mirrored else opposite
+                        yield _Constraint(*pair, name, told, other, where)
 
 
 def _contradiction(event: Event, cycle: list[str], constraints: list[_Constraint]) -> str:
     """Quote the declarations along a cycle, in which each plugin comes before the next."""
-    said = []
-    for earlier, later in pairwise(cycle):
-        one = next(c for c in constraints if (c.earlier, c.later) == (earlier, later))
-        side, _, other = one.declared.partition(" ")
-        said.append(f"{one.by!r} declares {side}={other!r} ({_WHERE[one.where]})")
+    along = [
+        next(c.quoted() for c in constraints if (c.earlier, c.later) == step)
+        for step in pairwise(cycle)
+    ]
     return (
         f"plugins contradict each other about their order in the event {event.name!r}: "
-        f"{', and '.join(said)}. Remove one of these declarations"
+        f"{', and '.join(along)}. Remove one of these declarations"
     )
-
-
-_WHERE = {"class": "on its class", "hookimpl": "with @hookimpl"}
 
 
 def _meanings(plugins: Mapping[str, object]) -> dict[str, list[str]]:
     """Map each name that ``after`` and ``before`` may use to the plugins that it stands for.
 
     A name stands for the plugin of that name, and for renamed plugins of the class of that name or
-    of a class derived from it.
+    of a class derived from it. A function registered with ``runner.on`` also has its own name.
     """
     meant: dict[str, list[str]] = {}
     for name, plugin in plugins.items():
         cls = plugin if isinstance(plugin, type) else type(plugin)
         bases = [c for c in cls.__mro__ if issubclass(c, Plugin) and c is not Plugin]
-        for called in {name, name_of(cls), *map(name_of, bases)}:
+        short = [name.partition(":")[2]] if isinstance(plugin, FunctionPlugin) else []
+        for called in {name, name_of(cls), *map(name_of, bases), *short}:
             meant.setdefault(called, []).append(name)
     return meant
 
@@ -179,9 +200,8 @@ def check_constraints(plugins: Mapping[str, object], new: set[str]) -> None:
                     for one in meant[other]:
                         if one != name and new & {name, one} and not {*mine} & {*events[one]}:
                             warnings.warn(
-                                f"{text}, which has no effect, because no event calls both: "
-                                f"{name!r} implements {', '.join(mine)}; {one!r} implements "
-                                f"{', '.join(events[one])}",
+                                f"{text}, which has no effect in {', '.join(mine)}: {one!r} does "
+                                f"not implement this, only {', '.join(events[one])}",
                                 stacklevel=2,
                             )
 

@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import pydantic
@@ -71,12 +71,12 @@ class Plugin(_Options):
         It is also an option: ``Clip(plugin_name="second")`` allows two plugins of one class."""
     else:
         plugin_name: ClassVar[str] = "plugin"
-    after: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[str | Sequence[str]] = ()
     """Names of the plugins that are called before this one, in every event that both implement.
 
     A method may differ, with ``@hookimpl(after=...)``.
     """
-    before: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[str | Sequence[str]] = ()
     """Names of the plugins that are called after this one, in every event that both implement."""
     _by_keyword: ClassVar[bool] = True
 
@@ -166,6 +166,8 @@ class FunctionPlugin:
         self.plugin_name = f"{event}:{name}"
         self.function = function
         self.hookengine_options = HookOptions.checked(options) if options else None
+        if isinstance(options.get("every"), str):
+            raise TypeError("a function has no options: give it a number, as in every=100")
         setattr(self, event, function)
 
     def __repr__(self) -> str:

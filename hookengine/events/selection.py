@@ -126,6 +126,7 @@ def _disabled_by_environment(wanted: Mapping[str, PluginLike]) -> set[str]:
 def _warn_of_priority(name: str, kind: Any) -> None:
     """Warn if a class sets ``priority``, as MMEngine's hooks do: it has no effect here."""
     own = vars(kind) if isinstance(kind, type) else {}
-    is_option = "priority" in own.get("__annotations__", {})
+    annotations = own.get("__annotations__")
+    is_option = isinstance(annotations, dict) and "priority" in annotations
     if isinstance(own.get("priority"), str) and not is_option and (text := answer("priority")):
         warnings.warn(f"plugin {name!r}: {text}", stacklevel=2)

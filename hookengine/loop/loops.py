@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from hookengine.batches import batch_size
 from hookengine.evaluator import EvaluationPass, Evaluator
 from hookengine.loop.config import EvalCfg, TrainCfg
-from hookengine.loop.data import (
-    batch_size,
-    dataset_size,
-    is_consecutive,
-    iterate_from,
-    length_of,
-)
+from hookengine.loop.data import dataset_size, is_consecutive, iterate_from, length_of
 from hookengine.loop.optim import combine
 from hookengine.loop.random_state import preserved_random_state
 

@@ -148,3 +148,19 @@ def _unpack(packed: Mapping[str, Any], folder: Path) -> Medium | None:
     if "table" in packed:
         return Table(packed["table"]["columns"], packed["table"]["rows"])
     return str(packed["text"])
+
+
+def check_logged(values: Any, phase: Any) -> None:
+    """Check the arguments of ``runner.log``.
+
+    Raises:
+        TypeError: ``values`` is not a dict.
+        ValueError: ``phase`` is no phase.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "runner.log takes a dict of values by name, as in runner.log({'loss': 0.5}), got "
+            f"{values!r}"
+        )
+    if phase not in ("train", "val", "test"):
+        raise ValueError(f"phase must be 'train', 'val' or 'test', got {phase!r}")

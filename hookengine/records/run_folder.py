@@ -47,6 +47,23 @@ class RunFolder:
         return checkpoint / "manifest.json"
 
 
+def check_name(name: str) -> str:
+    """Return the name of a run, if it can be the name of a folder within ``work_dir``.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: ``name`` is empty, or leads out of ``work_dir``.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a run must be a string, got {name!r}")
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise ValueError(
+            f"the name of a run must be the name of a folder within work_dir, got {name!r}"
+        )
+    return name
+
+
 def make_folder(work_dir: Path, name: str, shared: bool) -> str:
     """Create the folder of a run, and return the name of the run.
 

@@ -105,6 +105,7 @@ class Logging(Plugin, name="logging"):
         first = self._main and not self._history.is_open
         moved = self._open_files(runner) if first else None
         if self._run_file is not None:
+            self._run_file.describe(runner.describe())
             self._run_file.write("running", runner.logger)
         if first:
             announce_run(runner, moved)
@@ -120,6 +121,7 @@ class Logging(Plugin, name="logging"):
     def after_run(self, runner: Runner) -> None:
         """Write to ``run.json`` how the run ended."""
         if self._run_file is not None:
+            self._run_file.describe(runner.describe())
             status = describe_end(runner.progress, self._error)
             self._run_file.write(status, runner.logger, ended=round(time.time(), 3))
 

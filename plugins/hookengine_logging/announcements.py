@@ -9,6 +9,7 @@ from typing import Any
 
 from hookengine import EVENTS, Runner
 from hookengine_logging.meter import Meter
+from hookengine_logging.replacements import replacements
 
 
 def announce_run(runner: Runner, moved: Path | None) -> None:
@@ -26,7 +27,7 @@ def announce_run(runner: Runner, moved: Path | None) -> None:
     )
     if moved is not None:
         logger.info(f"moved the records of an earlier run in this folder to {moved}")
-    for event, names in plugins.replacements().items():
+    for event, names in replacements(plugins).items():
         if EVENTS[event].subject != "build":  # most plugins return these values unchanged
             logger.info(
                 f"{event}: {', then '.join(names)} replace the {EVENTS[event].kind.argument}"

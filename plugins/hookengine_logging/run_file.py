@@ -23,6 +23,10 @@ class RunFile:
         self._path = path
         self._fields = {**description, "started": round(time.time(), 3)}
 
+    def describe(self, description: Mapping[str, Any]) -> None:
+        """Replace the description: plugins may have been added since."""
+        self._fields.update(description)
+
     def write(self, status: str, logger: Any, **more: Any) -> None:
         """Replace the file atomically; if that fails, log a warning.
 

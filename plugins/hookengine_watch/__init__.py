@@ -21,7 +21,9 @@ class Watch(Plugin, name="watch"):
     gradient, a complex or empty parameter) is left out, with one warning per tensor.
     """
 
-    what: Literal["gradients", "parameters", "all"] = Field(default="gradients")
+    what: Literal["gradients", "parameters", "all"] = Field(
+        default="gradients", description="which histograms to log"
+    )
     every: int = Field(default=1000, gt=0, description="optimizer steps between two histograms")
     bins: int = Field(default=64, gt=0, description="number of bins per histogram")
 

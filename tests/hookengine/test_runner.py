@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hookengine import BaseModel, Plugin
+from hookengine import BaseModel, Plugin, Runner
 from tests.fixtures import MakeData, MakeRunner, ToyAccuracy
 from tests.hookengine.lives import Life, Plain
 
@@ -203,3 +203,55 @@ def test_an_averaged_copy_of_a_plain_module_is_evaluated_through_wrap(make: Make
 
     with pytest.raises(TypeError, match=r"must return a dict of modules with val_step\(\)"):
         make(model=Plain(), loss=F.cross_entropy, validate=True, plugins=[Wrong()]).val()
+
+
+def test_what_a_plugin_may_change_is_checked(make: MakeRunner) -> None:
+    class Changes(Plugin):
+        def configure(self, runner: Runner) -> None:
+            for name in ("", "..", "../escape", "/absolute", "a/../../b"):
+                with pytest.raises(ValueError, match="a folder within work_dir"):
+                    runner.use_name(name)
+            with pytest.raises(TypeError, match="must be a string, got 3"):
+                runner.use_name(3)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match="takes a structlog logger, got None"):
+                runner.use_logger(None)
+            with pytest.raises(RuntimeError, match="call stop"):
+                runner.stop("too early", now=True)
+            runner.use_device("cpu")
+            runner.use_name("chosen")
+
+        def before_run(self, runner: Runner) -> None:
+            runner.make_run_dir()
+            with pytest.raises(RuntimeError, match=r"already created\. Call use_name"):
+                runner.use_name("other")
+
+    runner = make(plugins=[Changes()])
+    assert runner.run_dir.name == "chosen"
+    with pytest.raises(RuntimeError, match="Call use_device in configure"):
+        runner.use_device("meta")
+    with pytest.raises(ValueError, match="a folder within work_dir"):
+        make(name="../escape")
+    runner.train()
+    assert runner.progress.iter == 10
+
+
+def test_training_stops_now_without_another_iteration(make: MakeRunner) -> None:
+    runner = make()
+    runner.on("before_train")(lambda: runner.stop("not today", now=True))
+    runner.train()
+    assert (runner.progress.iter, runner.progress.stopped) == (0, "not today")
+    other = make()
+    other.on("safe_point", once=True)(lambda: other.stop("enough", now=True))
+    other.train()
+    assert (other.progress.iter, other.progress.stopped) == (1, "enough")
+
+
+def test_an_unknown_attribute_is_answered_with_the_nearest(make: MakeRunner) -> None:
+    with pytest.raises(AttributeError, match=r"no 'use_devise'. Did you mean 'use_device'"):
+        make().use_devise  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_dataloaders_and_optimizers_are_found_by_name(make: MakeRunner) -> None:
+    runner = make(validate=True)
+    assert list(runner.dataloaders) == ["train", "val"]
+    assert runner.optim_wrappers == {"optimizer": runner.optim_wrapper}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hookengine import Plugin, PluginManager, hookimpl
@@ -21,9 +22,14 @@ def test_an_implementation_is_first_or_last_not_both() -> None:
         (dict(evry=3), "unknown argument of hookimpl 'evry'. Did you mean 'every'"),
         (dict(every=0), "at least 1"),
         (dict(every=-5), "at least 1"),
-        (dict(every=2.0), "every takes a number"),
-        (dict(every=True), "every takes a number"),
+        (dict(every=2.0), "every takes a whole number"),
+        (dict(every=True), "every takes a whole number"),
         (dict(every="3 epochs"), "the name of an option"),
+        (dict(tryfirst="clip"), "tryfirst takes True or False, got 'clip'"),
+        (dict(once=1), "once takes True or False"),
+        (dict(after=3), "take the name of a plugin"),
+        (dict(before=""), "take the name of a plugin"),
+        (dict(before="clip, amp"), "take the name of a plugin"),
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -109,7 +115,7 @@ def test_a_rhythm_that_cannot_be_is_refused() -> None:
     for value in ("ten", -1, 2.5, True):
         _, cls = counting("after_train_iter", every="interval")
         cls.interval = value  # type: ignore[attr-defined]
-        with pytest.raises(TypeError, match="must be a number, at least 0, or None"):
+        with pytest.raises(TypeError, match="must be a whole number, at least 0, or None"):
             PluginManager([cls()])
 
 
@@ -183,3 +189,41 @@ def test_pluggys_own_marker_works_too() -> None:
         def before_train(self) -> None: ...
 
     assert PluginManager([Raw()]).order()["before_train"][-1].reason == "trylast"
+
+
+def test_decorators_add_up_and_the_upper_one_wins() -> None:
+    class Both:
+        @hookimpl(after="clip", every=3)
+        @hookimpl(every=2, once=True, trylast=True)
+        def before_optim_step(self) -> None: ...
+
+        @hookimpl(every=4)
+        @classmethod
+        def after_train_iter(cls) -> None: ...
+
+        @hookimpl(once=True)
+        @staticmethod
+        def after_train() -> None: ...
+
+    order = PluginManager([Both(), dict(type="clip", max_norm=1.0)], defaults=()).order()
+    place = order["before_optim_step"][1]
+    assert (place.reason, place.rhythm) == ("trylast, after clip", "every 3, once")
+    assert order["after_train_iter"][0].rhythm == "every 4"
+    assert order["after_train"][0].rhythm == "once"
+    with pytest.raises(TypeError, match="hookimpl decorates a method, got 'clip'"):
+        hookimpl("clip")  # type: ignore[call-overload]
+
+
+def test_whole_numbers_of_numpy_will_do(make: MakeRunner) -> None:
+    seen, cls = counting("after_train_iter", every=np.int64(4))
+    make(plugins=[cls()]).train()
+    assert [one["iter"] for one in seen] == [4, 8]
+    seen, cls = counting("after_train_iter", every="interval")
+    cls.interval = np.int64(4)  # type: ignore[attr-defined]
+    make(plugins=[cls()]).train()
+    assert [one["iter"] for one in seen] == [4, 8]
+
+
+def test_a_function_has_no_options_to_name(make: MakeRunner) -> None:
+    with pytest.raises(TypeError, match="a function has no options"):
+        make().on("after_train_iter", every="interval")(lambda: None)

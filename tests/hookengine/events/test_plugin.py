@@ -80,7 +80,7 @@ def test_the_name_is_given_or_the_class_in_snake_case() -> None:
 def test_the_class_keyword_and_the_class_variables_are_no_options() -> None:
     class Ordered(Plugin, name="ordered"):
         after: ClassVar[tuple[str, ...]] = ("noise",)
-        before = "logging"  # type: ignore[assignment]
+        before = "logging"
 
     assert options_of(Ordered()) == {}
     assert Ordered().after == ("noise",)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hookengine_logging.replacements import replacements
 
 from hookengine import Plugin
 from tests.fixtures import MakeRunner
@@ -87,7 +88,7 @@ def test_plugins_that_replace_a_value_are_named_in_order(make: MakeRunner) -> No
             return None
 
     runner = logging_runner(make, plugins=[Halved(), Looks(), Auxiliary()])
-    assert runner.plugins.replacements() == {"after_forward": ["halved", "auxiliary"]}
+    assert replacements(runner.plugins) == {"after_forward": ["halved", "auxiliary"]}
     runner.train()
     text = (runner.run_dir / "run.log").read_text()
     assert "after_forward: halved, then auxiliary replace the losses" in text
