@@ -633,6 +633,16 @@ def test_a_repeated_window_backpropagates_losses_as_small_as_before() -> None:
     assert again.losses[6:8] == again.losses[8:]
 
 
+def test_with_a_loss_scale_a_repeated_window_is_exact() -> None:
+    batches = sentences([3, 1, 2, 2, 1])
+    again = Again()
+    plugins = [again, Exact(dtype="float16", init_scale=2.0**8)]
+    taken = accumulated(batches, Accumulate(steps=3), plugins)
+    for mine, first, window in zip(taken, again.first, (batches[:3], batches[3:]), strict=True):
+        assert_equal(mine, first)
+        assert_equal(mine, big_batch(window))
+
+
 def test_other_batches_may_be_repeated_and_an_empty_one_too() -> None:
     """Only some batches of the window, in another order, or others altogether."""
     batches = sentences([3, 1, 2], [7, 0, 3])
