@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import hookengine_distributed
 import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
+from hookengine_distributed.exchange import average_gradients
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -244,7 +244,7 @@ def train(folder: Path) -> dict[str, Any]:
             averages: list[int] = []
             count_buckets(runner.model, buckets)
             with monkeypatch.context() as patch:
-                patch.setattr(hookengine_distributed, "average_gradients", counted(averages))
+                patch.setattr("hookengine_distributed.average_gradients", counted(averages))
                 runner.train()
             parameters = [*runner.bare_model.parameters()]
             ends[name] = {
@@ -266,11 +266,10 @@ def close_at_the_fourth(runner: Any) -> None:
 
 def counted(averages: list[int]) -> Any:
     """Return ``average_gradients``, counting its calls."""
-    average = hookengine_distributed.average_gradients
 
     def averaging(parameters: Any) -> None:
         averages.append(1)
-        average(parameters)
+        average_gradients(parameters)
 
     return averaging
 
