@@ -96,9 +96,11 @@ class Amp(Plugin, name="amp"):
         return torch.autocast(self._device_type, self._dtype)
 
     def before_repeat(self, optim_wrapper: OptimWrapper) -> None:
-        """Prepare to unscale the gradients of this step again, if they were discarded."""
-        scaled = self._scaled.get(optim_wrapper.name)
-        if scaled is not None and not optim_wrapper.window_open:
+        """Forget the cast weights and the unscaled gradients of the passes before."""
+        if optim_wrapper.window_open:
+            return
+        torch.clear_autocast_cache()  # the step may be taken within a context of autocast
+        if scaled := self._scaled.get(optim_wrapper.name):
             scaled.start_over()
 
     @hookimpl(trylast=True, after="accumulate")  # the loss is complete, also its weight

@@ -354,6 +354,39 @@ def test_a_repeated_step_is_skipped_and_the_scale_changes_as_without_the_repeat(
     assert state["plugins"]["amp"] == expected_state["plugins"]["amp"]
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_a_repeated_pass_uses_the_current_weights_also_within_autocast(
+    make: MakeRunner, within: bool
+) -> None:
+    """Autocast caches the weights that it has cast, until its context ends."""
+
+    class Within(Toy):
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            with optim_wrapper.optim_context(self):
+                loss = self(*data, mode="loss")["loss"]
+                if within:
+                    optim_wrapper.update_params(loss)
+            if not within:
+                optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    class Moves(Plugin):
+        def before_train_iter(self, data_batch: Any) -> None:
+            self.batch = data_batch
+
+        @torch.no_grad()
+        def before_optim_step(self, runner: Any) -> None:
+            weight = runner.bare_model.net.weight
+            weight.add_(1)
+            (outputs,) = runner.repeat(self.batch)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                expected = runner.bare_model(*self.batch, mode="loss")["loss"]
+            assert torch.equal(outputs["loss"], expected)
+            weight.sub_(1)
+
+    make(model=Within(), plugins=[Moves(), "amp"]).train()
+
+
 def test_a_loss_by_hand_after_unscaling_is_refused(make: MakeRunner) -> None:
     class Adds(Plugin):
         def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
