@@ -328,6 +328,11 @@ class Runner(Life):
         ``finish_gradients``, but not those of a step. Counters do not change. Random numbers are
         drawn again, and batch norm sees the batches again.
 
+        With several optimizers, only the losses of the one that steps are backpropagated. The
+        windows, steps and learning rates of the others do not change. As in any backward pass,
+        autograd adds to the gradients of every parameter that such a loss reaches, including those
+        of another optimizer. ``train_step`` may use each optimizer for at most one step.
+
         Args:
             *data_batches: All micro-batches of the step, as ``before_train_iter`` returned them. If
                 gradients are not accumulated, that is one batch.
@@ -336,7 +341,8 @@ class Runner(Life):
             What ``train_step`` returned, per batch.
 
         Raises:
-            RuntimeError: No optimizer step is in progress.
+            RuntimeError: No optimizer step is in progress, or ``train_step`` backpropagated no
+                loss for it, or used its optimizer for several steps.
             ValueError: There is no batch.
         """
         return repeat(self, self.optim_wrappers, data_batches)

@@ -444,6 +444,7 @@ class Step(Protocol):
         """Read or edit the gradients just before the step.
 
         To compute them again, for example with other weights, call ``runner.repeat(data_batch)``.
+        It discards what earlier plugins have edited: call it before them (``tryfirst``).
         """
 
     @decision.per("step")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -79,7 +80,8 @@ class OptimWrapper:
         will_step: Whether the current iteration ends with a step; known before the forward pass.
             A direct call of ``step`` may close a window in any other iteration: a plugin that
             synchronizes gradients only when ``will_step`` is True must then do so in
-            ``finish_gradients``.
+            ``finish_gradients``. During ``Runner.repeat``, only the last pass has it, and only for
+            the optimizer whose step is repeated.
         window_length: Iterations per step, set by the plugin that implements ``should_step``.
         window_open: Whether there are gradients that no step has used yet.
         steps: Steps taken; skipped steps do not count.
@@ -101,6 +103,7 @@ class OptimWrapper:
         self.stepping = False
         self._asked = False
         self._repeating: bool | None = None  # in Runner.repeat: whether this optimizer's step is it
+        self._passed = False  # whether the repeated pass has reached its step
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Return the context for a forward pass of ``model`` in training.
@@ -126,11 +129,12 @@ class OptimWrapper:
             ValueError: If ``loss`` is not a scalar or does not require a gradient.
             RuntimeError: If a step is in progress; see ``Runner.repeat``.
         """
-        if not self._asked and self._repeating is None:
-            hooks = self.hooks
-            self.will_step = hooks.should_step(hooks.runner, self)
+        if self._repeating is None:
+            if not self._asked:
+                hooks = self.hooks
+                self.will_step = hooks.should_step(hooks.runner, self)
+            self._asked = False
         self.backward(loss)
-        self._asked = False
         if self.will_step:
             self.step()
 
@@ -142,10 +146,16 @@ class OptimWrapper:
             ValueError: If ``loss`` is not a scalar or does not require a gradient.
             RuntimeError: If a step is in progress; see ``Runner.repeat``.
         """
-        if self.stepping and not self._repeating:
-            raise _within_a_step(self.name)
         if self._repeating is False:
             return
+        if self.stepping and self._repeating is None:
+            raise _within_a_step(self.name)
+        if self._passed:
+            raise RuntimeError(
+                f"train_step uses the optimizer {self.name!r} again after its step, so "
+                "runner.repeat() cannot tell which losses belong to the step. Take one step per "
+                "train_step with it"
+            )
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
         hooks = self.hooks
@@ -166,6 +176,7 @@ class OptimWrapper:
             RuntimeError: If this step is already in progress; see ``Runner.repeat``.
         """
         if self._repeating is not None:
+            self._passed = True
             return
         if self.stepping:
             raise _within_a_step(self.name)
@@ -236,33 +247,34 @@ def repeat(
     runner: Runner, wrappers: Mapping[str, OptimWrapper], data_batches: Sequence[Any]
 ) -> list[Any]:
     """Compute the gradients of the step in progress again; see ``Runner.repeat``."""
-    current = next((wrapper for wrapper in wrappers.values() if wrapper.stepping), None)
-    if current is None or current._repeating is not None:
+    stepping = [wrapper for wrapper in wrappers.values() if wrapper.stepping]
+    if len(stepping) != 1 or stepping[0]._repeating is not None:
         raise RuntimeError(
-            "runner.repeat() computes the gradients of an optimizer step again, but no step is in "
-            "progress. Call it in before_optim_step"
+            "runner.repeat() computes the gradients of one optimizer step again. Call it in "
+            "before_optim_step, and neither within another step nor within a repeated pass"
         )
     if not data_batches:
         raise ValueError("runner.repeat() needs the batch of this step, or all its micro-batches")
-    outputs = []
-    will_step = current.will_step
+    (current,) = stepping
+    outputs, will_step = [], {wrapper: wrapper.will_step for wrapper in wrappers.values()}
     current.zero_grad()
-    for wrapper in wrappers.values():
-        wrapper._repeating = wrapper is current
     try:
+        for wrapper in will_step:
+            wrapper._repeating, wrapper.will_step = wrapper is current, False
         for left, data_batch in enumerate(data_batches, 1 - len(data_batches)):
             current.will_step = left == 0  # ranks exchange gradients in the last pass
+            current._passed = False
             runner.hooks.before_repeat(runner, current, data_batch)
-            outputs.append(runner.model.train_step(data_batch, runner.optim_wrapper))
+            with torch.enable_grad():  # the plugin may edit the weights under no_grad
+                outputs.append(runner.model.train_step(data_batch, runner.optim_wrapper))
         if not current.window_open:
             raise RuntimeError(
                 "train_step did not backpropagate a loss for the optimizer whose step is repeated, "
                 f"{current.name!r}"
             )
     finally:
-        current.will_step = will_step
-        for wrapper in wrappers.values():
-            wrapper._repeating = None
+        for wrapper, value in will_step.items():
+            wrapper.will_step, wrapper._repeating, wrapper._passed = value, None, False
     runner.hooks.finish_gradients(runner, current)
     return outputs
 

@@ -69,6 +69,7 @@ class Accumulate(Plugin, name="accumulate"):
         self._reference: float | None = None
         self._weight: Weight = 1.0
         self._last = 0.0  # the last weight that was not 0
+        self._interrupted: tuple[Weight, float] | None = None  # both, while a step is repeated
 
     @hookimpl(tryfirst=True)  # schedules read the window length
     def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
@@ -93,6 +94,22 @@ class Accumulate(Plugin, name="accumulate"):
     @hookimpl(trylast=True)  # after the plugins that replace the batch
     def before_train_iter(self, runner: Runner, data_batch: Any) -> None:
         """Count the samples or tokens that the loss of this batch averages over."""
+        self._interrupted = None
+        self._count(data_batch)
+
+    def before_repeat(self, optim_wrapper: OptimWrapper, data_batch: Any) -> None:
+        """Start a new micro-batch, and a new window if the gradients were discarded."""
+        window = self._windows.get(optim_wrapper.name)
+        if window is None:
+            return
+        if self._interrupted is None:
+            self._interrupted = self._weight, self._last
+        if not optim_wrapper.window_open:
+            window.open(window.expected)  # the losses are as large as they were
+        window.asked = True
+        self._count(data_batch)
+
+    def _count(self, data_batch: Any) -> None:
         if self.weight == "sample":
             self._weight = count_samples(data_batch)
         elif self.weight == "token":
@@ -125,7 +142,7 @@ class Accumulate(Plugin, name="accumulate"):
         window = self._windows.get(optim_wrapper.name)
         if window is None:
             return None
-        if not optim_wrapper.window_open:
+        if not optim_wrapper.window_open and not optim_wrapper.stepping:
             window.open()
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
             window.add(self._weight, runner.progress.iter)
@@ -148,6 +165,8 @@ class Accumulate(Plugin, name="accumulate"):
             return
         correction = window.correction(runner.device, per_rank=self.weight != "batch")
         window.held = 0
+        if self._interrupted is not None:
+            (self._weight, self._last), self._interrupted = self._interrupted, None
         if isinstance(correction, float) and correction == 1.0:
             return
         grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]

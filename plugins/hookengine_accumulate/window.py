@@ -34,11 +34,15 @@ class Window:
         self.iteration = -1
         self._total: Weight = 0.0
 
-    def open(self) -> None:
-        """Empty the window for its first micro-batch."""
+    def open(self, expected: Weight | None = None) -> None:
+        """Empty the window for its first micro-batch.
+
+        Args:
+            expected: The expected total weight, if it is known.
+        """
         self.held = 0
         self._total = 0.0
-        self.expected = None
+        self.expected = expected
 
     def add(self, weight: Weight, iteration: int) -> None:
         """Add a micro-batch."""

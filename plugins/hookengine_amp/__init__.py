@@ -95,13 +95,31 @@ class Amp(Plugin, name="amp"):
             return None
         return torch.autocast(self._device_type, self._dtype)
 
+    def before_repeat(self, optim_wrapper: OptimWrapper) -> None:
+        """Forget the cast weights and the unscaled gradients of the passes before."""
+        if optim_wrapper.window_open:
+            return
+        torch.clear_autocast_cache()  # the step may be taken within a context of autocast
+        if scaled := self._scaled.get(optim_wrapper.name):
+            scaled.start_over()
+
     @hookimpl(trylast=True, after="accumulate")  # the loss is complete, also its weight
     def scale_loss(self, optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor | None:
-        """Multiply the loss by the loss scale."""
+        """Multiply the loss by the loss scale.
+
+        Raises:
+            RuntimeError: The gradients of this step are already unscaled.
+        """
         scaled = self._scaled.get(optim_wrapper.name)
         if scaled is None:
             return None
         scaled.settle()
+        if scaled.unscaled:
+            raise RuntimeError(
+                f"amp: the gradients of {optim_wrapper.name!r} are already divided by the loss "
+                "scale, so those of another loss cannot be added before the step. To compute all "
+                "of them again, call runner.repeat(data_batch) in before_optim_step"
+            )
         return scaled.scaler.scale(loss)
 
     @hookimpl(tryfirst=True, after="distributed")  # an infinity of one rank is one of all ranks
@@ -193,6 +211,12 @@ class _Scaled:
         """Update the scale: it grows or shrinks."""
         self.scaler.update()
         self.unscaled = False
+
+    def start_over(self) -> None:
+        """Forget whether the gradients were finite; the scale and its growth stay as they are."""
+        if self.unscaled:
+            self.scaler.update(self.value())  # setting a scale, torch counts no step
+            self.unscaled = False
 
     def settle(self) -> None:
         """Update the scale after a step that another plugin took or skipped."""

@@ -104,14 +104,19 @@ class _Route:
     def __init__(self, wrapper: MMDistributedDataParallel) -> None:
         self._wrapper = wrapper
         self._compiled: Any = None
+        self._depth = 0  # Runner.repeat enters again
 
     def __enter__(self) -> None:
-        own = vars(self._wrapper.module)
-        self._compiled = own.get("_compiled_call_impl")
-        self._set(own)
+        self._depth += 1
+        if self._depth == 1:
+            own = vars(self._wrapper.module)
+            self._compiled = own.get("_compiled_call_impl")
+            self._set(own)
 
     def __exit__(self, *_: object) -> None:
-        self._unset(vars(self._wrapper.module))
+        self._depth -= 1
+        if self._depth == 0:
+            self._unset(vars(self._wrapper.module))
 
     def _set(self, own: dict[str, Any]) -> None:
         own["_call_impl"] = self._call

@@ -52,6 +52,8 @@ class Exchange:
         """
         self.reached = True
         one = self._one
+        if one is not None and not one.stepping and self._stepping():
+            return False  # Runner.repeat for another optimizer: there is no backward pass
         if one is None:  # several, and unknown which one steps: an extra exchange does no harm
             exchanges = allowed and (not self._all or any(w.will_step for w in self._all))
         else:
@@ -86,8 +88,13 @@ class Exchange:
             self._note_local()
 
     def _note_local(self) -> None:
-        for optim_wrapper in self._all if self._one is None else (self._one,):
+        candidates = self._all if self._one is None else [self._one]
+        for optim_wrapper in self._stepping() or candidates:
             self._local.add(optim_wrapper.name)
+
+    def _stepping(self) -> list[OptimWrapper]:
+        """Return the optimizer whose step ``Runner.repeat`` computes again, if any."""
+        return [optim_wrapper for optim_wrapper in self._all if optim_wrapper.stepping]
 
     def take_local(self, name: str) -> bool:
         """Return whether the optimizer has gradients left to exchange, and mark them exchanged."""

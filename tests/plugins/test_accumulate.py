@@ -557,6 +557,226 @@ def test_two_for_one_optimizer_are_refused_and_a_second_runner_starts_anew(
         make(plugins=[Accumulate(steps=2, optimizer="critic")], **options)
 
 
+# -- Runner.repeat --------------------------------------------------------------------------------
+
+
+class Again(Plugin):
+    """Computes the gradients of each window again, and keeps those of both times."""
+
+    optimizer: str | None = None
+
+    def before_train(self) -> None:
+        self.window: list[Any] = []
+        self.first: list[list[Tensor]] = []
+        self.second: list[list[Tensor]] = []
+        self.losses: list[float] = []
+
+    @hookimpl(trylast=True)
+    def before_train_iter(self, data_batch: Any) -> None:
+        self.window.append(data_batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.losses.append(loss.item())
+
+    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+        if self.optimizer not in (None, optim_wrapper.name):
+            return
+        window, self.window = self.window, []
+        self.first.append([p.grad.clone() for p in optim_wrapper.parameters()])
+        runner.repeat(*window)
+        self.second.append([p.grad.clone() for p in optim_wrapper.parameters()])
+
+
+WEIGHTS: dict[str, Callable[[], Accumulate]] = {
+    "sample": lambda: Accumulate(steps=3),
+    "batch": lambda: Accumulate(steps=3, weight="batch"),
+    **COUNTS,
+}
+REPEATED: Any = ([3, 1, 2, 4, 1, 2, 2, 1], [7, 0, 3, 0, 2, 8, 5, 0])
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """To the last bits of float64."""
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_repeated_window_has_the_gradient_of_the_big_batch(weight: str, known: bool) -> None:
+    """Unequal micro-batches, of which some have no valid token; the last window is shorter."""
+    sizes, valid = REPEATED
+    batches = sentences(sizes, None if weight in ("sample", "batch") else valid)
+    again = Again()
+    loader = batches if known else Unsized(batches)
+    taken = accumulated(loader, WEIGHTS[weight](), [again])
+    plain = accumulated(loader, WEIGHTS[weight]())
+    windows = batches[:3], batches[3:6], batches[6:]
+    assert len(again.first) == len(again.second) == len(taken) == 3
+    for index, window in enumerate(windows):
+        assert_equal(taken[index], again.second[index])
+        assert_equal(again.second[index], again.first[index])
+        assert_equal(again.first[index], plain[index])
+        if weight == "batch":
+            parts = [big_batch([batch]) for batch in window]
+            expected = [torch.stack(each).mean(0) for each in zip(*parts, strict=True)]
+        else:
+            expected = big_batch(window)
+        assert_equal(taken[index], expected)
+
+
+def test_a_repeated_window_backpropagates_losses_as_small_as_before() -> None:
+    """A loss of k times the size would overflow float16 with a loss scale."""
+    again = Again()
+    accumulated(sentences([3, 1, 2, 4, 1]), Accumulate(steps=3), [again])
+    assert again.losses[:3] == again.losses[3:6]
+    assert again.losses[6:8] == again.losses[8:]
+
+
+def test_with_a_loss_scale_a_repeated_window_is_exact() -> None:
+    batches = sentences([3, 1, 2, 2, 1])
+    again = Again()
+    plugins = [again, Exact(dtype="float16", init_scale=2.0**8)]
+    taken = accumulated(batches, Accumulate(steps=3), plugins)
+    for mine, first, window in zip(taken, again.first, (batches[:3], batches[3:]), strict=True):
+        assert_equal(mine, first)
+        assert_equal(mine, big_batch(window))
+
+
+def test_other_batches_may_be_repeated_and_an_empty_one_too() -> None:
+    """Only some batches of the window, in another order, or others altogether."""
+    batches = sentences([3, 1, 2], [7, 0, 3])
+    for other in (batches[2:], batches[::-1], sentences([2, 5], [8, 4], seed=3), batches[1:2]):
+        again = Replaces(other)
+        plain = accumulated([*batches, *batches], COUNTS["mask"]())
+        accumulated([*batches, *batches], COUNTS["mask"](), [again])
+        if other[0] is batches[1]:
+            expected = [torch.zeros_like(gradient) for gradient in plain[0]]
+        else:
+            expected = big_batch(other)
+        for mine in again.seen:
+            assert_equal(mine, expected)
+
+
+def test_after_a_repeat_nothing_is_left_over() -> None:
+    """The weights of the next window, and the state that is saved, are as without a repeat."""
+    sizes, valid = REPEATED
+    batches = sentences(sizes, valid)
+    for other in (None, sentences([5], [17])):
+        states: list[Any] = []
+        losses = []
+        for repeats in (True, False):
+            accumulate = COUNTS["number"]()
+            losses.append(seen := Again(optimizer="none", plugin_name="seen"))
+            plugins = [*[Replaces(other, at=0) if other else Again()] * repeats, seen]
+            taken = accumulated(batches, accumulate, plugins)
+            states.append((accumulate.state_dict(), accumulate._weight, taken[1:]))
+        assert states[0][:2] == states[1][:2]
+        for mine, theirs in zip(states[0][2], states[1][2], strict=True):
+            assert_equal(mine, theirs)
+        if other:
+            assert losses[0].losses[4:] == losses[1].losses[3:]
+
+
+class Replaces(Plugin, name="replaces"):
+    """Repeats each step with other batches."""
+
+    def __init__(self, batches: list[Any], at: int | None = None) -> None:
+        self.batches, self.at = batches, at
+        self.seen: list[list[Tensor]] = []
+
+    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+        if self.at in (None, optim_wrapper.steps):
+            runner.repeat(*self.batches)
+            self.seen.append([p.grad.clone() for p in optim_wrapper.parameters()])
+
+
+def test_gradients_that_are_finished_twice_are_right() -> None:
+    """Whoever emits ``finish_gradients`` again, for the same gradients, changes nothing."""
+
+    class Twice(Plugin):
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            runner.hooks.finish_gradients(runner, optim_wrapper)
+
+    batches = sentences([3, 1, 2])
+    for plugins in ([Twice()], [Again(), Twice()]):
+        (taken,) = accumulated(batches, Accumulate(steps=3), plugins)
+        assert_equal(taken, big_batch(batches))
+
+
+def test_a_window_that_is_closed_by_hand_or_after_the_epoch_is_repeated_too() -> None:
+    class Impatient(Tagger):
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            optim_wrapper.backward(self(**data)["loss"])
+            if len(data["inputs"]) == 3:
+                optim_wrapper.step()
+            return {}
+
+    batches = sentences([2, 1, 3, 2, 1])
+    again = Again()
+    taken = accumulated(batches, Accumulate(steps=5), [again], model=Impatient())
+    assert_equal(taken[0], big_batch(batches[:3]))
+    assert_equal(taken[1], big_batch(batches[3:]))
+    assert len(again.second) == 2
+
+
+@pytest.mark.parametrize("repeated", ["a", "b", None])
+def test_repeats_with_two_optimizers_that_accumulate_differently(
+    make: MakeRunner, repeated: str | None
+) -> None:
+    class Pair(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Tagger(), Tagger()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            for name in ("a", "b"):
+                with optim_wrapper[name].optim_context(self):
+                    loss = getattr(self, name)(**data)["loss"]
+                optim_wrapper[name].update_params(loss)
+            return {}
+
+    class Windows(Plugin):
+        """Repeats the windows of one optimizer or both, and keeps the gradients of both."""
+
+        def before_train(self) -> None:
+            self.windows: dict[str, list[Any]] = {"a": [], "b": []}
+            self.steps: dict[str, list[Any]] = {"a": [], "b": []}
+
+        def before_train_iter(self, data_batch: Any) -> None:
+            for window in self.windows.values():
+                window.append(data_batch)
+
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            name = optim_wrapper.name
+            if repeated in (None, name):
+                runner.repeat(*self.windows[name])
+            self.steps[name].append([p.grad.clone() for p in optim_wrapper.parameters()])
+            self.windows[name] = []
+
+    windows = Windows()
+    batches = sentences([1, 2, 3, 1, 2])
+    runner = make(
+        model=Pair(),
+        train_dataloader=batches,
+        train_cfg=dict(max_epochs=1),
+        optim_wrapper={name: dict(optimizer=dict(type="SGD", lr=0.0)) for name in ("a", "b")},
+        plugins=[
+            dict(type="accumulate", steps=2, optimizer="a"),
+            dict(type="accumulate", plugin_name="for b", steps=3, optimizer="b"),
+            windows,
+        ],
+        defaults=("preprocess",),
+    )
+    runner.train()
+    for name, length in (("a", 2), ("b", 3)):
+        assert len(windows.steps[name]) == math.ceil(5 / length)
+        for index, taken in enumerate(windows.steps[name]):
+            assert_equal(taken, big_batch(batches[index * length : (index + 1) * length]))
+
+
 # -- over ranks -----------------------------------------------------------------------------------
 
 
@@ -611,6 +831,11 @@ def on_rank(rank: int, port: int) -> None:
             assert synchronise.reductions == len(taken) == 2, "one exchange per window"
             for gradients, window in zip(taken, windows, strict=True):
                 assert_same(gradients, big_batch([b for part in everyone for b in part[window]]))
+        again = Again()
+        taken = accumulated(mine, COUNTS["number"](), [Synchronise(), again])
+        for index, window in enumerate(windows):
+            assert_same(taken[index], big_batch([b for part in everyone for b in part[window]]))
+            assert_equal(again.second[index], again.first[index])
         whole = [[_all_valid(batch) for batch in part] for part in everyone]
         for weight in ("sample", "batch"):
             mine = whole[rank] if known else Unsized(whole[rank])
@@ -623,6 +848,11 @@ def on_rank(rank: int, port: int) -> None:
                     parts = [big_batch([batch]) for batch in batches]
                     mean = [torch.stack(each).mean(0) for each in zip(*parts, strict=True)]
                     assert_same(gradients, mean)
+            again = Again()
+            repeated = accumulated(mine, Accumulate(steps=3, weight=weight), [Synchronise(), again])
+            for gradients, before in zip(repeated, taken, strict=True):
+                assert_equal(gradients, before)
+            assert len(again.second) == 2
     sys.stdout.flush()
     os._exit(0)
 

@@ -281,6 +281,161 @@ def test_a_model_in_bfloat16_needs_no_scale(make: MakeRunner) -> None:
     assert runner.state_dict()["plugins"] == {}
 
 
+# -- Runner.repeat --------------------------------------------------------------------------------
+
+
+class Again(Plugin):
+    """Repeats each step; some of its passes have infinite gradients, while they are scaled."""
+
+    first: tuple[int, ...] = ()
+    """Iterations whose first pass overflows."""
+    second: tuple[int, ...] = ()
+    """Iterations whose repeated pass overflows."""
+
+    def before_train(self) -> None:
+        self.finite: list[tuple[bool, bool]] = []
+
+    def before_train_iter(self, data_batch: Any) -> None:
+        self.batch = data_batch
+
+    def backward(self, runner: Any, optim_wrapper: Any, loss: Any) -> bool:
+        loss.backward()
+        if runner.progress.iter in (self.second if optim_wrapper.stepping else self.first):
+            weight = runner.bare_model.net.weight
+            weight.grad = weight.grad * float("inf")
+        return True
+
+    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+        seen = [next(optim_wrapper.parameters()).grad.clone()]
+        runner.repeat(self.batch)
+        seen.append(next(optim_wrapper.parameters()).grad.clone())
+        if all(each.isfinite().all() for each in seen):
+            assert torch.equal(*seen)
+            assert seen[0].norm() < 10, "unscaled"
+        self.finite.append((bool(seen[0].isfinite().all()), bool(seen[1].isfinite().all())))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_repeated_step_is_skipped_and_the_scale_changes_as_without_the_repeat(
+    make: MakeRunner, toy: type[Toy], optimizer: str, dtype: Literal["float16", "bfloat16"]
+) -> None:
+    """With unchanged weights; what counts is whether the last gradients are finite."""
+
+    def train(*plugins: Any) -> Any:
+        torch.manual_seed(0)
+        model = toy()
+        amp = Amp(dtype=dtype, init_scale=2.0**10, growth_interval=4)
+        runner = make(
+            model=model,
+            optim_wrapper=OPTIMIZERS[optimizer](model.parameters()),
+            plugins=[*plugins, amp],
+            train_cfg=dict(max_iters=30),
+        )
+        scales: list[float] = []
+        runner.on("log")(lambda values: scales.append(values["loss_scale"].item()))
+        runner.train()
+        return runner, scales
+
+    again = Again(first=(3, 9, 10, 21), second=(9, 17, 21))
+    (repeated, scales), (plain, expected) = train(again), train(Overflow(at=(9, 17, 21)))
+    cases = [(again.finite[index]) for index in (0, 3, 9, 10, 17, 21)]
+    t, f = True, False
+    assert cases == [(t, t), (f, t), (f, f), (f, t), (t, f), (f, f)] or dtype == "bfloat16"
+    if dtype == "bfloat16":  # which has no loss scale: infinite weights, in both
+        assert scales == expected == []
+        assert repeated.progress.step == plain.progress.step == 30
+        return
+    assert scales == expected
+    assert {after / before for before, after in pairwise(scales)} == {0.5, 1.0, 2.0}
+    assert repeated.progress.step == plain.progress.step == 27
+    assert torch.equal(repeated.bare_model.net.weight, plain.bare_model.net.weight)
+    state, expected_state = repeated.state_dict(), plain.state_dict()
+    assert state["plugins"]["amp"] == expected_state["plugins"]["amp"]
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_repeated_pass_uses_the_current_weights_also_within_autocast(
+    make: MakeRunner, within: bool
+) -> None:
+    """Autocast caches the weights that it has cast, until its context ends."""
+
+    class Within(Toy):
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            with optim_wrapper.optim_context(self):
+                loss = self(*data, mode="loss")["loss"]
+                if within:
+                    optim_wrapper.update_params(loss)
+            if not within:
+                optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    class Moves(Plugin):
+        def before_train_iter(self, data_batch: Any) -> None:
+            self.batch = data_batch
+
+        @torch.no_grad()
+        def before_optim_step(self, runner: Any) -> None:
+            weight = runner.bare_model.net.weight
+            weight.add_(1)
+            (outputs,) = runner.repeat(self.batch)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                expected = runner.bare_model(*self.batch, mode="loss")["loss"]
+            assert torch.equal(outputs["loss"], expected)
+            weight.sub_(1)
+
+    make(model=Within(), plugins=[Moves(), "amp"]).train()
+
+
+def test_a_loss_by_hand_after_unscaling_is_refused(make: MakeRunner) -> None:
+    class Adds(Plugin):
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            loss = runner.bare_model(*batch, mode="loss")["loss"]
+            runner.hooks.scale_loss(runner, optim_wrapper, loss).backward()
+
+    (batch, *_) = make().dataloaders["train"]  # type: ignore[misc]
+    runner = make(plugins=[Adds(), Amp(dtype="float16")])
+    with pytest.raises(RuntimeError, match=r"already divided by the loss scale.*runner\.repeat"):
+        runner.train()
+    runner.plugins.remove("adds")
+    runner.train()
+    assert runner.progress.step == 10
+    make(plugins=[Adds(), Amp(dtype="bfloat16")]).train()
+
+
+def test_gradients_that_are_finished_twice_are_unscaled_once(make: MakeRunner) -> None:
+    class Twice(Plugin):
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            runner.hooks.finish_gradients(runner, optim_wrapper)
+
+    runners = [
+        make(plugins=[*plugins, Amp(dtype="float16", init_scale=2.0**10, growth_interval=3)])
+        for plugins in ([], [Twice()], [Again(), Twice()])
+    ]
+    for runner in runners:
+        runner.train()
+        assert torch.equal(runner.bare_model.net.weight, runners[0].bare_model.net.weight)
+        assert runner.state_dict()["plugins"]["amp"] == runners[0].state_dict()["plugins"]["amp"]
+
+
+def test_an_error_in_a_repeated_pass_leaves_the_scale_usable(make: MakeRunner) -> None:
+    runner = make(plugins=[Again(), Amp(dtype="float16")])
+
+    @runner.on("after_forward")
+    def fail(runner: Any) -> None:
+        if runner.optim_wrapper.stepping:
+            runner.plugins.remove("after_forward:fail")
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        runner.train()
+    runner.train()
+    plain = make(plugins=[Amp(dtype="float16")])
+    plain.train()
+    assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
+    assert runner.state_dict()["plugins"]["amp"] == plain.state_dict()["plugins"]["amp"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_on_a_gpu_it_is_the_recipe_too(

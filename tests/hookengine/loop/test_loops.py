@@ -184,6 +184,37 @@ def test_a_stop_is_taken_up_again_where_it_was(make: MakeRunner) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("request_by", ["runner.stop()", "a request of another plugin", "now"])
+def test_a_stop_that_was_agreed_on_when_a_hook_raised_does_not_stop_the_next_run(
+    make: MakeRunner, request_by: str
+) -> None:
+    class Raises(Plugin):
+        def safe_point(self, runner: Any, agreed: Any) -> None:
+            if agreed or runner.progress.stopped:
+                raise LookupError("while a stop was agreed on")
+
+    runner, straight = make(plugins=[Raises()]), make()
+
+    @runner.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == 5:  # the end of an epoch, where no batch is lost
+            if request_by == "runner.stop()":
+                runner.stop("enough")
+            elif request_by == "now":
+                runner.stop("enough", now=True)
+            else:
+                runner.requests.update(save="why", stop="enough")
+
+    with pytest.raises(LookupError, match="while a stop was agreed on"):
+        runner.train()
+    assert (runner.progress.iter, runner.requests) == (5, {})
+    runner.train()
+    assert (runner.progress.iter, runner.progress.stopped) == (10, None)
+    straight.train()
+    for one, other in zip(weights(runner), weights(straight), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_requests_are_settled_by_agree(make: MakeRunner) -> None:
     class Slow(Plugin):
         """Answers two safe points later, once, as one does that overlaps its all-reduce."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from typing import Any
 
@@ -321,3 +322,334 @@ def test_a_state_within_a_window_is_warned_of_and_so_is_a_run_that_was_left_in_o
     plain.train()
     plain.state_dict()
     assert not caplog.records
+
+
+# -- Runner.repeat ---------------------------------------------------------------------------------
+
+
+class Again(Plugin):
+    """Computes the gradients of each step again, after moving the weights by ``shift``."""
+
+    shift: float = 0.0
+    optimizer: str = "optimizer"
+
+    def __post_init__(self) -> None:
+        self.batch: Any = None
+        self.outputs: list[Any] = []
+        self.gradients: list[list[Tensor]] = []
+
+    def before_train_iter(self, data_batch: Any) -> None:
+        self.batch = data_batch
+
+    @torch.no_grad()  # as plugins that edit weights have it
+    def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+        if optim_wrapper.name != self.optimizer:
+            return
+        for parameter in optim_wrapper.parameters():
+            parameter.add_(self.shift)
+        self.outputs += runner.repeat(self.batch)
+        for parameter in optim_wrapper.parameters():
+            parameter.sub_(self.shift)
+        self.gradients.append([p.grad.clone() for p in optim_wrapper.parameters()])
+
+
+def test_repeat_computes_the_gradients_anew_with_the_current_weights(make: MakeRunner) -> None:
+    again = Again(shift=0.5)
+    runner = make(plugins=[again], train_cfg=dict(max_iters=1))
+    by_hand = copy.deepcopy(runner.bare_model)
+    runner.train()
+    with torch.no_grad():
+        for parameter in by_hand.parameters():
+            parameter.add_(0.5)
+    loss = by_hand(*again.batch, mode="loss")["loss"]
+    loss.backward()
+    assert torch.equal(again.outputs[0]["loss"], loss)
+    for mine, theirs in zip(again.gradients[0], by_hand.parameters(), strict=True):
+        assert torch.equal(mine, theirs.grad)
+    assert (runner.progress.iter, runner.progress.step, runner.optim_wrapper.steps) == (1, 1, 1)
+
+
+class ByHand(Toy):
+    """Backpropagates and steps in a way of its own."""
+
+    way: str
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        if "zero_grad first" in self.way:
+            optim_wrapper.zero_grad()
+        if "context" in self.way:
+            with optim_wrapper.optim_context(self):
+                losses = [self(*self.data_preprocessor(data), mode="loss") for _ in range(2)]
+        else:
+            losses = [self(*self.data_preprocessor(data), mode="loss") for _ in range(2)]
+        first, second = (one["loss"] for one in losses)
+        if "update_params" in self.way:
+            optim_wrapper.update_params(0.25 * first + 0.75 * second)
+        else:
+            optim_wrapper.backward(0.25 * first)
+            optim_wrapper.backward(0.75 * second)
+            optim_wrapper.step()
+        if "zero_grad last" in self.way:
+            optim_wrapper.zero_grad()
+        return {"loss": first.detach()}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "update_params",
+        "context, update_params",
+        "backward, step",
+        "context, backward, step",
+        "zero_grad first, backward, step",
+        "context, update_params, zero_grad last",
+    ],
+)
+def test_repeat_with_unchanged_weights_changes_nothing_however_train_step_is_written(
+    make: MakeRunner, way: str
+) -> None:
+    def train(*plugins: Any) -> Any:
+        torch.manual_seed(0)
+        model = ByHand()
+        model.way = way
+        runner = make(model=model, plugins=plugins)
+        asked: list[int] = []
+        runner.on("should_step")(lambda: asked.append(1))
+        runner.train()
+        return runner, len(asked)
+
+    (repeated, asked), (plain, asked_plain) = train(Again()), train()
+    assert torch.equal(repeated.bare_model.net.weight, plain.bare_model.net.weight)
+    assert (repeated.progress.step, asked) == (plain.progress.step, asked_plain)
+
+
+class Interleaved(Pair):
+    """Asks for both steps before it takes either; part a reaches the weights of part b."""
+
+    reaches = False
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        inputs, labels = data
+        losses = {}
+        for name in ("a", "b"):
+            with optim_wrapper[name].optim_context(self):
+                scores = getattr(self, name)(inputs)
+                if self.reaches and name == "a":
+                    scores = scores + self.b(inputs)
+                losses[name] = nn.functional.cross_entropy(scores, labels)
+        for name, loss in losses.items():
+            optim_wrapper[name].update_params(loss)
+        return {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("kind", [Pair, Interleaved])
+@pytest.mark.parametrize("repeated", ["a", "b"])
+def test_repeat_for_one_optimizer_leaves_the_others_as_they_are(
+    make: MakeRunner, kind: type[Pair], repeated: str
+) -> None:
+    """The other optimizer accumulates over the epoch, by a veto in four of five iterations."""
+    other = {"a": "b", "b": "a"}[repeated]
+
+    class Watches(Again):
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            seen = [state_of(runner)]
+            super().before_optim_step(runner, optim_wrapper)
+            seen.append(state_of(runner))
+            if optim_wrapper.name == self.optimizer:
+                for before, after in zip(*seen, strict=True):
+                    assert before is after or torch.equal(before, after)
+
+        def should_step(self, runner: Any, optim_wrapper: Any) -> bool:
+            asked.append(optim_wrapper.name)
+            return optim_wrapper.name == repeated or runner.progress.is_last
+
+    def state_of(runner: Any) -> list[Any]:
+        wrapper = runner.optim_wrapper[other]
+        gradients = [None if p.grad is None else p.grad.clone() for p in wrapper.parameters()]
+        return [*gradients, wrapper.window_open, wrapper.will_step, wrapper._asked]
+
+    asked: list[str] = []
+    ends = []
+    for again in (Watches(optimizer=repeated), Watches(optimizer="neither")):
+        torch.manual_seed(0)
+        model = kind()
+        wrappers = {n: torch.optim.SGD(getattr(model, n).parameters(), lr=0.1) for n in "ab"}
+        runner = make(model=model, optim_wrapper=wrappers, plugins=[again])
+        runner.train()
+        steps = {name: wrapper.steps for name, wrapper in runner.optim_wrapper.items()}
+        assert steps == {repeated: 10, other: 2}
+        ends.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
+    assert len(asked) == 2 * 20
+
+
+def test_a_repeated_loss_adds_to_the_gradients_of_every_parameter_that_it_reaches(
+    make: MakeRunner,
+) -> None:
+    """What the docstring of ``Runner.repeat`` says of a loss of one part that reaches another."""
+    sizes = []
+    for again in (Again(optimizer="a"), Again(optimizer="neither")):
+        torch.manual_seed(0)
+        model = Interleaved()
+        model.reaches = True
+        wrappers = {n: torch.optim.SGD(getattr(model, n).parameters(), lr=0.1) for n in "ab"}
+        runner = make(
+            model=model, optim_wrapper=wrappers, plugins=[again], train_cfg=dict(max_iters=1)
+        )
+
+        @runner.on("optim_step")
+        def measure(runner: Any, optim_wrapper: Any) -> None:
+            if optim_wrapper.name == "a":
+                sizes.append(runner.bare_model.b.weight.grad.clone())
+
+        runner.train()
+    assert torch.equal(sizes[0], 2 * sizes[1])
+
+
+def test_several_batches_add_their_gradients_and_the_last_pass_ends_with_the_step(
+    make: MakeRunner,
+) -> None:
+    passes: list[Any] = []
+
+    class Passes(Plugin):
+        def before_repeat(self, optim_wrapper: Any, data_batch: Any) -> None:
+            passes.append((optim_wrapper.window_open, optim_wrapper.will_step, len(data_batch[0])))
+
+        def before_optim_step(self, runner: Any, optim_wrapper: Any) -> None:
+            one = [p.grad.clone() for p in optim_wrapper.parameters()]
+            assert len(runner.repeat(batch, batch, batch)) == 3
+            for grad, parameter in zip(one, optim_wrapper.parameters(), strict=True):
+                torch.testing.assert_close(parameter.grad, 3 * grad)
+            assert optim_wrapper.will_step
+
+    (batch, *_) = make().dataloaders["train"]  # type: ignore[misc]
+    make(plugins=[Passes()], train_cfg=dict(max_iters=1)).train()
+    assert passes == [(False, False, 4), (True, False, 4), (True, True, 4)]
+
+
+class Critic(Toy):
+    """Steps twice in an iteration."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        for _ in range(2):
+            optim_wrapper.update_params(self(*data, mode="loss")["loss"])
+        return {}
+
+
+class Silent(Toy):
+    """Backpropagates in its first iteration only."""
+
+    seen = 0
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        self.seen += 1
+        if self.seen == 1:
+            optim_wrapper.update_params(self(*data, mode="loss")["loss"])
+        return {}
+
+
+def nested(runner: Any, batch: Any) -> None:
+    runner.on("before_repeat", once=True)(lambda: runner.repeat(batch))
+    runner.repeat(batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "error", "message"),
+    [
+        (Toy, lambda runner, batch: runner.repeat(), ValueError, "needs the batch of this step"),
+        (Toy, nested, RuntimeError, "nor within a repeated pass"),
+        (Silent, lambda runner, batch: runner.repeat(batch), RuntimeError, "did not backpropagate"),
+        (Critic, lambda runner, batch: runner.repeat(batch), RuntimeError, "one step per train_st"),
+        (
+            Toy,
+            lambda runner, batch: runner.optim_wrapper.step(),
+            RuntimeError,
+            r"in the middle of a step.*call runner.repeat\(data_batch\) in before_optim_step",
+        ),
+        (
+            Toy,
+            lambda runner, batch: runner.model.train_step(batch, runner.optim_wrapper),
+            RuntimeError,
+            r"call runner.repeat\(data_batch\)",
+        ),
+        (
+            Toy,
+            lambda runner, batch: runner.optim_wrapper.backward(
+                runner.model(*batch, mode="loss")["loss"]
+            ),
+            RuntimeError,
+            r"call runner.repeat\(data_batch\)",
+        ),
+    ],
+)
+def test_what_cannot_be_repeated_is_answered_and_training_can_continue(
+    make: MakeRunner, model: Any, call: Any, error: Any, message: str
+) -> None:
+    torch.manual_seed(0)
+    runner = make(model=model())
+    (batch, *_) = runner.dataloaders["train"]  # type: ignore[misc]
+    runner.on("before_optim_step", once=True)(lambda: call(runner, batch))
+    with pytest.raises(error, match=message):
+        runner.train()
+    assert_usable(runner)
+    if model is not Silent:
+        torch.manual_seed(0)
+        plain = make(model=model())
+        plain.train()
+        runner.train()
+        assert runner.progress.epoch == plain.progress.epoch
+        assert runner.progress.step == plain.progress.step
+        assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
+
+
+def assert_usable(runner: Any) -> None:
+    wrapper = runner.optim_wrapper
+    assert (wrapper.stepping, wrapper.will_step) == (False, True)
+    assert (wrapper._repeating, wrapper._passed) == (None, False)
+
+
+def test_repeat_within_a_step_of_another_optimizer_is_answered(make: MakeRunner) -> None:
+    model = Interleaved()
+    wrappers = {n: torch.optim.SGD(getattr(model, n).parameters(), lr=0.1) for n in "ab"}
+    runner = make(model=model, optim_wrapper=wrappers)
+
+    @runner.on("before_optim_step")
+    def step_both(optim_wrapper: Any) -> None:
+        if optim_wrapper.name == "a":
+            runner.optim_wrapper["b"].step()
+        else:
+            runner.repeat([])
+
+    with pytest.raises(RuntimeError, match="neither within another step"):
+        runner.train()
+
+
+def test_repeat_outside_of_a_step_is_answered(make: MakeRunner) -> None:
+    runner = make()
+    (batch, *_) = runner.dataloaders["train"]  # type: ignore[misc]
+    with pytest.raises(RuntimeError, match="Call it in before_optim_step"):
+        runner.repeat(batch)
+    runner.on("after_optim_step")(lambda: runner.repeat(batch))
+    with pytest.raises(RuntimeError, match="Call it in before_optim_step"):
+        runner.train()
+
+
+@pytest.mark.parametrize("event", ["before_repeat", "after_forward", "scale_loss", "backward"])
+def test_an_error_in_a_repeated_pass_leaves_the_optimizer_usable(
+    make: MakeRunner, event: str
+) -> None:
+    runner, plain = make(plugins=[Again()]), make()
+
+    def fail(runner: Any) -> None:
+        if runner.optim_wrapper.stepping:
+            runner.plugins.remove(f"{event}:fail")
+            raise LookupError(event)
+
+    runner.on(event)(fail)
+    with pytest.raises(LookupError, match=event):
+        runner.train()
+    assert_usable(runner)
+    runner.train()
+    plain.train()
+    assert runner.progress.step == plain.progress.step == 10
+    assert torch.equal(runner.bare_model.net.weight, plain.bare_model.net.weight)
