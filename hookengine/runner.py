@@ -335,7 +335,8 @@ class Runner(Life):
 
         Args:
             *data_batches: All micro-batches of the step, as ``before_train_iter`` returned them. If
-                gradients are not accumulated, that is one batch.
+                gradients are not accumulated, that is one batch. The gradients become those of
+                these batches as one big batch.
 
         Returns:
             What ``train_step`` returned, per batch.
@@ -343,7 +344,7 @@ class Runner(Life):
         Raises:
             RuntimeError: No optimizer step is in progress, or ``train_step`` backpropagated no
                 loss for it, or used its optimizer for several steps.
-            ValueError: There is no batch.
+            ValueError: There is no batch, or several although gradients are not accumulated.
         """
         return repeat(self, self.optim_wrappers, data_batches)
 

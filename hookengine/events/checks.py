@@ -11,7 +11,7 @@ from numbers import Integral
 from hookengine.answers import answer
 from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS, Event
-from hookengine.registry import unknown
+from hookengine.registry import did_you_mean, unknown
 
 
 def check_methods(name: str, plugin: object, source: str) -> None:
@@ -51,6 +51,9 @@ def check_methods(name: str, plugin: object, source: str) -> None:
                     f"plugin {name!r}, event {event}: name the arguments that {attribute!r} uses "
                     f"instead of *{argument}"
                 )
+            bound = parameter.default is not parameter.empty  # as in def hook(runner, model=model)
+            if bound and not did_you_mean(argument, event.arguments, cutoff=0.6):
+                continue
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
                 raise TypeError(f"plugin {name!r}, event {event}: {problem}")

@@ -199,7 +199,10 @@ class Build(Protocol):
 
     @event
     def initialize_model(self, runner: Runner, model: nn.Module) -> None:
-        """Initialize the weights of the bare model, on the CPU, before any conversion."""
+        """Initialize the weights of the bare model, on the CPU, before any conversion.
+
+        Later events may replace parameters (SyncBN, FSDP): keep their names, not the parameters.
+        """
 
     @transform("model")
     def convert_model(self, runner: Runner, model: nn.Module) -> nn.Module:

@@ -255,6 +255,11 @@ def repeat(
         )
     if not data_batches:
         raise ValueError("runner.repeat() needs the batch of this step, or all its micro-batches")
+    if len(data_batches) > 1 and not runner.plugins.hook.should_step.get_hookimpls():
+        raise ValueError(
+            f"runner.repeat() got {len(data_batches)} batches, but no plugin accumulates, "
+            "so this step has a single one. Pass that batch"
+        )
     (current,) = stepping
     outputs, will_step = [], {wrapper: wrapper.will_step for wrapper in wrappers.values()}
     current.zero_grad()
@@ -275,7 +280,9 @@ def repeat(
     finally:
         for wrapper, value in will_step.items():
             wrapper.will_step, wrapper._repeating, wrapper._passed = value, None, False
+    current.stepping = False  # a plugin that repeats the pass once more would never end
     runner.hooks.finish_gradients(runner, current)
+    current.stepping = True
     return outputs
 
 

@@ -98,7 +98,7 @@ def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> N
         raise RuntimeError(
             f"{len(names)} parameters got no gradient on rank {dist.get_rank()}, for which "
             f"DistributedDataParallel would wait: {', '.join(names[:8])}. Make the loss depend on "
-            "them, or freeze them before you create the Runner (afterwards, set lr=0 for them). If "
-            "their use depends on the batch, set dict(type='distributed', options=dict("
+            "them, or freeze them before you create the Runner. If their use depends on the batch, "
+            "or they are frozen for some epochs, set dict(type='distributed', options=dict("
             "find_unused_parameters=True))"
         )

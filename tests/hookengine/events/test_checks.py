@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import hookengine
-from hookengine import Plugin
+from hookengine import Plugin, Runner
 from hookengine.events.checks import check_methods
+from tests.fixtures import MakeRunner
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,19 @@ def test_properties_options_and_private_methods_are_no_events() -> None:
             raise AssertionError("evaluated")
 
     check_methods("careful", Careful(), "a module")
+
+
+def test_a_default_may_bind_a_value(make: MakeRunner) -> None:
+    runner, seen = make(), list[int]()
+    for number in (1, 2):
+
+        def hook(runner: Runner, number: int = number) -> None:
+            seen.append(number)
+
+        hook.__name__ = f"hook_{number}"
+        runner.on("before_run")(hook)
+    runner.train()
+    assert seen == [1, 2]
 
 
 OLD = '''

@@ -512,6 +512,9 @@ def test_several_batches_add_their_gradients_and_the_last_pass_ends_with_the_ste
     passes: list[Any] = []
 
     class Passes(Plugin):
+        def should_step(self) -> None:
+            """Be a plugin that may accumulate gradients."""
+
         def before_repeat(self, optim_wrapper: Any, data_batch: Any) -> None:
             passes.append((optim_wrapper.window_open, optim_wrapper.will_step, len(data_batch[0])))
 
@@ -557,6 +560,12 @@ def nested(runner: Any, batch: Any) -> None:
     ("model", "call", "error", "message"),
     [
         (Toy, lambda runner, batch: runner.repeat(), ValueError, "needs the batch of this step"),
+        (
+            Toy,
+            lambda runner, batch: runner.repeat(batch, batch),
+            ValueError,
+            "no plugin accumulates",
+        ),
         (Toy, nested, RuntimeError, "nor within a repeated pass"),
         (Silent, lambda runner, batch: runner.repeat(batch), RuntimeError, "did not backpropagate"),
         (Critic, lambda runner, batch: runner.repeat(batch), RuntimeError, "one step per train_st"),
@@ -632,6 +641,22 @@ def test_repeat_outside_of_a_step_is_answered(make: MakeRunner) -> None:
     runner.on("after_optim_step")(lambda: runner.repeat(batch))
     with pytest.raises(RuntimeError, match="Call it in before_optim_step"):
         runner.train()
+
+
+def test_a_pass_is_not_repeated_while_its_gradients_are_finished(make: MakeRunner) -> None:
+    runner = make()
+    batch = next(iter(runner.dataloaders["train"]))
+    runner.on("before_optim_step")(lambda: runner.repeat(batch))
+    told = []
+
+    @runner.on("finish_gradients")
+    def again(runner: Any) -> None:
+        with pytest.raises(RuntimeError, match="Call it in before_optim_step"):
+            runner.repeat(batch)
+        told.append(runner.progress.iter)
+
+    runner.train(max_epochs=1)
+    assert told == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("event", ["before_repeat", "after_forward", "scale_loss", "backward"])
