@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, ParamSpec
@@ -90,3 +91,12 @@ def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = (
         else:
             parts.append(item["msg"].removeprefix("Value error, "))
     return "; ".join(parts)
+
+
+def warn_of_priority(name: str, kind: Any) -> None:
+    """Warn if a class sets ``priority``, as MMEngine's hooks do: it has no effect here."""
+    own = vars(kind) if isinstance(kind, type) else {}
+    annotations = own.get("__annotations__")
+    is_option = isinstance(annotations, dict) and "priority" in annotations
+    if isinstance(own.get("priority"), str) and not is_option and (text := answer("priority")):
+        warnings.warn(f"plugin {name!r}: {text}", stacklevel=2)

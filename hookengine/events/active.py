@@ -62,7 +62,7 @@ class ActivePlugins(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         """Treat every method named after an event as an implementation of that event."""
-        # The groups are left out here, since `_arrange` puts the implementations in order.
+        # The groups are left out here, since `_use` puts the implementations in order.
         return _NO_OPTIONS.copy() if name in EVENTS and implements(plugin, name) else None
 
     def _plan(self, declared: dict[str, object]) -> dict[str, list[Place]]:

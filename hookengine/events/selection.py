@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from hookengine.answers import answer
+from hookengine.answers import answer, warn_of_priority
 from hookengine.events.plugin import DEFAULT_PLUGINS, name_of
 from hookengine.registry import PLUGINS, distribution_of, unknown
 
@@ -56,7 +56,7 @@ class Selection:
         point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
         if point is not None:
             self.sources[name] = distribution_of(point)
-        _warn_of_priority(name, kind)
+        warn_of_priority(name, kind)
         if not isinstance(entry, Mapping):
             return entry
         options = {key: value for key, value in entry.items() if key != "plugin_name"}
@@ -121,12 +121,3 @@ def _disabled_by_environment(wanted: Mapping[str, PluginLike]) -> set[str]:
             what = unknown("plugin", name, {*wanted, *PLUGINS.names()})
             warnings.warn(f"HOOKENGINE_DISABLE: {what}", stacklevel=2)
     return names
-
-
-def _warn_of_priority(name: str, kind: Any) -> None:
-    """Warn if a class sets ``priority``, as MMEngine's hooks do: it has no effect here."""
-    own = vars(kind) if isinstance(kind, type) else {}
-    annotations = own.get("__annotations__")
-    is_option = isinstance(annotations, dict) and "priority" in annotations
-    if isinstance(own.get("priority"), str) and not is_option and (text := answer("priority")):
-        warnings.warn(f"plugin {name!r}: {text}", stacklevel=2)
