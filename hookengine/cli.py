@@ -132,12 +132,17 @@ def order(
         raise typer.BadParameter(unknown("event", event, EVENTS))
     chosen = plugin if plugin else PLUGINS.names()
     off = {name.removeprefix("no:") for name in chosen if name.startswith("no:")}
+    for name in off - {*DEFAULT_PLUGINS}:
+        raise typer.BadParameter(unknown("default plugin", name, DEFAULT_PLUGINS))
     off |= {name.strip() for name in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
     wanted = [name for name in (*DEFAULT_PLUGINS, *chosen) if not name.startswith("no:")]
     enabled = {name: _plugin(name) for name in wanted if name not in off}
     table = Table("event", "plugin", "because", "called")
     for spec in EVENTS.values():
-        places = resolve_order(spec, enabled) if event in (None, spec.name) else []
+        try:
+            places = resolve_order(spec, enabled) if event in (None, spec.name) else []
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
         for index, place in enumerate(places):
             label = "" if index else spec.name
             table.add_row(label, *place, end_section=index == len(places) - 1)

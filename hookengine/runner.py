@@ -18,7 +18,7 @@ from hookengine.events.hookspecs import Phase
 from hookengine.events.manager import PluginManager
 from hookengine.events.plugin import DEFAULT_PLUGINS, FunctionPlugin
 from hookengine.events.selection import PluginLike
-from hookengine.loop.config import EvalCfg, TrainCfg, parse
+from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.life import Life
 from hookengine.loop.loops import EvalLoop, TrainLoop
 from hookengine.loop.optim import OptimWrapper, repeat
@@ -123,7 +123,9 @@ class Runner(Life):
             "optim_wrapper": optim_wrapper,
         }
         arguments.all_or_none(train, "training")
-        self.train_cfg = None if train_cfg is None else parse(TrainCfg, train_cfg, "train_cfg")
+        self.train_cfg: TrainCfg | None = None
+        if train_cfg is not None:
+            self.train_cfg = arguments.parse(TrainCfg, train_cfg, "train_cfg")
         self.val_cfg = arguments.eval_cfg("val", val_cfg, val_dataloader, val_evaluator)
         self.test_cfg = arguments.eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
 
@@ -262,7 +264,7 @@ class Runner(Life):
             limits = {"max_epochs": max_epochs, "max_iters": max_iters, "by_epoch": None}
             if (max_epochs is not None) != cfg.by_epoch:
                 limits["val_interval"] = None
-            cfg = parse(TrainCfg, {**cfg.model_dump(), **limits}, "train()")
+            cfg = arguments.parse(TrainCfg, {**cfg.model_dump(), **limits}, "train()")
         if self._depth:
             raise RuntimeError(
                 "train() was called within a run that is still in progress. Call it after the run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -103,8 +104,19 @@ ASSIGNED: dict[str, str] = {}
 def assigned_to_the_runner(source: str) -> set[str]:
     """Find the attributes of the Runner, its progress and its loops that a source assigns."""
 
+    aliases = {
+        target.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).split(".")[-1] == "runner"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
     def belongs(owner: ast.expr) -> bool:
-        return ast.unparse(owner).rpartition(".")[2].removeprefix("_") in OF_THE_RUNNER
+        parts = [part.removeprefix("_") for part in ast.unparse(owner).split(".")]
+        if any(part.startswith("optim_wrapper") for part in parts):
+            return False  # its attributes are there to be set
+        return parts[-1] in OF_THE_RUNNER or parts[0] in aliases or "runner" in parts[:-1]
 
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -132,6 +144,8 @@ def test_assignments_to_the_runner_are_found() -> None:
         "runner.__dict__.update(model=model)",
     ):
         assert assigned_to_the_runner(source), source
+    for source in ("r = runner; r.device = 3", "runner.train_loop.cfg.max_epochs = 3"):
+        assert assigned_to_the_runner(source), source
     for source in (
         "self.runner = runner",
         "self._progress = runner.progress",
@@ -141,6 +155,21 @@ def test_assignments_to_the_runner_are_found() -> None:
         "iteration = runner.progress.iter",
     ):
         assert not assigned_to_the_runner(source), source
+
+
+def test_plugins_annotate_the_runner() -> None:
+    """So that mypy checks what they do with it."""
+    untyped = []
+    for path in (ROOT / "plugins").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            arguments = node.args if isinstance(node, ast.FunctionDef | ast.Lambda) else None
+            for argument in arguments.args + arguments.kwonlyargs if arguments else ():
+                kind = ast.unparse(argument.annotation) if argument.annotation else "none"
+                if argument.arg == "runner" and not re.fullmatch(
+                    r"(Runner|RunInfo)( \| None)?", kind
+                ):
+                    untyped.append(f"{path.relative_to(ROOT)}:{argument.lineno} {kind}")
+    assert not untyped
 
 
 def test_plugins_change_the_runner_only_through_its_methods() -> None:

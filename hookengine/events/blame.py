@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import re
 import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -71,6 +73,11 @@ def _culprit(error: BaseException, impls: Implementations) -> tuple[str, str] | 
             # Two plugins of one class share their code; blame the one that is the method's self.
             if owner is impl.plugin or not isinstance(owner, type(impl.plugin)):
                 found = event, impl.plugin_name
+        line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno)
+        if rhythm := re.match(r" *if p(\d+)\.\w+ and ", line):  # an option that `every` names
+            plugin = frame.f_globals.get(f"p{rhythm[1]}")
+            owners = [impl.plugin_name for _, impl in impls if impl.plugin is plugin]
+            found = (frame.f_code.co_name, owners[0]) if owners else found
         traceback = traceback.tb_next
     return found
 

@@ -29,7 +29,7 @@ def check_methods(name: str, plugin: object, source: str) -> None:
         try:
             names(getattr(plugin, side, None))
         except TypeError as error:
-            raise TypeError(f"plugin {name!r}: {error}") from None
+            raise TypeError(f"plugin {name!r}, attribute {side!r}: {error}") from None
     implemented = 0
     for attribute in dir(plugin):
         method = inspect.getattr_static(plugin, attribute, None)

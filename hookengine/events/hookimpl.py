@@ -75,10 +75,10 @@ def names(given: Any) -> tuple[str, ...]:
     """
     found = [given] if isinstance(given, str) or not isinstance(given, Iterable) else [*given]
     for name in found if given is not None else ():
-        if not isinstance(name, str) or not name.strip() or set(name) & set(", ") - set("<>"):
+        several = isinstance(name, str) and "<" not in name and set(name) & set(", ")
+        if not isinstance(name, str) or not name or several:
             raise TypeError(
-                "after and before take the name of a plugin, or a tuple of names; got "
-                f"{given!r}. (These two names are reserved for that.)"
+                f"after and before take the name of a plugin, or a tuple of names; got {given!r}"
             )
     return tuple(found) if given is not None else ()
 
@@ -108,8 +108,8 @@ def hookimpl(
     Args:
         function: The method, if you use the decorator without arguments.
         **options: ``after`` names the plugins that are called earlier, ``before`` those that are
-            called later. They replace what the plugin's class declares, which is the default for
-            all its events.
+            called later; ``"*"`` stands for all others. They replace what the plugin's class
+            declares, which is the default for all its events.
 
             ``tryfirst=True`` calls the implementation before those of other plugins,
             ``trylast=True`` after them. Several such implementations are called in the order of

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS, Event
-from hookengine.events.plugin import FunctionPlugin, Plugin, name_of
+from hookengine.events.plugin import PLUGIN_NAMES, FunctionPlugin, Plugin, name_of
 from hookengine.registry import PLUGINS, did_you_mean
 
 
@@ -55,7 +55,8 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
 
     The order depends only on what is declared. Plugins keep the given order within three groups:
     ``tryfirst``, the others, ``trylast``. A plugin that declares ``after`` or ``before`` then moves
-    just far enough, also out of its group; the plugin that it names stays.
+    just far enough, also out of its group; the plugin that it names stays. ``after="*"`` stands
+    behind all of this, ``before="*"`` in front of it.
 
     Args:
         event: The event.
@@ -64,14 +65,20 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
     Raises:
         ValueError: Declarations contradict each other. The message quotes them.
     """
-    members = [name for name, plugin in plugins.items() if implements(plugin, event.name)]
-    if event.kind.mirrored:
-        members.reverse()
-    options = {name: hook_options_of(plugins[name], event.name) for name in members}
-    constraints = [*_constraints(event, {name: plugins[name] for name in members})]
+    members = {n: plugin for n, plugin in plugins.items() if implements(plugin, event.name)}
+    if not event.kind.mirrored:
+        return _sorted(event, members)
+    undone = {n: p for n, p in plugins.items() if n in members or implements(p, "configure")}
+    configured = [place.plugin for place in _sorted(EVENTS["configure"], undone)]
+    return _sorted(event, {name: members[name] for name in configured[::-1] if name in members})
+
+
+def _sorted(event: Event, plugins: Mapping[str, object]) -> list[Place]:
+    options = {name: hook_options_of(plugin, event.name) for name, plugin in plugins.items()}
+    constraints = [*_constraints(event, plugins)]
     # By group and given place; a plugin that declares a constraint takes the place of the other.
-    place = {n: (options[n].trylast - options[n].tryfirst, i) for i, n in enumerate(members)}
-    graph: dict[str, set[str]] = {name: set() for name in members}
+    place = {name: (_group(event, plugins[name]), index) for index, name in enumerate(plugins)}
+    graph: dict[str, set[str]] = {name: set() for name in plugins}
     for one in constraints:
         graph[one.later].add(one.earlier)
     try:
@@ -84,8 +91,8 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
     for name in reversed(order):
         moved = [place[c.later] for c in constraints if c.by == c.earlier == name]
         place[name] = min([place[name], *moved])
-    given = {name: index for index, name in enumerate(members)}
-    ordered, ready, reached = [], list[tuple[tuple[int, int], int, str]](), (-2, 0)
+    given = {name: index for index, name in enumerate(plugins)}
+    ordered, ready, reached = [], list[tuple[tuple[int, int], int, str]](), (-9, 0)
     sorter = graphlib.TopologicalSorter(graph)
     sorter.prepare()
     while sorter.is_active():
@@ -94,6 +101,7 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
         *_, name = heapq.heappop(ready)
         sorter.done(name)
         reasons = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
+        reasons += [f"{s} *" for s in ("after", "before") if "*" in _side(event, plugins[name], s)]
         reasons += dict.fromkeys(str(c) for c in constraints if c.by == name)
         if not reasons:
             reasons = ["configured later" if event.kind.mirrored else "given order"]
@@ -124,27 +132,36 @@ def implements(plugin: object, event: str) -> bool:
     return inspect.isroutine(getattr(plugin, event, None))
 
 
+def _side(event: Event, plugin: object, side: str) -> tuple[str, ...]:
+    """Return the names in ``after`` or ``before`` that apply to a plugin in an event."""
+    options = hook_options_of(plugin, event.name)
+    own: tuple[str, ...] | None = getattr(options, side)
+    if own is not None or event.kind.mirrored:  # the class has its say in `configure`
+        return own or ()
+    opposite = getattr(options, "before" if side == "after" else "after") or ()
+    return tuple(name for name in names(getattr(plugin, side, None)) if name not in opposite)
+
+
+def _group(event: Event, plugin: object) -> int:
+    options = hook_options_of(plugin, event.name)
+    outer = ("*" in _side(event, plugin, "after")) - ("*" in _side(event, plugin, "before"))
+    return 2 * outer or options.trylast - options.tryfirst
+
+
 def _constraints(event: Event, plugins: Mapping[str, object]) -> Iterator[_Constraint]:
     """Yield what the plugins of an event declare about each other."""
     meant = _meanings(plugins)
     for name, plugin in plugins.items():
-        options = hook_options_of(plugin, event.name)
-        for side, opposite in (("after", "before"), ("before", "after")):
-            own: tuple[str, ...] | None = getattr(options, side)
-            # What undoes `configure` comes in the opposite order, unless the method itself differs.
-            mirrored = own is None and event.kind.mirrored
-            where = "on its class" if own is None else "with @hookimpl"
-            for other in names(getattr(plugin, side, None)) if own is None else own:
-                if own is None and other in (getattr(options, opposite) or ()):
-                    continue  # the method itself says the opposite
+        for side in ("after", "before"):
+            own = getattr(hook_options_of(plugin, event.name), side) is not None
+            for other in _side(event, plugin, side):
                 for one in meant.get(other, ()):
                     # A name that stands for a class does not order the plugins of one class.
                     alike = isinstance(plugin, Plugin) and isinstance(plugins[one], type(plugin))
                     if one != name and (one == other or not alike):
-                        later = (side == "after") != mirrored
-                        pair = (one, name) if later else (name, one)
-                        told = side if not mirrored else opposite
-                        yield _Constraint(*pair, name, told, other, where)
+                        pair = (one, name) if side == "after" else (name, one)
+                        where = "with @hookimpl" if own else "on its class"
+                        yield _Constraint(*pair, name, side, other, where)
 
 
 def _contradiction(event: Event, cycle: list[str], constraints: list[_Constraint]) -> str:
@@ -213,7 +230,7 @@ def _main(events: list[str]) -> list[str]:
 
 def _check_known(text: str, other: str, meant: Collection[str]) -> None:
     """Reject a misspelled name. Another unknown one may be of a plugin that is not installed."""
-    if other in PLUGINS:
+    if other in PLUGINS or other in PLUGIN_NAMES or other == "*":
         return
     if near := did_you_mean(other, {*meant, *PLUGINS.names()}, cutoff=0.75):
         raise ValueError(f"{text}, but no plugin of that name is enabled or installed.{near}")

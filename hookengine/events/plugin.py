@@ -30,6 +30,9 @@ DEFAULT_PLUGINS = (
 )
 """Names of the plugins enabled by default. Each does nothing where it is not needed."""
 
+PLUGIN_NAMES: set[str] = set()
+"""Names of the plugin classes defined so far, enabled or not."""
+
 CONFIG = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -83,6 +86,7 @@ class Plugin(_Options):
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.plugin_name = name or snake_case(cls.__name__)
+        PLUGIN_NAMES.add(cls.plugin_name)
         cls._by_keyword = cls._by_keyword and "__init__" not in cls.__dict__
         if cls._by_keyword:
             pydantic_dataclass(cls, config=CONFIG, eq=False, kw_only=True, repr=True)

@@ -1,16 +1,11 @@
-"""The options of ``train_cfg``, ``val_cfg`` and ``test_cfg``, and how to validate them."""
+"""The options of ``train_cfg``, ``val_cfg`` and ``test_cfg``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import pydantic
 from pydantic import Field, model_validator
-
-from hookengine.answers import explain_validation
-
-Cfg = TypeVar("Cfg", bound="pydantic.BaseModel")
 
 
 class TrainCfg(pydantic.BaseModel):
@@ -34,17 +29,6 @@ class TrainCfg(pydantic.BaseModel):
     val_begin: int = Field(
         default=1, ge=0, description="no validation before this epoch or iteration"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _translate_type(cls, given: Any) -> Any:
-        unit = {"EpochBasedTrainLoop": True, "IterBasedTrainLoop": False}
-        if isinstance(given, Mapping) and given.get("type") in unit:
-            return {
-                "by_epoch": unit[given["type"]],
-                **{k: v for k, v in given.items() if k != "type"},
-            }
-        return given
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -87,27 +71,3 @@ class EvalCfg(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     loss: bool = Field(default=False, description="also report the losses of forward(mode='loss')")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_type(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("type") in ("ValLoop", "TestLoop"):
-            return {k: v for k, v in given.items() if k != "type"}
-        return given
-
-
-def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
-    """Validate ``cfg`` into ``model``.
-
-    Raises:
-        TypeError: If ``cfg`` is not a dict.
-        ValueError: If ``cfg`` has a bad value or an unknown key.
-    """
-    if isinstance(cfg, model):
-        return cfg
-    if not isinstance(cfg, Mapping):
-        raise TypeError(f"{name} must be a dict, got {cfg!r}")
-    try:
-        return model.model_validate(dict(cfg))
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{name}: {explain_validation(error, model.model_fields)}") from error

@@ -186,6 +186,11 @@ class OptimWrapper:
         self.stepping = True
         try:
             hooks.before_optim_step(hooks.runner, self)
+            if not self.stepping:
+                raise RuntimeError(
+                    f"the gradients of the optimizer {self.name!r} are gone, because "
+                    "runner.repeat() raised an error that a plugin has caught. Let the error pass"
+                )
         finally:
             self.stepping = False
         stepped = hooks.optim_step(hooks.runner, self)
@@ -200,7 +205,7 @@ class OptimWrapper:
 
     def zero_grad(self) -> None:
         """Discard the gradients, including those of an open window."""
-        if self._repeating is None:
+        if self._repeating is None or (self._repeating and not self._passed):
             self.optimizer.zero_grad()
             self.window_open = False
 
@@ -277,6 +282,9 @@ def repeat(
                 "train_step did not backpropagate a loss for the optimizer whose step is repeated, "
                 f"{current.name!r}"
             )
+    except BaseException:
+        current.stepping = False
+        raise
     finally:
         for wrapper, value in will_step.items():
             wrapper.will_step, wrapper._repeating, wrapper._passed = value, None, False

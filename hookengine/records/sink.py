@@ -207,7 +207,8 @@ def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
 def _named_as(method: Callable[..., None], wrapper: Callable[..., None]) -> Callable[..., None]:
     """Copy a method's name, docstring and hookimpl options, but not its signature."""
     wrapper.__name__, wrapper.__doc__ = method.__name__, method.__doc__
-    vars(wrapper).update(vars(method))
+    kept = ("hookengine_options", "hookengine_impl")
+    vars(wrapper).update({name: vars(method)[name] for name in kept if name in vars(method)})
     return wrapper
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import pydantic
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from hookengine.answers import answer, explain_arguments
+from hookengine.answers import answer, explain_arguments, explain_validation
 from hookengine.evaluator import Evaluator
-from hookengine.loop.config import EvalCfg, parse
+from hookengine.loop.config import EvalCfg
 from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
@@ -24,6 +25,7 @@ from hookengine.setup import migration
 if TYPE_CHECKING:
     from hookengine.runner import Runner
 
+Cfg = TypeVar("Cfg", bound=pydantic.BaseModel)
 _SOURCES = (Mapping, Optimizer, OptimWrapper)
 
 
@@ -40,6 +42,23 @@ def build_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return model
+
+
+def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
+    """Validate ``train_cfg``, ``val_cfg`` or ``test_cfg`` into ``model``.
+
+    Raises:
+        TypeError: If ``cfg`` is not a dict.
+        ValueError: If ``cfg`` has a bad value or an unknown key.
+    """
+    if isinstance(cfg, model):
+        return cfg
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f"{name} must be a dict, got {cfg!r}")
+    try:
+        return model.model_validate(migration.translate_loop(cfg))
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{name}: {explain_validation(error, model.model_fields)}") from error
 
 
 def beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:

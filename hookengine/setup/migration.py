@@ -200,6 +200,17 @@ def answer(name: str) -> str | None:
     return f"{name!r} comes from MMEngine. In hookengine, {text}"
 
 
+def translate_loop(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the ``type`` of an MMEngine loop in ``train_cfg``, ``val_cfg`` or ``test_cfg``."""
+    kept = {key: value for key, value in cfg.items() if key != "type"}
+    match cfg.get("type"):
+        case "EpochBasedTrainLoop" | "IterBasedTrainLoop" as loop:
+            return {"by_epoch": loop == "EpochBasedTrainLoop", **kept}
+        case "ValLoop" | "TestLoop":
+            return kept
+    return dict(cfg)
+
+
 def translate_dataloader(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Translate the arguments of an MMEngine dataloader to those of torch's DataLoader.
 

@@ -86,8 +86,9 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
-    if runner.val_loop is not None:
-        runner.val_loop.metrics = dict(checkpoint.get("metrics", {}))
+    metrics = checkpoint.get("metrics")
+    if runner.val_loop is not None and isinstance(metrics, Mapping):
+        runner.val_loop.metrics = dict(metrics)
 
 
 def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Accumulate(Plugin, name="accumulate"):
         for name in self._windows:
             runner.optim_wrapper.by_name(name)[name].window_length = 1
 
-    @hookimpl(trylast=True)  # after the plugins that replace the batch
+    @hookimpl(after="*")  # after the plugins that replace the batch
     def before_train_iter(self, runner: Runner, data_batch: Any) -> None:
         """Count the samples or tokens that the loss of this batch averages over."""
         self._interrupted = None
@@ -159,14 +159,24 @@ class Accumulate(Plugin, name="accumulate"):
 
     @hookimpl(tryfirst=True, after="amp")  # amp must see infinite gradients as they are
     def finish_gradients(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
-        """Correct the gradients if the weight of the window is not the expected one."""
+        """Correct the gradients if the weight of the window is not the expected one.
+
+        Raises:
+            ValueError: The gradients were computed again from another number of batches.
+        """
         window = self._windows.get(optim_wrapper.name)
         if window is None or window.held == 0:
             return
         correction = window.correction(runner.device, per_rank=self.weight != "batch")
-        window.held = 0
+        held, window.held = window.held, 0
         if self._interrupted is not None:
             (self._weight, self._last), self._interrupted = self._interrupted, None
+            if held != window.stepped:
+                raise ValueError(
+                    f"runner.repeat() got {held} batches, but the step has {window.stepped} "
+                    "micro-batches. Pass all of them, each as before_train_iter returned it"
+                )
+        window.stepped = held
         if isinstance(correction, float) and correction == 1.0:
             return
         grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]

@@ -19,6 +19,7 @@ class Window:
 
     Attributes:
         held: Micro-batches in the window.
+        stepped: Micro-batches of the last window that was closed.
         expected: The expected total weight; None until it is known.
         asked: Whether ``should_step`` was called since the last backward pass, so that the next
             loss belongs to another micro-batch. Losses without such a call between them belong to
@@ -28,7 +29,7 @@ class Window:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.held = 0
+        self.held = self.stepped = 0
         self.expected: Weight | None = None
         self.asked = False
         self.iteration = -1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -35,7 +35,7 @@ class Swa(Plugin, name="swa"):
     """
 
     # It overrides the rates that a schedule has set, and averages after the last step of an epoch.
-    after = ("schedule", "accumulate")
+    after: ClassVar[Sequence[str]] = ("schedule", "accumulate")
 
     begin: int | float = Field(
         default=0.75,

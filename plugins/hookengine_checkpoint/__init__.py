@@ -106,7 +106,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._log: list[str] = []  # until the log of the run is open
         self._found = find_on_all_ranks(runner, self._log.append)
 
-    @hookimpl(trylast=True)  # after all initialization, before plugins copy or convert the model
+    @hookimpl(after="*")  # after all initialization, before plugins copy or convert the model
     def initialize_model(self, runner: Runner, model: nn.Module) -> None:
         """Load the weights of ``Runner(load_from=...)``, unless a checkpoint is resumed."""
         if runner.load_from is not None and self._found is None:
@@ -145,7 +145,7 @@ class Checkpoint(Plugin, name="checkpoint"):
             )
         check_plain(runner.plugins.state_dict(), "the state of plugins")
         check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
-        warn_of_later_changes(runner, self.plugin_name)
+        warn_of_later_changes(runner, self)
         self._timer = SaveTimer(self.every, runner.progress)
         can_agree = dist.get_world_size() == 1 or "agree" in runner.plugins.calls()
         if self._timer.interval.unit == "minutes" and not can_agree:
@@ -159,7 +159,7 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     # -- saving ---------------------------------------------------------------------------------
 
-    @hookimpl(trylast=True)  # other plugins may add metrics
+    @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Compare a validation of training with the best one so far."""
         self._validated = runner.progress.iter, numbers(metrics)
@@ -168,7 +168,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._best.known = dist.broadcast_object(self.best)  # only rank 0 learns of a failed save
         self._best.compare(metric_value(metrics, self.keep_best), optimizer_steps(runner))
 
-    @hookimpl(trylast=True)  # changes that other plugins make at a safe point are saved, too
+    @hookimpl(after="*")  # changes that other plugins make at a safe point are saved, too
     def safe_point(self, runner: Runner, agreed: Mapping[str, str]) -> None:
         """Save if a checkpoint is due, or if the current weights are the best so far."""
         self._writer.poll(runner)
@@ -232,7 +232,7 @@ class Checkpoint(Plugin, name="checkpoint"):
                 "runner.plugins['checkpoint'].save(runner)"
             )
 
-    @hookimpl(trylast=True)  # it may end the process
+    @hookimpl(after="*")  # it may end the process
     def after_run(self, runner: Runner) -> None:
         """Restore the signal handlers, and end the process if a signal has asked for it."""
         self._training = False

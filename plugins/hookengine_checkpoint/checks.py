@@ -30,18 +30,16 @@ def check_plain(state: Any, where: str) -> None:
         )
 
 
-def warn_of_later_changes(runner: Runner, own_name: str) -> None:
-    """Warn if a plugin with a state is called after the save: its changes there are not saved."""
+def warn_of_later_changes(runner: Runner, saving: object) -> None:
+    """Warn of plugins that are called after ``saving`` at a safe point: their changes are lost."""
     called = runner.plugins.calls()["safe_point"]
+    own_name = next(name for name in called if runner.plugins[name] is saving)
     for name in called[called.index(own_name) + 1 :]:
-        plugin = runner.plugins[name]
-        methods = (getattr(plugin, part, None) for part in ("state_dict", "rank_state_dict"))
-        if any(method is not None and method() for method in methods):
-            runner.logger.warning(
-                f"checkpoint: the plugin {name!r} is called after a checkpoint is saved, so the "
-                "checkpoint lacks what it changes in safe_point, and a resumed run may differ. "
-                f"Declare @hookimpl(before={own_name!r}) on its safe_point"
-            )
+        runner.logger.warning(
+            f"checkpoint: the plugin {name!r} is called after a checkpoint is saved, so the "
+            "checkpoint lacks what it changes in safe_point, and a resumed run may differ. "
+            f"Declare @hookimpl(before={own_name!r}) on its safe_point"
+        )
 
 
 def nonfinite(state: Mapping[str, Any], names: list[str]) -> list[str]:

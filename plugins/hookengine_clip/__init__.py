@@ -17,10 +17,10 @@ __all__ = ["Clip"]
 class Clip(Plugin, name="clip"):
     """Clip the gradients of each optimizer, just before its step (arXiv:1211.5063).
 
-    Clipping comes after everything else that edits gradients: by then, they are divided by the loss
-    scale, and averaged if they are accumulated. For steps that are taken, the norm before clipping
-    is logged as ``grad_norm`` (``NAME/grad_norm`` with several optimizers), without synchronizing
-    the device.
+    Clipping comes after the other plugins that edit gradients (``trylast``): by then, they are
+    divided by the loss scale, and averaged if they are accumulated. For steps that are taken, the
+    norm before clipping is logged as ``grad_norm`` (``NAME/grad_norm`` with several optimizers),
+    without synchronizing the device.
     """
 
     max_norm: float | None = Field(

@@ -143,7 +143,7 @@ class Distributed(Plugin, name="distributed"):
             counters = "max_epochs", "max_iters", "epoch", "iter", "batch"
             require_same("training", {n: getattr(runner.progress, n) for n in counters})
 
-    @hookimpl(trylast=True)  # by then, rank 0 has created the folder
+    @hookimpl(after="*")  # by then, rank 0 has created the folder
     def before_run(self, runner: Runner) -> None:
         """Use the name under which rank 0 has found a folder for the run."""
         if self._watch is not None:
@@ -157,6 +157,7 @@ class Distributed(Plugin, name="distributed"):
         if self._watch is not None:
             self._watch.tell(error)
 
+    @hookimpl(after="*")  # other plugins may still need the other ranks
     def unconfigure(self) -> None:
         """Leave the process group, after reporting any error to the other ranks."""
         if self._watch is None:
@@ -305,12 +306,12 @@ class Distributed(Plugin, name="distributed"):
             self._watch.check()
             require_same(name, {})
 
-    @hookimpl(trylast=True)  # after other plugins may have replaced the batch
+    @hookimpl(after="*")  # after other plugins may have replaced the batch
     def before_val_iter(self, batch_idx: int, data_batch: Any) -> None:
         """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("val", ()))
 
-    @hookimpl(trylast=True)  # after other plugins may have replaced the batch
+    @hookimpl(after="*")  # after other plugins may have replaced the batch
     def before_test_iter(self, batch_idx: int, data_batch: Any) -> None:
         """Keep the batch for forward passes whose results are discarded."""
         self._evaluation.keep(data_batch, batch_idx == 0, self._batches.get("test", ()))

@@ -70,7 +70,7 @@ class EarlyStop(Plugin, name="early_stop"):
             runner.logger.info(f"{reason}; call train() again to continue")
             self._asked = True
 
-    @hookimpl(trylast=True)  # other plugins may add metrics
+    @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Compare the metric with the best one, after a validation that training requested."""
         if not runner.progress.val_due:

@@ -151,7 +151,7 @@ class Logging(Plugin, name="logging"):
         clock = self._training.stopwatch
         clock.data_seconds += perf_counter() - clock.mark
 
-    @hookimpl(trylast=True)  # after plugins that set the rate of this step
+    @hookimpl(after="*")  # after plugins that set the rate of this step
     def before_optim_step(self, optim_wrapper: OptimWrapper) -> None:
         """Keep the learning rate of this step, which a schedule is about to change."""
         rate = optim_wrapper.param_groups[0]["lr"]
@@ -160,7 +160,7 @@ class Logging(Plugin, name="logging"):
 
     # Last, so that the record includes what other plugins log in these events.
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_train_iter(self, runner: Runner, data_batch: Any, outputs: Any) -> None:
         """Collect the outputs; write a record every ``interval`` iterations."""
         progress = runner.progress
@@ -169,13 +169,13 @@ class Logging(Plugin, name="logging"):
         if count % self.interval == 0 or (progress.is_last and self._by_epoch):
             self._write_training(runner)
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_train_epoch(self, runner: Runner) -> None:
         """Write the rest of an epoch whose length was not known."""
         if self._by_epoch:
             self._write_training(runner)
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_train(self, runner: Runner) -> None:
         """Write the rest when the limit is reached or the run was stopped."""
         self._write_training(runner)
@@ -213,25 +213,25 @@ class Logging(Plugin, name="logging"):
         """Start the clock."""
         self._evaluation.start()
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_val_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Collect the metrics."""
         self._evaluation.add_metrics("val", metrics)
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_test_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Collect the metrics."""
         self._evaluation.add_metrics("test", metrics)
 
     # In a later event, so that the record includes what hooks log in the one before.
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_val(self, runner: Runner) -> None:
         """Write the metrics; leave the validation out of the time of iterations."""
         self._write(runner, "val", *self._evaluation.finish("val"))
         self._training.stopwatch.mark = perf_counter()
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def after_test(self, runner: Runner) -> None:
         """Write the metrics."""
         self._write(runner, "test", *self._evaluation.finish("test"))

@@ -41,6 +41,7 @@ class Report(Sink, name="report"):
     def write(self, runner: RunInfo, record: Record) -> None:
         """Do nothing: the run's folder has the records when it is time to draw."""
 
+    @hookimpl(after="logging")  # the record of the validation is written
     def after_val(self, runner: Runner) -> None:
         """Draw a run in progress, unless the previous drawing is unfinished."""
         self._validations += 1

@@ -108,7 +108,7 @@ class Seed(Plugin, name="seed"):
 
     # These run last, so that nothing draws random numbers between them and the first batch.
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def before_train(self, runner: Runner) -> None:
         """Restore the loaded random states, and log once what a resume cannot repeat exactly."""
         if self._random is not None:
@@ -117,7 +117,7 @@ class Seed(Plugin, name="seed"):
             self._told = True
             self._tell(runner)
 
-    @hookimpl(trylast=True)
+    @hookimpl(after="*")
     def before_train_epoch(self, runner: Runner) -> None:
         """Restore the random states again in a resumed epoch.
 

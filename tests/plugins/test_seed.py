@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from hookengine import Plugin
+from hookengine import Plugin, hookimpl
 from tests.fixtures import MakeData, MakeRunner, Toy
 
 
@@ -536,3 +537,40 @@ class Endless(DataLoader[Any]):
 )
 def test_what_torch_takes_is_taken(make: MakeRunner, loader: Any) -> None:
     assert len(train(make, loader(), train_cfg=dict(max_iters=2))) == 2
+
+
+@pytest.mark.parametrize("event", ["before_train", "before_train_epoch", "safe_point"])
+def test_a_hook_that_draws_last_of_all_does_not_change_what_a_resume_repeats(
+    make: MakeRunner, event: str
+) -> None:
+    class Draws(Plugin):
+        def __post_init__(self) -> None:
+            self.drawn: list[float] = []
+
+    def draw(self: Any) -> None:
+        self.drawn.append(torch.rand(()).item())
+
+    setattr(Draws, event, hookimpl(trylast=True)(draw))
+
+    def add_noise(runner: Any, optim_wrapper: Any) -> None:
+        for parameter in optim_wrapper.parameters():
+            parameter.grad.add_(torch.randn_like(parameter))
+
+    def run(stop: int | None, resume: bool) -> Any:
+        saving = dict(type="checkpoint", every="1 iterations")
+        runner = make(
+            plugins=["seed", Draws(), saving], name="run", resume="auto" if resume else None
+        )
+        runner.on("before_optim_step")(add_noise)
+        if stop is not None:
+            runner.on("after_train_iter", every=stop, once=True)(lambda: runner.stop())
+        runner.train()
+        runner.close()
+        return runner.bare_model.net.weight.clone()
+
+    whole = run(None, resume=False)
+    shutil.rmtree(make().work_dir)
+    for stop in (3, 5):
+        run(stop, resume=False)
+        assert torch.equal(run(None, resume=True), whole), stop
+        shutil.rmtree(make().work_dir)

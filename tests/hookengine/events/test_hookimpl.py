@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from hookengine import Plugin, PluginManager, hookimpl
+from hookengine import Plugin, PluginManager, Sink, hookimpl
 from tests.fixtures import MakeRunner
 
 
@@ -166,8 +167,6 @@ def test_on_takes_the_same_options(make: MakeRunner) -> None:
 
 
 def test_a_sink_keeps_the_options_of_its_methods() -> None:
-    from hookengine import Sink
-
     class Nowhere(Sink):
         @hookimpl(trylast=True)
         def configure(self, runner: Any) -> None: ...
@@ -188,7 +187,8 @@ def test_pluggys_own_marker_works_too() -> None:
         @pluggy.HookimplMarker("hookengine")(trylast=True)
         def before_train(self) -> None: ...
 
-    assert PluginManager([Raw()]).order()["before_train"][-1].reason == "trylast"
+    (place,) = PluginManager([Raw()], defaults=()).order()["before_train"]
+    assert place.reason == "trylast"
 
 
 def test_decorators_add_up_and_the_upper_one_wins() -> None:
@@ -227,3 +227,32 @@ def test_whole_numbers_of_numpy_will_do(make: MakeRunner) -> None:
 def test_a_function_has_no_options_to_name(make: MakeRunner) -> None:
     with pytest.raises(TypeError, match="a function has no options"):
         make().on("after_train_iter", every="interval")(lambda: None)
+
+
+def test_a_sink_may_wrap_its_methods_itself() -> None:
+    class Quiet(Sink):
+        @hookimpl(trylast=True)
+        @torch.no_grad()
+        def configure(self) -> None:  # type: ignore[override]
+            self.grad = torch.is_grad_enabled()
+
+        def write(self, record: Any) -> None: ...
+
+    manager = PluginManager([sink := Quiet()], defaults=())
+    manager.configure()
+    assert sink.grad is False
+    assert manager.order()["configure"][0].reason == "trylast"
+
+
+def test_an_option_that_no_longer_counts_is_blamed_on_its_plugin(make: MakeRunner) -> None:
+    class Sometimes(Plugin):
+        interval: Any = 2
+
+        @hookimpl(every="interval")
+        def after_train_iter(self) -> None:
+            self.interval = "x"
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        make(plugins=[Sometimes()]).train()
+    assert "raised by plugin 'sometimes'" in caught.value.__notes__[0]
+    assert "event 'after_train_iter', epoch 1, iteration 3" in caught.value.__notes__[0]

@@ -256,9 +256,9 @@ def _none(self: Any) -> None: ...
 def test_names_are_names(wrong: Any) -> None:
     with pytest.raises(TypeError, match="after and before take the name of a plugin"):
         hookimpl(after=wrong)
-    with pytest.raises(TypeError, match="plugin 'bad': after and before take the name"):
+    with pytest.raises(TypeError, match=r"plugin 'bad', attribute '.*': after and"):
         PluginManager([type("Bad", (), {"before": wrong, "before_run": _none})()])
-    with pytest.raises(TypeError, match="plugin 'bad': after and before take the name"):
+    with pytest.raises(TypeError, match=r"plugin 'bad', attribute '.*': after and"):
         PluginManager([type("Bad", (), {"after": _none, "before_run": _none})()])
     PluginManager([type("Good", (), {"after": None, "before_run": _none})()])
 
@@ -340,3 +340,86 @@ def test_a_module_is_a_plugin(make: MakeRunner) -> None:
     module.after_train_iter = lambda runner: seen.append(runner.progress.iter)  # type: ignore[attr-defined]
     make(plugins=[module], train_cfg=dict(max_epochs=1)).train()
     assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_star_stands_for_all_others(make: MakeRunner) -> None:
+    first, last = dict(tryfirst=True), dict(trylast=True)
+    assert order(a=dict(after="*"), b=last, c={}, d=first, e=dict(before="*")) == [*"edcba"]
+    assert order(a=dict(after="*", cls=True), b=last, c=dict(after="*")) == ["b", "a", "c"]
+    assert order(a=dict(after="*"), b=dict(after="a"), c=last) == ["c", "a", "b"]
+    places = resolve_order(EVENT, plugins_with(a=dict(after="*", trylast=True)))
+    assert places[0].reason == "trylast, after *"
+
+
+LAST = {
+    "before_train": "seed",
+    "before_train_epoch": "seed",
+    "before_train_iter": "accumulate",
+    "before_optim_step": "logging",
+    "before_val_iter": "distributed",
+    "after_train_iter": "logging",
+    "after_train_epoch": "logging",
+    "after_train": "logging",
+    "after_val": "logging",
+    "after_run": "checkpoint",
+    "safe_point": "checkpoint",
+    "initialize_model": "checkpoint",
+    "unconfigure": "distributed",
+}
+
+
+@pytest.mark.parametrize("event", LAST)
+def test_what_saves_and_records_comes_after_a_users_last_hook(event: str) -> None:
+    def hook(self: Any) -> None: ...
+
+    user = type("User", (), {event: hookimpl(trylast=True)(hook)})()
+    plugins = [dict(type="accumulate", steps=2), user, dict(type="clip", max_norm=1.0), "watch"]
+    called = PluginManager(plugins).calls()[event]
+    assert called.index("user") < called.index(LAST[event])
+
+
+def test_what_configures_first_releases_last_whatever_made_it_first() -> None:
+    class Base(Plugin):
+        def configure(self) -> None: ...
+        def unconfigure(self) -> None: ...
+
+    class First(Base, name="first"):
+        @hookimpl(tryfirst=True)
+        def configure(self) -> None: ...
+
+    class Middle(Base, name="middle"):
+        @hookimpl(after="plain")
+        def configure(self) -> None: ...
+
+    class Only(Plugin, name="only"):
+        def unconfigure(self) -> None: ...
+
+    plugins = [Middle(), Base(plugin_name="plain"), Only(), First()]
+    calls = PluginManager(plugins, defaults=()).calls()
+    assert calls["configure"] == ["first", "plain", "middle"]
+    assert [name for name in calls["unconfigure"] if name != "only"] == ["middle", "plain", "first"]
+
+
+def test_a_plugin_of_ones_own_that_is_off_is_no_misspelling(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    class Ema2(Plugin, name="ema2"):
+        def after_train_iter(self) -> None: ...
+
+    class Late(Plugin, name="late"):
+        @hookimpl(after="ema2")
+        def after_train_iter(self) -> None: ...
+
+    PluginManager([Late()])
+    assert not recwarn
+
+
+def test_a_lambda_is_named_by_its_place(make: MakeRunner) -> None:
+    runner = make()
+    runner.on("after_train_iter")(lambda: None)
+    (name,) = runner.plugins
+    runner.on("after_train_iter", before=name)(_none_of_it)
+    assert [*runner.plugins.calls()["after_train_iter"]][1] == name
+
+
+def _none_of_it() -> None: ...

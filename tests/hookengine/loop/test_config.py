@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hookengine import TrainCfg
-from hookengine.loop.config import parse
+from hookengine import EvalCfg, TrainCfg
+from hookengine.setup.arguments import parse
 
 
 def test_train_cfg_is_checked() -> None:
@@ -23,3 +23,11 @@ def test_train_cfg_is_checked() -> None:
             parse(TrainCfg, bad, "train_cfg")
     with pytest.raises(TypeError, match="train_cfg must be a dict"):
         parse(TrainCfg, 3, "train_cfg")  # type: ignore[arg-type]
+
+
+def test_the_types_of_mmengines_loops_are_translated() -> None:
+    assert parse(TrainCfg, dict(type="IterBasedTrainLoop", max_iters=3), "cfg").by_epoch is False
+    assert parse(TrainCfg, dict(type="EpochBasedTrainLoop", max_epochs=3), "cfg").by_epoch
+    assert parse(EvalCfg, dict(type="ValLoop", loss=True), "cfg").loss
+    with pytest.raises(ValueError, match="type"):
+        parse(EvalCfg, dict(type="MyLoop"), "cfg")

@@ -643,6 +643,45 @@ def test_repeat_outside_of_a_step_is_answered(make: MakeRunner) -> None:
         runner.train()
 
 
+def test_a_repeated_pass_may_discard_gradients_that_it_does_not_step_with(make: MakeRunner) -> None:
+    """As a train_step does that measures a gradient before the one of the step."""
+
+    class Measures(Toy):
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            optim_wrapper.backward(10 * self(*data, mode="loss")["loss"])
+            optim_wrapper.zero_grad()
+            optim_wrapper.update_params(self(*data, mode="loss")["loss"])
+            return {}
+
+    weights = []
+    for again in (True, False):
+        runner, kept = make(model=Measures()), list[Any]()
+        runner.on("before_train_iter")(lambda data_batch, kept=kept: kept.append(data_batch))
+        if again:
+            runner.on("before_optim_step")(lambda runner, kept=kept: runner.repeat(kept[-1]))
+        torch.manual_seed(0)
+        runner.bare_model.net.reset_parameters()
+        runner.train()
+        weights.append(runner.bare_model.net.weight)
+    assert torch.equal(*weights)
+
+
+def test_a_step_is_not_taken_after_a_repeat_that_failed(make: MakeRunner) -> None:
+    runner = make()
+    weight = runner.bare_model.net.weight.clone()
+
+    @runner.on("before_optim_step")
+    def careless(runner: Any) -> None:
+        with pytest.raises(TypeError):
+            runner.repeat("no batch")
+
+    with pytest.raises(RuntimeError, match=r"are gone, because runner.repeat\(\) raised an error"):
+        runner.train()
+    assert torch.equal(runner.bare_model.net.weight, weight)
+    runner.plugins.remove("careless")
+    runner.train()
+
+
 def test_a_pass_is_not_repeated_while_its_gradients_are_finished(make: MakeRunner) -> None:
     runner = make()
     batch = next(iter(runner.dataloaders["train"]))

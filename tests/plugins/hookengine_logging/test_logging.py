@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hookengine import read_records
 from tests.fixtures import MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner
 
@@ -37,3 +39,35 @@ def test_the_previous_logger_is_restored(
     runner.logger.warning("after")
     assert "after" not in capsys.readouterr().out
     assert "after" in caplog.text
+
+
+def test_what_a_last_hook_logs_is_in_the_record_of_its_iteration(make: MakeRunner) -> None:
+    runner = make(plugins=[dict(type="logging", interval=5)], validate=True)
+
+    @runner.on("after_train_iter", trylast=True)
+    def value(runner: Any) -> None:
+        runner.log({"iteration": runner.progress.iter})
+
+    @runner.on("after_val", trylast=True)
+    def after(runner: Any) -> None:
+        runner.log({"validated": runner.progress.iter}, phase="val")
+
+    runner.train()
+    records = [(r.phase, dict(r.scalars)) for r in read_records(runner.run_dir)]
+    assert [r["iteration"] for phase, r in records if phase == "train"] == [3.0, 8.0]
+    assert [r["validated"] for phase, r in records if phase == "val"] == [5.0, 10.0]
+
+
+def test_a_metric_that_a_last_hook_adds_can_be_monitored(make: MakeRunner) -> None:
+    best = dict(type="checkpoint", keep_best="score", greater_is_better=True)
+    stop = dict(type="early_stop", metric="score", rule="greater", threshold=5.0)
+    runner = make(plugins=[best, stop, "logging"], validate=True)
+
+    @runner.on("after_val_epoch", trylast=True)
+    def add(runner: Any, metrics: Any) -> None:
+        metrics["score"] = float(runner.progress.epoch)
+
+    runner.train()
+    assert runner.plugins["checkpoint"].best["value"] == 2.0
+    records = [dict(r.scalars) for r in read_records(runner.run_dir) if r.phase == "val"]
+    assert [r["score"] for r in records] == [1.0, 2.0]
