@@ -94,7 +94,7 @@ class SaveTimer:
         unit, progress = self.interval.unit, self._progress
         if unit == "minutes" and time.monotonic() >= self._deadline and dist.is_main_process():
             runner.requests.setdefault("save", f"every {self._every}")
-        if agreed.keys() & {"save", "stop"}:
+        if agreed and agreed.keys() & {"save", "stop"}:
             return True
         if unit != "minutes":
             count = progress.iter if unit == "iterations" else progress.epoch
