@@ -22,8 +22,8 @@ class Place(NamedTuple):
     plugin: str
     """The plugin's name."""
     reason: str
-    """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``before NAME``, or several; and
-    ``moved by NAME`` if a declaration of another plugin keeps it from its usual place."""
+    """``given order``, ``tryfirst``, ``trylast``, ``after NAME``, ``after all others``, or several;
+    and ``moved by NAME`` if a declaration of another plugin keeps it from its usual place."""
     rhythm: str
     """When the plugin is called: ``every 100``, ``every 50 (option interval)``, ``once``, or "" for
     each time."""
@@ -101,7 +101,9 @@ def _sorted(event: Event, plugins: Mapping[str, object]) -> list[Place]:
         *_, name = heapq.heappop(ready)
         sorter.done(name)
         reasons = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
-        reasons += [f"{s} *" for s in ("after", "before") if "*" in _side(event, plugins[name], s)]
+        reasons += [
+            f"{s} all others" for s in ("after", "before") if "*" in _side(event, plugins[name], s)
+        ]
         reasons += dict.fromkeys(str(c) for c in constraints if c.by == name)
         if not reasons:
             reasons = ["configured later" if event.kind.mirrored else "given order"]

@@ -348,7 +348,7 @@ def test_a_star_stands_for_all_others(make: MakeRunner) -> None:
     assert order(a=dict(after="*", cls=True), b=last, c=dict(after="*")) == ["b", "a", "c"]
     assert order(a=dict(after="*"), b=dict(after="a"), c=last) == ["c", "a", "b"]
     places = resolve_order(EVENT, plugins_with(a=dict(after="*", trylast=True)))
-    assert places[0].reason == "trylast, after *"
+    assert places[0].reason == "trylast, after all others"
 
 
 LAST = {

@@ -45,7 +45,7 @@ def test_the_run_is_announced(
     assert plugins["logging"]["source"].startswith("hookengine ")
     assert run["hooks"]["after_train_iter"] == [
         {"plugin": "silent", "reason": "given order"},
-        {"plugin": "logging", "reason": "after *"},
+        {"plugin": "logging", "reason": "after all others"},
     ]
     assert (run["model"], run["parameters"]) == ("Toy", 15)
     assert run["train_cfg"]["max_epochs"] == 2
