@@ -96,13 +96,13 @@ class BaseMetric(ABC):
             The metrics, with prefix, on all ranks. Scalars are Python numbers.
         """
         results = dist.collect_results(_to_cpu(self.results), size, consecutive)
-        self.results = []
         if results is not None and not results:
             warnings.warn(
                 f"{type(self).__name__}.results is empty. Append to self.results in process()",
                 stacklevel=2,
             )
         metrics, failure = self._try(results) if results is not None else ({}, None)
+        self.results = []  # only now: compute_metrics may read those of this rank
         metrics, message = dist.broadcast_object((metrics, failure and repr(failure)))
         if failure is not None:
             raise failure

@@ -39,6 +39,29 @@ def test_a_metric_is_computed_from_all_batches_and_starts_anew() -> None:
     assert metric.evaluate(1) == {"mean": 5.0}
 
 
+def test_compute_metrics_may_read_the_results_from_the_metric_itself() -> None:
+    """As the metric of MMEngine's segmentation example does."""
+
+    class Reads(Mean):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            return {"mean": sum(self.results) / len(self.results)}
+
+    class Fails(Mean):
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            raise LookupError(len(self.results))
+
+    metric = Reads()
+    for values, mean in (([1.0, 3.0], 2.0), ([5.0], 5.0)):
+        metric.process(None, values)
+        assert metric.evaluate(len(values)) == {"mean": mean}
+        assert metric.results == []
+    failing = Fails()
+    failing.process(None, [1.0, 3.0])
+    with pytest.raises(LookupError, match="2"):
+        failing.evaluate(2)
+    assert failing.results == []
+
+
 def test_a_prefix_is_given_or_the_classes() -> None:
     class Prefixed(Mean):
         default_prefix = "all"
