@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +35,9 @@ class Rates:
     def step(self) -> None:
         """Advance the learning rates by one epoch."""
         self.restore()
-        with warnings.catch_warnings():
-            # torch only sees steps in this process, which may have taken none yet after a resume.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        # torch only sees steps in this process, which may have taken none yet after a resume.
+        self.optim_wrapper.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.scheduler.step()
         self._rates = self.optim_wrapper.get_lr()
 
     def state_dict(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """``{"metric", "value", "number"}`` of the best checkpoint, or None."""
+        """``{"metric", "value", "number", "greater"}`` of the best checkpoint, or None."""
         return self._best.known
 
     @property

@@ -22,7 +22,7 @@ class Best:
         greater: Whether a greater value is better.
 
     Attributes:
-        known: ``{"metric", "value", "number"}`` of the best checkpoint, or None.
+        known: ``{"metric", "value", "number", "greater"}`` of the best checkpoint, or None.
     """
 
     def __init__(self, metric: str | None, greater: bool) -> None:
@@ -69,7 +69,12 @@ class Best:
         """Make the checkpoint of that number the best one if a validation is pending."""
         if self._pending is not None:
             self._previous = (self.known,)
-            self.known = {"metric": self.metric, "value": self._pending[0], "number": number}
+            self.known = {
+                "metric": self.metric,
+                "value": self._pending[0],
+                "number": number,
+                "greater": self.greater,
+            }
             self._pending = None
 
     def commit(self) -> None:
@@ -101,7 +106,10 @@ class Best:
         return {} if self.known is None else {"best": self.known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the best checkpoint, unless another metric is compared now."""
+        """Restore the best checkpoint, unless another metric or direction is compared now."""
         best = state.get("best")
-        if best is not None and self.metric in (None, best["metric"]):
+        if best is None:
+            return
+        same = best["metric"] == self.metric and best.get("greater", self.greater) == self.greater
+        if self.metric is None or same:
             self.known = dict(best)

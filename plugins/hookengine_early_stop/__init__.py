@@ -53,6 +53,7 @@ class EarlyStop(Plugin, name="early_stop"):
         self._waited = 0
         self._stopped = False  # for a reason other than patience
         self._asked = False  # this process has requested a stop
+        self._another: str | None = None  # what was monitored before a resume
         if runner.train_cfg is not None and runner.val_cfg is None:
             raise ValueError(
                 f"early_stop needs {self.metric!r} from validation, but this Runner does not "
@@ -61,6 +62,12 @@ class EarlyStop(Plugin, name="early_stop"):
 
     def before_train(self, runner: Runner) -> None:
         """Reset the patience if training continues after a stop; stop a resumed run again."""
+        if self._another is not None:
+            runner.logger.warning(
+                f"early_stop: the checkpoint monitored {self._another}, this run monitors "
+                f"{self._monitored()}: the patience starts anew"
+            )
+            self._another = None
         ended = self._stopped or self._waited >= self.patience
         if ended and self._asked:
             self._waited, self._stopped = 0, False
@@ -97,10 +104,22 @@ class EarlyStop(Plugin, name="early_stop"):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, the validations since it, and whether the run has stopped."""
-        return {"best": self._best, "waited": self._waited, "stopped": self._stopped}
+        return {
+            "best": self._best,
+            "waited": self._waited,
+            "stopped": self._stopped,
+            "monitored": self._monitored(),
+        }
+
+    def _monitored(self) -> str:
+        return f"{self.metric} ({'greater' if self._sign > 0 else 'less'} is better)"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state saved by ``state_dict``."""
+        """Restore the state saved by ``state_dict``, unless another metric was monitored."""
+        self._asked = False
+        before = state.get("monitored", self._monitored())
+        if before != self._monitored():
+            self._another = before
+            return
         self._best, self._waited = state["best"], state["waited"]
         self._stopped = state["stopped"]
-        self._asked = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -63,6 +62,7 @@ class Schedule(Plugin, name="schedule"):
 
     def configure(self) -> None:
         """Start without schedules; ``setup_optimizer`` adds one per optimizer."""
+        self._another: str | None = None  # the metric of the plateau before a resume
         self._tracks: dict[str, _Track] = {}
 
     @hookimpl(trylast=True)  # after plugins that accumulate gradients have set window_length
@@ -141,6 +141,12 @@ class Schedule(Plugin, name="schedule"):
 
     def before_train(self, runner: Runner) -> None:
         """Log each schedule, and warn if it does not fit the length of this run."""
+        if self._another is not None:
+            runner.logger.warning(
+                f"schedule: in the checkpoint, ReduceLROnPlateau compares {self._another}, in this "
+                f"run {self.metric}: it starts anew, at the current learning rate"
+            )
+            self._another = None
         for track in self._tracks.values():
             of = f" of {track.optim_wrapper.name!r}" if len(self._tracks) > 1 else ""
             runner.logger.info(f"schedule{of}: {track.describe()}")
@@ -173,6 +179,7 @@ class Schedule(Plugin, name="schedule"):
         for track in self._tracks.values():
             track.after_epoch()
 
+    @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Step ReduceLROnPlateau with the metric of a validation that training has started."""
         if not runner.progress.val_due:
@@ -183,12 +190,19 @@ class Schedule(Plugin, name="schedule"):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each optimizer's schedule."""
-        return {name: track.state_dict() for name, track in self._tracks.items()}
+        return {
+            name: {**track.state_dict(), "metric": self.metric}
+            for name, track in self._tracks.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the schedules saved by ``state_dict``."""
         for name, track in self._tracks.items():
             track.load_state_dict(state[name])
+            before = state[name].get("metric", self.metric)
+            if isinstance(track.scheduler, ReduceLROnPlateau) and before != self.metric:
+                track.forget_the_best()
+                self._another = before
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Scale the learning rates of an optimizer whose state was not loaded.
@@ -220,6 +234,8 @@ class _Track:
             self.by_epoch = None  # per validation
         self.warmup: Warmup | None = None
         self._steps = optim_wrapper.steps  # at the end of the last epoch
+        # torch knows only the steps of this process, and would warn where a resume took none yet.
+        optim_wrapper.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     @property
     def warmup_steps(self) -> int:
@@ -270,10 +286,14 @@ class _Track:
         step: Callable[..., None] = self.scheduler.step
         going_on = self.warmup is not None and not self.warmup.over
         lifted = self.warmup.lifted() if self.warmup is not None and going_on else nullcontext()
-        with lifted, warnings.catch_warnings():
-            # torch knows only the steps of this process: after a resume there may be none yet.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        with lifted:
             step(*metric)
+
+    def forget_the_best(self) -> None:
+        """Let ReduceLROnPlateau compare only values from now on."""
+        scheduler: Any = self.scheduler
+        scheduler.best = scheduler.mode_worse
+        scheduler.num_bad_epochs = scheduler.cooldown_counter = 0
 
     def match_rates(self, saved: Iterable[Mapping[str, Any]]) -> None:
         """Scale the learning rates of groups that were not loaded as the saved ones were scaled."""

@@ -151,3 +151,46 @@ def test_stopped_by_a_threshold_it_stays_stopped_after_a_resume(make: MakeRunner
     assert second.progress.iter == first.progress.iter
     second.train()  # who asks again goes on
     assert second.progress.iter > first.progress.iter
+
+
+@pytest.mark.parametrize(
+    ("later", "anew"),
+    [
+        (dict(metric="loss"), False),
+        (dict(metric="accuracy"), True),
+        (dict(metric="loss", rule="greater"), True),
+    ],
+)
+def test_another_metric_after_a_resume_starts_anew_and_says_so(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], later: dict[str, Any], anew: bool
+) -> None:
+    """The best loss, 1.05, is no measure for an accuracy."""
+
+    def build(options: dict[str, Any], epochs: int) -> Any:
+        stop = dict(type="early_stop", patience=2, **options)
+        return make(
+            plugins=[stop, "logging"],
+            validate=True,
+            val_cfg=dict(loss=True),
+            train_cfg=dict(max_epochs=epochs),
+        )
+
+    first = build(dict(metric="loss"), 1)
+    first.train()
+    state = first.state_dict()
+    second = build(later, 4)
+    second.load_state_dict(state)
+    second.train()
+    plugin = second.plugins["early_stop"]
+    said = "the patience starts anew" in capsys.readouterr().out
+    assert said is anew
+    if anew and later["metric"] == "accuracy":
+        assert 0 <= plugin._best <= 1
+    assert plugin.state_dict()["monitored"].startswith(later["metric"])
+
+
+def test_a_state_of_the_version_before_is_that_of_the_same_metric(make: MakeRunner) -> None:
+    plugin = EarlyStop(metric="loss")
+    make(plugins=[plugin], validate=True, val_cfg=dict(loss=True))
+    plugin.load_state_dict({"best": -0.5, "waited": 3, "stopped": False})
+    assert (plugin._best, plugin._waited) == (-0.5, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -646,3 +647,46 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(
 @pytest.mark.parametrize("kept", [np.float64(0.5), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}])
 def test_subclasses_of_plain_types_are_left_to_who_saves(make: MakeRunner, kept: Any) -> None:
     make(plugins=[dict(type="schedule", scheduler=dict(type=Holding, kept=kept))]).train()
+
+
+@pytest.mark.parametrize("later", ["loss", "accuracy"])
+def test_a_plateau_of_another_metric_starts_anew_and_says_so(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], later: str
+) -> None:
+    def build(metric: str, epochs: int) -> Any:
+        mode = "min" if metric == "loss" else "max"
+        config = dict(type="ReduceLROnPlateau", patience=5, mode=mode)
+        return make(
+            plugins=[dict(type="schedule", scheduler=config, metric=metric), "logging"],
+            validate=True,
+            val_cfg=dict(loss=True),
+            train_cfg=dict(max_epochs=epochs),
+        )
+
+    first = build("loss", 1)
+    first.train()
+    second = build(later, 3)
+    second.load_state_dict(first.state_dict())
+    scheduler = second.plugins["schedule"]._tracks["optimizer"].scheduler
+    seen: list[float] = []
+    second.on("after_val_epoch")(lambda metrics: seen.append(metrics[later]))
+    second.train()
+    best = {"loss": min, "accuracy": max}[later]
+    before = [first.val_loop.metrics["loss"]] if later == "loss" else []
+    assert scheduler.best == best([*before, *seen])
+    said = "it starts anew, at the current learning rate" in capsys.readouterr().out
+    assert said is (later != "loss")
+
+
+@pytest.mark.parametrize("plugin", ["schedule", "swa"])
+def test_warnings_that_were_shown_are_not_shown_again(make: MakeRunner, plugin: str) -> None:
+    """Python keeps them in a registry, which `warnings.catch_warnings` clears."""
+    options: dict[str, Any] = dict(begin=1, lr=0.1)
+    if plugin == "schedule":
+        options = dict(scheduler=dict(type="StepLR", step_size=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        runner = make(plugins=[dict(type=plugin, **options)], train_cfg=dict(max_epochs=4))
+        runner.on("after_train_epoch")(lambda: warnings.warn("of a user", stacklevel=1))
+        runner.train()
+    assert [str(w.message) for w in caught if "of a user" in str(w.message)] == ["of a user"]
