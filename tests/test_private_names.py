@@ -283,7 +283,9 @@ def test_all_of_them_are_listed() -> None:
     listed = {name for names in CANARIES for name in names}
     known = listed | DOCUMENTED | OWN_KEYS
     assert not foreign - known, "add a canary for each of these, and a row in CONTRIBUTING.md"
-    assert listed <= private | own, "no longer used: remove the canary, and the row in CONTRIBUTING.md"
+    assert listed <= private | own, (
+        "no longer used: remove the canary, and the row in CONTRIBUTING.md"
+    )
 
 
 def test_contributing_lists_them() -> None:

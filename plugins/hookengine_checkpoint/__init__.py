@@ -126,6 +126,11 @@ class Checkpoint(Plugin, name="checkpoint"):
             self._checkpoints.adopt(found)
         if not dist.broadcast_object(self._checkpoints.holds(self._best.number)):
             self._best.known = None  # a validation that is still due finds the best one again
+        if self._best.another is not None:
+            self._log.append(
+                f"the best checkpoint so far was chosen by {self._best.another}, this run has "
+                f"keep_best={self.keep_best!r}: the comparison starts anew"
+            )
         self._writer.mark_saved(runner.progress)
         self._log.append(f"resuming from {found.path}: {runner.progress}")
 

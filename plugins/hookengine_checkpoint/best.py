@@ -22,12 +22,14 @@ class Best:
         greater: Whether a greater value is better.
 
     Attributes:
+        another: The metric that a loaded state has compared instead, or in the other direction.
         known: ``{"metric", "value", "number", "greater"}`` of the best checkpoint, or None.
     """
 
     def __init__(self, metric: str | None, greater: bool) -> None:
         self.metric = metric
         self.greater = greater
+        self.another: str | None = None
         self.known: dict[str, Any] | None = None
         self._pending: tuple[float, list[int]] | None = None  # the value, and the steps until then
         self._previous: tuple[dict[str, Any] | None, ...] = ()  # while the save is in progress
@@ -111,5 +113,6 @@ class Best:
         if best is None:
             return
         same = best["metric"] == self.metric and best.get("greater", self.greater) == self.greater
-        if self.metric is None or same:
+        self.another = None if self.metric is None or same else str(best["metric"])
+        if self.another is None:
             self.known = dict(best)

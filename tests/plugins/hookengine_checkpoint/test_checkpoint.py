@@ -795,3 +795,31 @@ def test_a_plugin_finds_each_checkpoint_under_the_path_that_it_is_given(
     assert len(seen) == 4
     kept = sorted(path.name for path in (runner.run_dir / "checkpoints").iterdir())
     assert kept == ["best", "epoch_2", "latest"]
+
+
+def test_the_best_of_another_metric_is_no_measure_and_the_log_says_so(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(metric: str, epochs: int, **options: Any) -> Any:
+        saving = dict(type="checkpoint", keep_best=metric, **options)
+        return make(
+            plugins=[saving, "logging"],
+            validate=True,
+            val_cfg=dict(loss=True),
+            name="run",
+            resume="auto",
+            train_cfg=dict(max_epochs=epochs),
+        )
+
+    build("loss", 1).train()
+    for metric, options, epochs, said in (
+        ("loss", {}, 2, False),
+        ("accuracy", {}, 3, True),
+        ("accuracy", dict(greater_is_better=False), 4, True),
+    ):
+        runner = build(metric, epochs, **options)
+        assert (runner.plugins["checkpoint"].best is None) is said
+        runner.train()
+        assert ("the comparison starts anew" in capsys.readouterr().out) is said
+        assert runner.plugins["checkpoint"].best["metric"] == metric
+        runner.close()
