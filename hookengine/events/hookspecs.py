@@ -257,7 +257,10 @@ class Train(Protocol):
 
     @event
     def after_train(self, runner: Runner) -> None:
-        """Finish training: the limit is reached, or the ranks agreed to stop."""
+        """Finish training: the limit is reached, or the ranks agreed to stop.
+
+        The last checkpoint is already saved: change weights in an earlier event.
+        """
 
     @event.per("epoch")
     def before_train_epoch(self, runner: Runner) -> None:
@@ -313,8 +316,11 @@ class Val(Protocol):
         """Prepare for the passes over the validation dataloader, one per evaluated model."""
 
     @event
-    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
-        """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
+        """Receive the metrics of all evaluated models by name, scalars as Python numbers.
+
+        You may add metrics of your own, which are recorded and can be monitored like the others.
+        """
 
     @transform("data_batch").per("batch")
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any, prefix: str) -> Any:
@@ -347,7 +353,7 @@ class Test(Protocol):
         """Prepare for the passes over the test dataloader, one per evaluated model."""
 
     @event
-    def after_test_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
         """Receive the metrics of all evaluated models by name, scalars as Python numbers."""
 
     @transform("data_batch").per("batch")

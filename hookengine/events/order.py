@@ -146,8 +146,10 @@ def _side(event: Event, plugin: object, side: str) -> tuple[str, ...]:
 
 def _group(event: Event, plugin: object) -> int:
     options = hook_options_of(plugin, event.name)
-    outer = ("*" in _side(event, plugin, "after")) - ("*" in _side(event, plugin, "before"))
-    return 2 * outer or options.trylast - options.tryfirst
+    last, first = ("*" in _side(event, plugin, side) for side in ("after", "before"))
+    if last and first:
+        raise ValueError(f"{plugin!r} declares both after='*' and before='*' in {event.name!r}")
+    return 2 * (last - first) or options.trylast - options.tryfirst
 
 
 def _constraints(event: Event, plugins: Mapping[str, object]) -> Iterator[_Constraint]:

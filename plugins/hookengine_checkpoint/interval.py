@@ -96,6 +96,8 @@ class SaveTimer:
             runner.requests.setdefault("save", f"every {self._every}")
         if agreed and agreed.keys() & {"save", "stop"}:
             return True
+        if progress.stopped is not None:  # runner.stop(now=True), on all ranks
+            return True
         if unit != "minutes":
             count = progress.iter if unit == "iterations" else progress.epoch
             if count >= self._next:

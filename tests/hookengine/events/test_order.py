@@ -347,6 +347,8 @@ def test_a_star_stands_for_all_others(make: MakeRunner) -> None:
     assert order(a=dict(after="*"), b=last, c={}, d=first, e=dict(before="*")) == [*"edcba"]
     assert order(a=dict(after="*", cls=True), b=last, c=dict(after="*")) == ["b", "a", "c"]
     assert order(a=dict(after="*"), b=dict(after="a"), c=last) == ["c", "a", "b"]
+    with pytest.raises(ValueError, match=r"both after='\*' and before='\*' in 'after_train_iter'"):
+        order(a=dict(after="*", before="*"))
     places = resolve_order(EVENT, plugins_with(a=dict(after="*", trylast=True)))
     assert places[0].reason == "trylast, after all others"
 

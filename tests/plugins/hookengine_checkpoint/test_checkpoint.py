@@ -823,3 +823,18 @@ def test_the_best_of_another_metric_is_no_measure_and_the_log_says_so(
         assert ("the comparison starts anew" in capsys.readouterr().out) is said
         assert runner.plugins["checkpoint"].best["metric"] == metric
         runner.close()
+
+
+@pytest.mark.parametrize("event", ["safe_point", "after_train_iter"])
+def test_a_run_that_stops_now_is_saved(make: MakeRunner, event: str) -> None:
+    runner = make(plugins=["checkpoint"])
+
+    @runner.on(event)
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == 4:
+            runner.stop("now", now=True)
+
+    runner.train()
+    assert runner.progress.iter == 4
+    state = load(runner.run_dir / "checkpoints" / "latest")
+    assert state["progress"]["iter"] == 4
