@@ -129,7 +129,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self._best.another is not None:
             self._log.append(
                 f"the best checkpoint so far was chosen by {self._best.another}, this run has "
-                f"keep_best={self.keep_best!r}: the comparison starts anew"
+                f"keep_best={self.keep_best!r}: the comparison starts over"
             )
         self._writer.mark_saved(runner.progress)
         self._log.append(f"resuming from {found.path}: {runner.progress}")

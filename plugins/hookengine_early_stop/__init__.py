@@ -65,7 +65,7 @@ class EarlyStop(Plugin, name="early_stop"):
         if self._another is not None:
             runner.logger.warning(
                 f"early_stop: the checkpoint monitored {self._another}, this run monitors "
-                f"{self._monitored()}: the patience starts anew"
+                f"{self._monitored()}: the patience starts over"
             )
             self._another = None
         ended = self._stopped or self._waited >= self.patience

@@ -144,7 +144,7 @@ class Schedule(Plugin, name="schedule"):
         if self._another is not None:
             runner.logger.warning(
                 f"schedule: in the checkpoint, ReduceLROnPlateau compares {self._another}, in this "
-                f"run {self.metric}: it starts anew, at the current learning rate"
+                f"run {self.metric}: it starts over, at the current learning rate"
             )
             self._another = None
         for track in self._tracks.values():

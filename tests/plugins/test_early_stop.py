@@ -154,15 +154,15 @@ def test_stopped_by_a_threshold_it_stays_stopped_after_a_resume(make: MakeRunner
 
 
 @pytest.mark.parametrize(
-    ("later", "anew"),
+    ("later", "over"),
     [
         (dict(metric="loss"), False),
         (dict(metric="accuracy"), True),
         (dict(metric="loss", rule="greater"), True),
     ],
 )
-def test_another_metric_after_a_resume_starts_anew_and_says_so(
-    make: MakeRunner, capsys: pytest.CaptureFixture[str], later: dict[str, Any], anew: bool
+def test_another_metric_after_a_resume_starts_over_and_says_so(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], later: dict[str, Any], over: bool
 ) -> None:
     """The best loss, 1.05, is no measure for an accuracy."""
 
@@ -182,9 +182,9 @@ def test_another_metric_after_a_resume_starts_anew_and_says_so(
     second.load_state_dict(state)
     second.train()
     plugin = second.plugins["early_stop"]
-    said = "the patience starts anew" in capsys.readouterr().out
-    assert said is anew
-    if anew and later["metric"] == "accuracy":
+    said = "the patience starts over" in capsys.readouterr().out
+    assert said is over
+    if over and later["metric"] == "accuracy":
         assert 0 <= plugin._best <= 1
     assert plugin.state_dict()["monitored"].startswith(later["metric"])
 

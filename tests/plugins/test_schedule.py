@@ -650,7 +650,7 @@ def test_subclasses_of_plain_types_are_left_to_who_saves(make: MakeRunner, kept:
 
 
 @pytest.mark.parametrize("later", ["loss", "accuracy"])
-def test_a_plateau_of_another_metric_starts_anew_and_says_so(
+def test_a_plateau_of_another_metric_starts_over_and_says_so(
     make: MakeRunner, capsys: pytest.CaptureFixture[str], later: str
 ) -> None:
     def build(metric: str, epochs: int) -> Any:
@@ -674,7 +674,7 @@ def test_a_plateau_of_another_metric_starts_anew_and_says_so(
     best = {"loss": min, "accuracy": max}[later]
     before = [first.val_loop.metrics["loss"]] if later == "loss" else []
     assert scheduler.best == best([*before, *seen])
-    said = "it starts anew, at the current learning rate" in capsys.readouterr().out
+    said = "it starts over, at the current learning rate" in capsys.readouterr().out
     assert said is (later != "loss")
 
 

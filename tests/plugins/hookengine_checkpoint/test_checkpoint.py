@@ -820,7 +820,7 @@ def test_the_best_of_another_metric_is_no_measure_and_the_log_says_so(
         runner = build(metric, epochs, **options)
         assert (runner.plugins["checkpoint"].best is None) is said
         runner.train()
-        assert ("the comparison starts anew" in capsys.readouterr().out) is said
+        assert ("the comparison starts over" in capsys.readouterr().out) is said
         assert runner.plugins["checkpoint"].best["metric"] == metric
         runner.close()
 
