@@ -74,7 +74,7 @@ def resolve_order(event: Event, plugins: Mapping[str, object]) -> list[Place]:
 
 
 def _sorted(event: Event, plugins: Mapping[str, object]) -> list[Place]:
-    options = {name: hook_options_of(plugin, event.name) for name, plugin in plugins.items()}
+    """Sort plugins that stand in their given order, subject to what they declare."""
     constraints = [*_constraints(event, plugins)]
     # By group and given place; a plugin that declares a constraint takes the place of the other.
     place = {name: (_group(event, plugins[name]), index) for index, name in enumerate(plugins)}
@@ -100,20 +100,26 @@ def _sorted(event: Event, plugins: Mapping[str, object]) -> list[Place]:
             heapq.heappush(ready, (place[name], given[name], name))
         *_, name = heapq.heappop(ready)
         sorter.done(name)
-        reasons = [group for group in ("tryfirst", "trylast") if getattr(options[name], group)]
-        reasons += [
-            f"{s} all others" for s in ("after", "before") if "*" in _side(event, plugins[name], s)
-        ]
-        reasons += dict.fromkeys(str(c) for c in constraints if c.by == name)
-        if not reasons:
-            reasons = ["configured later" if event.kind.mirrored else "given order"]
-        if place[name] < reached:  # it had to wait
-            others = {c.by: None for c in constraints if c.by != name == c.later}
-            reasons += [f"moved by {', '.join(others)}"] if others else []
+        told = _reason(event, name, plugins[name], constraints, waited=place[name] < reached)
         reached = max(reached, place[name])
-        rhythm = describe_rhythm(plugins[name], event.name)
-        ordered.append(Place(name, ", ".join(reasons), rhythm))
+        ordered.append(Place(name, told, describe_rhythm(plugins[name], event.name)))
     return ordered
+
+
+def _reason(
+    event: Event, name: str, plugin: object, constraints: list[_Constraint], waited: bool
+) -> str:
+    """Return why a plugin has its place; ``waited`` if later ones were placed before it."""
+    options = hook_options_of(plugin, event.name)
+    reasons = [group for group in ("tryfirst", "trylast") if getattr(options, group)]
+    for side in ("after", "before"):
+        reasons += [f"{side} all others"] * ("*" in _side(event, plugin, side))
+    reasons += dict.fromkeys(str(c) for c in constraints if c.by == name)
+    if not reasons:
+        reasons = ["configured later" if event.kind.mirrored else "given order"]
+    if waited and (others := {c.by: None for c in constraints if c.by != name == c.later}):
+        reasons.append(f"moved by {', '.join(others)}")
+    return ", ".join(reasons)
 
 
 def describe_rhythm(plugin: object, event: str) -> str:

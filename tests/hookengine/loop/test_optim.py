@@ -370,7 +370,7 @@ def test_repeat_computes_the_gradients_anew_with_the_current_weights(make: MakeR
 
 
 class ByHand(Toy):
-    """Backpropagates and steps in a way of its own."""
+    """Calls the methods of the optimizer wrapper one by one."""
 
     way: str
 

@@ -812,15 +812,15 @@ def test_the_best_of_another_metric_is_no_measure_and_the_log_says_so(
         )
 
     build("loss", 1).train()
-    for metric, options, epochs, said in (
+    for metric, options, epochs, starts_over in (
         ("loss", {}, 2, False),
         ("accuracy", {}, 3, True),
         ("accuracy", dict(greater_is_better=False), 4, True),
     ):
         runner = build(metric, epochs, **options)
-        assert (runner.plugins["checkpoint"].best is None) is said
+        assert (runner.plugins["checkpoint"].best is None) is starts_over
         runner.train()
-        assert ("the comparison starts over" in capsys.readouterr().out) is said
+        assert ("the comparison starts over" in capsys.readouterr().out) is starts_over
         assert runner.plugins["checkpoint"].best["metric"] == metric
         runner.close()
 
