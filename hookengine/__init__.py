@@ -9,7 +9,6 @@ from hookengine.events.hookspecs import EVENTS, Phase
 from hookengine.events.manager import PluginManager
 from hookengine.events.order import Place
 from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
-from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.data import (
     SeekableLoader,
     is_consecutive,
@@ -18,9 +17,9 @@ from hookengine.loop.data import (
 )
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
-from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.model.base_model import BaseModel
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
 from hookengine.records.record import Record, read_records
@@ -35,6 +34,7 @@ from hookengine.registry import (
     did_you_mean,
 )
 from hookengine.runner import Runner
+from hookengine.setup.config import EvalCfg, TrainCfg
 from hookengine.setup.dataloaders import copy_dataloader, samplers_of
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment

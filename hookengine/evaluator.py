@@ -201,6 +201,9 @@ class Evaluator:
             raise ValueError("an evaluator needs at least one metric, got none")
         self.metrics: list[BaseMetric] = several
 
+    def __repr__(self) -> str:
+        return f"Evaluator({[type(metric).__name__ for metric in self.metrics]})"
+
     def set_dataset_meta(self, meta: Mapping[str, Any] | None) -> None:
         """Set ``dataset_meta``, the ``metainfo`` of the dataset, on all metrics."""
         for metric in self.metrics:

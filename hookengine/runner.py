@@ -18,7 +18,6 @@ from hookengine.events.hookspecs import Phase
 from hookengine.events.manager import PluginManager
 from hookengine.events.plugin import DEFAULT_PLUGINS, FunctionPlugin
 from hookengine.events.selection import PluginLike
-from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.life import Life
 from hookengine.loop.loops import EvalLoop, TrainLoop
 from hookengine.loop.optim import OptimWrapper, repeat
@@ -29,7 +28,8 @@ from hookengine.records.record import check_logged
 from hookengine.records.run_folder import check_name, make_folder
 from hookengine.registry import did_you_mean
 from hookengine.setup import arguments, state
-from hookengine.setup.description import describe_run
+from hookengine.setup.config import EvalCfg, TrainCfg
+from hookengine.setup.description import describe_in_brief, describe_run
 from hookengine.setup.migration import drop_neutral
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -440,6 +440,9 @@ class Runner(Life):
             return function
 
         return register
+
+    def __repr__(self) -> str:
+        return describe_in_brief(self)
 
     if not TYPE_CHECKING:  # a type checker must report an unknown attribute
 

@@ -48,6 +48,9 @@ class ActivePlugins(pluggy.PluginManager):
     def __iter__(self) -> Iterator[str]:
         return iter(self._declared)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({[*self]})"
+
     def items(self) -> list[tuple[str, Any]]:
         """Return ``(name, plugin)`` pairs in the given order: defaults, then the user's."""
         return [*self._declared.items()]

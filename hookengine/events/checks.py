@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
 import warnings
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import Any
 
-from hookengine.answers import answer
+from hookengine.answers import check_is_no_event
 from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS, Event
+from hookengine.events.plugin import Plugin
 from hookengine.registry import did_you_mean, unknown
+
+STATE_METHODS = ("state_dict", "load_state_dict", "rank_state_dict", "load_rank_state_dict")
 
 
 def check_methods(name: str, plugin: object, source: str) -> None:
@@ -30,33 +33,38 @@ def check_methods(name: str, plugin: object, source: str) -> None:
             names(getattr(plugin, side, None))
         except TypeError as error:
             raise TypeError(f"plugin {name!r}, attribute {side!r}: {error}") from None
+    _check_state(name, plugin)
     implemented = 0
     for attribute in dir(plugin):
         method = inspect.getattr_static(plugin, attribute, None)
         if attribute.startswith("_") or not inspect.isroutine(method):
             continue
         if attribute not in EVENTS:
-            _check_is_no_event(name, attribute)
+            if attribute not in STATE_METHODS:
+                check_is_no_event(name, attribute, [*EVENTS, *STATE_METHODS])
             continue
         implemented += 1
-        event = EVENTS[attribute]
-        parameters = inspect.signature(getattr(plugin, attribute)).parameters
-        if inspect.isfunction(method) and getattr(plugin, attribute) != method:
-            first = next(iter(inspect.signature(method).parameters), None)
+        event, bound = EVENTS[attribute], getattr(plugin, attribute)
+        where = f"plugin {name!r}, event {event}"
+        if getattr(bound, "__self__", None) is not None:
+            function = getattr(method, "__func__", method)  # of a classmethod
+            first = next(iter(inspect.signature(function).parameters), None)
             if first is None or first in event.arguments:
-                raise TypeError(f"plugin {name!r}, event {event}: the method has no 'self'. Add it")
+                own = "self" if function is method else "cls"
+                raise TypeError(f"{where}: the method has no {own!r}. Add it")
+        _check_runs(where, bound, event.kind.answer is Iterable)
+        parameters = inspect.signature(bound).parameters
         for argument, parameter in parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(
-                    f"plugin {name!r}, event {event}: name the arguments that {attribute!r} uses "
-                    f"instead of *{argument}"
+                    f"{where}: name the arguments that {attribute!r} uses instead of *{argument}"
                 )
-            bound = parameter.default is not parameter.empty  # as in def hook(runner, model=model)
-            if bound and not did_you_mean(argument, event.arguments, cutoff=0.6):
+            given = parameter.default is not parameter.empty  # as in def hook(runner, model=model)
+            if given and not did_you_mean(argument, event.arguments, cutoff=0.6):
                 continue
             if argument not in event.arguments:
                 problem = unknown("argument", argument, event.arguments)
-                raise TypeError(f"plugin {name!r}, event {event}: {problem}")
+                raise TypeError(f"{where}: {problem}")
         for what, advice in event.kind.deprecations.items():
             if not what or what in parameters:
                 argument = f"the argument {what!r} of " if what else ""
@@ -72,6 +80,38 @@ def check_methods(name: str, plugin: object, source: str) -> None:
             f"plugin {name!r} ({plugin!r}) implements no event. A plugin is an object with methods "
             "named after events; `hookengine events` lists them"
         )
+
+
+def _check_runs(where: str, function: Callable[..., Any], may_yield: bool = False) -> None:
+    """Reject a function whose body a plain call does not run."""
+    yields = inspect.isgeneratorfunction(function) and not may_yield
+    if yields or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        fix = "return instead of yield" if yields else "def instead of async def"
+        raise TypeError(f"{where}: a call does not run the body of this function. Use {fix}")
+
+
+def _check_state(name: str, plugin: object) -> None:
+    """Reject methods that would lose the plugin's state, or that cannot be called."""
+    for save, load in (STATE_METHODS[:2], STATE_METHODS[2:]):
+        found = {}
+        for method, arguments in ((save, ()), (load, ({},))):
+            bound = getattr(plugin, method, None)
+            if bound is None or getattr(bound, "__func__", None) is vars(Plugin)[method]:
+                continue
+            found[method], where = bound, f"plugin {name!r}, method {method!r}"
+            _check_runs(where, bound)
+            try:
+                inspect.signature(bound).bind(*arguments)
+            except TypeError as error:
+                takes = "one argument, the state" if arguments else "no argument"
+                raise TypeError(f"{where} must be a method that takes {takes}: {error}") from None
+        if len(found) == 1:
+            (missing,) = {save, load} - {*found}
+            near = did_you_mean(missing, {*dir(plugin)} - {*STATE_METHODS}, cutoff=0.75)
+            raise TypeError(
+                f"plugin {name!r} defines only one of {save!r} and {load!r}, so its state would be "
+                f"lost when a run resumes: it has no {missing!r}.{near} Define both"
+            )
 
 
 def _check_rhythm(name: str, plugin: object, event: Event) -> None:
@@ -100,23 +140,3 @@ def _check_rhythm(name: str, plugin: object, event: Event) -> None:
                 f"{where}: every={every!r} names an option whose value is {value!r}; it must be a "
                 "whole number, at least 0, or None"
             )
-
-
-def _check_is_no_event(name: str, attribute: str) -> None:
-    near = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.75)
-    is_reserved = re.match(r"(before|after|on)_", attribute)
-    is_near = near and difflib.SequenceMatcher(None, attribute, near[0]).ratio() > 0.9
-    if not (is_reserved or is_near):
-        return
-    text = answer(attribute)
-    hint = f"{text}." if text else f"Did you mean {near[0]!r}?" if near else ""
-    if is_reserved:
-        raise TypeError(
-            f"plugin {name!r}: unknown event {attribute!r}. {hint} `hookengine events` lists all "
-            "events; other methods must not be named before_*, after_* or on_*"
-        )
-    warnings.warn(
-        f"plugin {name!r}: the method {attribute!r} is not an event and is never called. "
-        f"{hint} To silence this warning, start its name with an underscore",
-        stacklevel=2,
-    )

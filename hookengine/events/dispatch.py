@@ -10,8 +10,9 @@ each with only the arguments that the implementation declares. An implementation
 from __future__ import annotations
 
 import linecache
+import reprlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pluggy
 
@@ -48,12 +49,14 @@ class Hooks:
     A copied or unpickled instance is silent, so that a copied model emits no events.
     """
 
-    __slots__ = (*(event.name for event in COMPILED), "__weakref__", "runner")
+    __slots__ = (*(event.name for event in COMPILED), "__weakref__", "replaced", "runner")
 
     runner: Runner | None
+    replaced: dict[str, str | None]
 
     def __init__(self) -> None:
         self.runner = None
+        self.replaced = {}
         for event in COMPILED:
             setattr(self, event.name, compile_event(event, ()))
 
@@ -74,7 +77,7 @@ def resolve(
     called = {} if called is None else called
     for event in COMPILED:
         impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy stores the first one last
-        setattr(hooks, event.name, compile_event(event, impls, observers, called))
+        setattr(hooks, event.name, compile_event(event, impls, observers, called, hooks.replaced))
 
 
 def compile_event(
@@ -82,6 +85,7 @@ def compile_event(
     impls: Sequence[pluggy.HookImpl],
     observers: Sequence[Observer] = (),
     called: Called | None = None,
+    replaced: dict[str, str | None] | None = None,
 ) -> Function:
     """Generate the function that calls ``impls`` in order, as the event's kind says.
 
@@ -90,11 +94,13 @@ def compile_event(
         impls: Its implementations.
         observers: Functions that wrap each implementation, in turn.
         called: Which implementations with ``once`` were called; updated by the calls.
+        replaced: Which plugin replaced the current batch; updated by the calls.
     """
     if not impls:
         return _empty(event)
     called = {} if called is None else called
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"answer": event.kind.answer, "replaced": replaced}
+    namespace["reject"] = _reject
     calls = []
     for index, impl in enumerate(impls):
         function: Function = impl.function
@@ -110,10 +116,11 @@ def compile_event(
             namespace[f"once{index}"] = called.setdefault((impl.plugin_name, event.name), [])
         keywords = [name for name in impl.kwargnames if name in event.arguments]
         arguments = [*impl.argnames, *(f"{name}={name}" for name in keywords)]
-        calls.append(_Call(index, ", ".join(arguments), _conditions(event, options, index)))
+        conditions = _conditions(event, options, index)
+        calls.append(_Call(event, impl.plugin_name, index, ", ".join(arguments), conditions))
     lines = [f"def {event.name}({', '.join(event.arguments)}):"]
     lines += [f"    {line}" for line in _body(event, calls)]
-    source = "\n".join(lines) + "\n"
+    source, namespace["generated"] = "\n".join(lines) + "\n", lines
     filename = f"<hookengine event {event.name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(source, filename, "exec"), namespace)
@@ -135,7 +142,11 @@ def _conditions(event: Event, options: HookOptions, index: int) -> list[str]:
 class _Call:
     """The call of one implementation in a generated function."""
 
-    def __init__(self, index: int, arguments: str, conditions: list[str]) -> None:
+    def __init__(
+        self, event: Event, name: str, index: int, arguments: str, conditions: list[str]
+    ) -> None:
+        self.event = event
+        self.name = name
         self.index = index
         self.conditions = conditions
         self.text = f"f{index}({arguments})"
@@ -146,7 +157,24 @@ class _Call:
             return [first, *rest]
         once = f"once{self.index}"
         mark = [f"{once}.append(True)"] if f"not {once}" in self.conditions else []
-        return [f"if {' and '.join(self.conditions)}:", *_indent(*mark, first, *rest)]
+        due = f"if {' and '.join(self.conditions)}:  # p{self.index}"
+        return [due, *_indent(*mark, first, *rest)]
+
+    def answered(self, *then: str) -> list[str]:
+        """Return the statements around the call that run ``then`` if it returns a value, ``r``."""
+        kind, check = self.event.kind, list[str]()
+        if kind.answer is not object:
+            reject = f"reject({self.event.name!r}, {kind.expects!r}, {self.name!r}, r)"
+            same = f"r is not {kind.argument} and " if kind.argument else ""
+            check = [f"if {same}not isinstance(r, answer): {reject}  # p{self.index}"]
+        return self.lines(f"r = {self.text}", "if r is not None:", *_indent(*check, *then))
+
+
+def _reject(event: str, expects: str, plugin: str, answer: object) -> NoReturn:
+    raise TypeError(
+        f"{event} of the plugin {plugin!r} must return {expects} or None, got "
+        f"{reprlib.repr(answer)}"
+    )
 
 
 def _indent(*lines: str) -> list[str]:
@@ -166,24 +194,23 @@ def _body(event: Event, calls: list[_Call]) -> list[str]:
     if kind.name == "event":
         return [line for call in calls for line in call.lines(call.text)]
     if kind.name == "decision":
-        for call in calls[:-1]:
-            lines += call.lines(f"r = {call.text}", "if r is not None: return r")
-        return [*lines, *calls[-1].lines(f"return {calls[-1].text}")]
+        for call in calls:
+            lines += call.answered("return r")
+        return lines
     if kind.name == "veto":
         for call in calls:
-            lines += call.lines(f"r = {call.text}", "if r is not None and not r: ok = False")
+            lines += call.answered("ok = ok and r")
         return ["ok = True", *lines, "return ok"]
     if kind.name == "transform":
+        traced = kind.argument == "data_batch"
         for call in calls:
-            lines += call.lines(f"r = {call.text}", f"if r is not None: {kind.argument} = r")
-        return [*lines, f"return {kind.argument}"]
+            by = [f"by = {call.name!r}"] * traced
+            lines += call.answered(f"{kind.argument} = r", *by)
+        mark = ["by = None", *lines, f"replaced[{event.name!r}] = by"] if traced else lines
+        return [*mark, f"return {kind.argument}"]
     for call in calls:
-        lines += [f"r{call.index} = None"] * bool(call.conditions)
-        lines += call.lines(f"r{call.index} = {call.text}")
-    if len(calls) == 1:
-        return [*lines, "return () if r0 is None else (r0,)"]
-    results = ", ".join(f"r{call.index}" for call in calls)
-    return [*lines, f"return tuple([r for r in ({results}) if r is not None])"]
+        lines += call.answered("found += (r,)")
+    return ["found = ()", *lines, "return found"]
 
 
 # The functions of events that no plugin implements. They are shared, and have no *args, which would

@@ -69,6 +69,8 @@ contexts
     Every plugin is called and may return a context manager or None. The kernel enters all the
     context managers, in order.
 
+A returned value of another type than the event expects is an error, which names the plugin.
+
 An implementation declares only the arguments that it needs. The annotated return type is what the
 *caller* of the event receives; an implementation may always return None.
 """
@@ -82,12 +84,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import pluggy
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
-    from torch import nn
 
     from hookengine.loop.optim import OptimWrapper
     from hookengine.records.record import Record
@@ -116,6 +117,14 @@ class Kind:
     """What ``every`` counts, or None if the event has no rhythm."""
     deprecations: Mapping[str, str] = field(default_factory=dict)
     """What to use instead of a deprecated argument, by its name; of the whole event under ""."""
+    answer: type = object
+    """The type of a returned value; any other one, apart from None, is an error."""
+    expects: str = ""
+    """The same in words, for that error."""
+
+    def returning(self, answer: type, expects: str) -> Kind:
+        """Return this kind for an event whose implementations return an ``answer``, or None."""
+        return replace(self, answer=answer, expects=expects)
 
     def per(self, counter: Counter) -> Kind:
         """Return this kind for an event whose rhythm ``counter`` sets."""
@@ -140,8 +149,10 @@ class Kind:
 
 event = Kind("event")
 decision = Kind("decision")
-veto = Kind("veto")
-contexts = Kind("contexts")
+veto = Kind("veto").returning(bool, "True, False")
+contexts = Kind("contexts").returning(
+    AbstractContextManager, "a context manager, such as torch.autocast(...),"
+)
 closing = Kind("event", closing=True)
 
 
@@ -204,11 +215,11 @@ class Build(Protocol):
         Later events may replace parameters (SyncBN, FSDP): keep their names, not the parameters.
         """
 
-    @transform("model")
+    @transform("model").returning(nn.Module, "a module")
     def convert_model(self, runner: Runner, model: nn.Module) -> nn.Module:
         """Replace layers (SyncBN) or the whole bare model before it moves to the device."""
 
-    @transform("model")
+    @transform("model").returning(nn.Module, "a module")
     def wrap_model(
         self, runner: Runner, model: nn.Module, role: Literal["train", "average"]
     ) -> nn.Module:
@@ -219,7 +230,7 @@ class Build(Protocol):
         also ``loss_step`` for ``val_cfg=dict(loss=True)``.
         """
 
-    @transform("dataloader")
+    @transform("dataloader").returning(Iterable, "a dataloader")
     def setup_dataloader(
         self, runner: Runner, dataloader: Iterable[Any], phase: Phase
     ) -> Iterable[Any]:
@@ -373,7 +384,7 @@ class Test(Protocol):
 class Evaluation(Protocol):
     """Events that validation and testing share."""
 
-    @decision
+    @decision.returning(Mapping, "a dict of modules by name")
     def evaluated_models(self, runner: Runner, phase: Phase) -> dict[str, nn.Module] | None:
         """Choose the models to evaluate (raw, averaged): return ``{prefix: module}``.
 
@@ -403,7 +414,7 @@ class Step(Protocol):
         ``optim_wrapper`` is None in validation and testing.
         """
 
-    @transform("losses")
+    @transform("losses").returning(Mapping, "a dict of losses by name")
     def after_forward(
         self, runner: Runner, losses: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
     ) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
@@ -416,13 +427,13 @@ class Step(Protocol):
     def should_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool:
         """Decide, before the forward pass, whether this iteration ends with an optimizer step."""
 
-    @transform("loss").per("iter")
+    @transform("loss").returning(torch.Tensor, "a tensor").per("iter")
     def scale_loss(
         self, runner: Runner, optim_wrapper: OptimWrapper, loss: torch.Tensor
     ) -> torch.Tensor:
         """Replace the scalar loss before its backward pass."""
 
-    @decision.per("iter")
+    @decision.returning(bool, "True, False").per("iter")
     def backward(
         self, runner: Runner, optim_wrapper: OptimWrapper, loss: torch.Tensor
     ) -> bool | None:
@@ -456,7 +467,7 @@ class Step(Protocol):
         It discards what earlier plugins have edited: call it before them (``tryfirst``).
         """
 
-    @decision.per("step")
+    @decision.returning(bool, "True, False").per("step")
     def optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> bool | None:
         """Take the step and return True, or skip it and return False.
 
@@ -488,7 +499,7 @@ class State(Protocol):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Read entries of the state that ``runner.load_state_dict()`` has just loaded."""
 
-    @decision
+    @decision.returning(Mapping, "a dict of requests by name")
     def agree(self, runner: Runner, requests: Mapping[str, str]) -> Mapping[str, str] | None:
         """Combine the requests of all ranks into one: ``{"stop": reason, "save": reason}``.
 
@@ -509,7 +520,7 @@ class Records(Protocol):
     def write(self, runner: Runner, record: Record) -> None:
         """Receive one record of reduced values: phase, progress, Python floats, media."""
 
-    @decision
+    @decision.returning(Iterable, "an iterable of records")
     def history(self, runner: Runner) -> Iterable[Record] | None:
         """Return the records of the run so far, oldest first. They are iterated over once.
 
@@ -532,6 +543,8 @@ class HookSpecs(Life, Build, Train, Val, Test, Evaluation, Step, State, Records,
     """
 
     runner: Runner
+    replaced: dict[str, str | None]
+    """Per transform of a batch, the plugin that replaced the current batch."""
 
 
 @dataclass(frozen=True)

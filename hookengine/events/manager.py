@@ -9,7 +9,7 @@ from typing import Any
 import pluggy
 
 from hookengine.events.active import ActivePlugins
-from hookengine.events.blame import blame
+from hookengine.events.blame import blame, note
 from hookengine.events.dispatch import compile_event
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.order import implements
@@ -191,23 +191,41 @@ class PluginManager(ActivePlugins):
         return self._collect("rank_state_dict")
 
     def _collect(self, method: str) -> dict[str, Any]:
-        states = {n: getattr(p, method)() for n, p in self.items() if hasattr(p, method)}
-        return {name: state for name, state in states.items() if state}
+        states = {}
+        for name, plugin in self.items():
+            if hasattr(plugin, method):
+                with self._blaming(name, method):
+                    state = getattr(plugin, method)()
+                    if not isinstance(state, Mapping | None):
+                        raise TypeError(f"{method} must return a dict, got {type(state).__name__}")
+                if state:
+                    states[name] = state
+        return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Load the states of the enabled plugins; those of other plugins are ignored."""
-        for name, state in states.items():
-            if name in self._declared:
-                self[name].load_state_dict(state)
+        self._load("load_state_dict", states)
 
     def load_rank_state_dict(self, states: Mapping[str, Any]) -> None:
         """Load the states of this rank into the enabled plugins."""
+        self._load("load_rank_state_dict", states)
+
+    def _load(self, method: str, states: Mapping[str, Any]) -> None:
         for name, state in states.items():
             if name in self._declared:
-                self[name].load_rank_state_dict(state)
+                with self._blaming(name, method):
+                    getattr(self[name], method)(state)
+
+    @contextmanager
+    def _blaming(self, name: str, method: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            note(error, name, self.source(name), f"method {method!r}")
+            raise
 
     def blame(self, error: BaseException) -> None:
         """Add a note to ``error`` that names the plugin, the event and the iteration."""
         impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
         progress = getattr(self._hooks.runner, "progress", None)
-        blame(error, impls, self.source, progress)
+        blame(error, impls, self.source, progress, self._hooks.replaced)

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from hookengine.answers import answer, warn_of_priority
+from hookengine.distributions import distribution_of
+from hookengine.events.hookspecs import EVENTS
+from hookengine.events.order import implements
 from hookengine.events.plugin import DEFAULT_PLUGINS, name_of
-from hookengine.registry import PLUGINS, distribution_of, unknown
+from hookengine.registry import PLUGINS, unknown
 
 PluginLike: TypeAlias = str | Mapping[str, Any] | object
 
@@ -30,7 +33,10 @@ class Selection:
     def __init__(self, entries: Iterable[PluginLike] | None, defaults: Sequence[str]) -> None:
         self.sources: dict[str, str] = {}
         named, off = _named(entries, defaults)
-        wanted: dict[str, PluginLike] = {**{name: name for name in defaults}, **named}
+        wanted: dict[str, PluginLike] = {
+            **{name: PLUGINS.own_name(name) for name in defaults},
+            **named,
+        }
         off |= _disabled_by_environment(wanted)
         self.blocked = sorted(off & wanted.keys())
         self.plugins = {n: self.build(n, entry) for n, entry in wanted.items() if n not in off}
@@ -50,17 +56,28 @@ class Selection:
                 f"the plugin {name!r} is a class: pass an instance, {entry.__name__}(...), or "
                 f"dict(type={entry.__name__}, ...)"
             )
-        kind = entry["type"] if isinstance(entry, Mapping) else type(entry)
+        kind = entry["type"] if isinstance(entry, Mapping) else entry
         if isinstance(kind, str) and kind not in PLUGINS and (text := answer(kind)):
             raise KeyError(f"unknown plugin {kind!r}: {text}")
         point = PLUGINS.entry_point(kind) if isinstance(kind, str) else PLUGINS.offered_as(kind)
         if point is not None:
             self.sources[name] = distribution_of(point)
-        warn_of_priority(name, kind)
+        warn_of_priority(name, kind if isinstance(kind, type) else type(kind))
         if not isinstance(entry, Mapping):
             return entry
         options = {key: value for key, value in entry.items() if key != "plugin_name"}
-        plugin = PLUGINS.build(options)
+        target = PLUGINS.get(kind) if isinstance(kind, str) else kind
+        if not isinstance(target, type) and any(implements(target, event) for event in EVENTS):
+            if len(entry) > 1:
+                raise TypeError(f"the plugin {name!r} is an object, which has no options: {entry}")
+            return target  # a module or an instance that a distribution offers
+        makes = callable(target) and getattr(target, "__name__", "") not in EVENTS
+        if (plugin := PLUGINS.build(options) if makes else None) is None:
+            raise TypeError(
+                f"the plugin {name!r} of {self.sources.get(name, 'this process')} cannot be used: "
+                f"{target!r} is neither a class or function that makes a plugin nor an object with "
+                "methods named after events"
+            )
         if "plugin_name" in entry:
             plugin.plugin_name = name
         return plugin
@@ -77,12 +94,12 @@ def entry_name(entry: PluginLike) -> str:
             raise KeyError(f"a plugin needs a 'type' (a name or a class), got {dict(entry)!r}")
         entry = entry.get("plugin_name") or entry["type"]
     if isinstance(entry, str):
-        return entry
+        return entry.rpartition(":")[2] if entry in PLUGINS else entry
     name = name_of(entry)
     cls = entry if isinstance(entry, type) else type(entry)
     if name != name_of(cls):
         return name  # the instance was renamed
-    point = PLUGINS.offered_as(cls)  # other plugins refer to this name
+    point = PLUGINS.offered_as(entry)  # other plugins refer to this name
     return name if point is None else point.name
 
 

@@ -12,13 +12,13 @@ from torch import nn
 
 from hookengine.batches import batch_size
 from hookengine.evaluator import EvaluationPass, Evaluator
-from hookengine.loop.config import EvalCfg, TrainCfg
 from hookengine.loop.data import dataset_size, is_consecutive, iterate_from, length_of
 from hookengine.loop.optim import combine
-from hookengine.loop.random_state import preserved_random_state
+from hookengine.random_state import preserved_random_state
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
+    from hookengine.setup.config import EvalCfg, TrainCfg
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -263,10 +263,10 @@ class EvalLoop:
 
     def _models(self) -> Mapping[str, nn.Module]:
         runner, method = self.runner, f"{self.phase}_step"
-        models: Any = runner.hooks.evaluated_models(runner, self.phase)
+        models = runner.hooks.evaluated_models(runner, self.phase)
         if models is None:
             return {"": runner.model}
-        if not isinstance(models, Mapping) or not all(hasattr(m, method) for m in models.values()):
+        if not all(hasattr(model, method) for model in models.values()):
             raise TypeError(
                 f"evaluated_models must return a dict of modules with {method}(), got {models!r}. "
                 "For a plain module, pass runner.wrap(module, 'average')"
@@ -292,7 +292,7 @@ class EvalLoop:
         for batch_idx, data_batch in enumerate(self.dataloader):
             before, after = f"before_{phase}_iter", f"after_{phase}_iter"
             data_batch = getattr(hooks, before)(runner, batch_idx, data_batch, prefix)
-            with combine(hooks.forward_context(runner, model, None, phase), runner):
+            with combine(hooks.forward_context(runner, model, None, phase)):
                 outputs = step(data_batch)
                 losses = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
             evaluation.add(data_batch, outputs, losses, batch_size(data_batch))

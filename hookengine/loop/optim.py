@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hookengine.answers import explained_arguments
-from hookengine.events.blame import answering
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
 from hookengine.registry import unknown
@@ -22,28 +21,14 @@ if TYPE_CHECKING:
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
-def combine(
-    contexts: tuple[AbstractContextManager[Any], ...], runner: Runner | None = None
-) -> AbstractContextManager[Any]:
+def combine(contexts: tuple[AbstractContextManager[Any], ...]) -> AbstractContextManager[Any]:
     """Return one context manager that enters ``contexts`` in order.
 
     With no contexts, it returns a shared null context, which costs nothing.
-
-    Raises:
-        TypeError: If an item is not a context manager. The message names the plugins of
-            ``runner`` that implement ``forward_context``.
     """
     if not contexts:
         return _NO_CONTEXT
-    for context in contexts:
-        if not hasattr(context, "__enter__"):
-            raise TypeError(
-                f"{answering(runner, 'forward_context')} must return a context manager, such as "
-                f"torch.autocast(...), or None; got {context!r}"
-            )
-    if len(contexts) == 1:
-        return contexts[0]
-    return _Combined(contexts)
+    return contexts[0] if len(contexts) == 1 else _Combined(contexts)
 
 
 class _Combined(ExitStack):
@@ -116,7 +101,7 @@ class OptimWrapper:
             self.will_step = hooks.should_step(hooks.runner, self)
             self._asked = True
         contexts = hooks.forward_context(hooks.runner, model, self, "train")
-        return combine(contexts, hooks.runner) if contexts else _NO_CONTEXT
+        return combine(contexts) if contexts else _NO_CONTEXT
 
     def update_params(self, loss: Tensor) -> None:
         """Backpropagate ``loss``; if this iteration steps, step and zero the gradients.
@@ -159,10 +144,7 @@ class OptimWrapper:
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
         hooks = self.hooks
-        given, loss = loss, hooks.scale_loss(hooks.runner, self, loss)
-        if loss is not given and not isinstance(loss, Tensor):
-            who = answering(hooks.runner, "scale_loss")
-            raise TypeError(f"{who} must return a tensor or None, got {loss!r}")
+        loss = hooks.scale_loss(hooks.runner, self, loss)
         if not hooks.backward(hooks.runner, self, loss):
             loss.backward()  # type: ignore[no-untyped-call]
         self.window_open = True

@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     try:
-        return MODELS.get(name)
+        return MODELS.own(name)
     except KeyError as error:
         raise AttributeError(
             f"module 'hookengine.model' has no {name!r}; {error.args[0]}"

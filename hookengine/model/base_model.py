@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hookengine.events.blame import answering
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
 from hookengine.model.modules import BaseModule
@@ -33,7 +32,8 @@ class BaseModel(BaseModule):
         super().__init__(init_cfg)
         self._hooks: HookSpecs = SILENT
         if data_preprocessor is None or isinstance(data_preprocessor, Mapping):
-            cfg = {"type": "BaseDataPreprocessor", **(data_preprocessor or {})}
+            default = MODELS.own_name("BaseDataPreprocessor")
+            cfg = {"type": default, **(data_preprocessor or {})}
             data_preprocessor = MODELS.build(cfg)
         if not isinstance(data_preprocessor, nn.Module):
             raise TypeError(
@@ -107,12 +107,7 @@ class BaseModel(BaseModule):
             ValueError: If no name contains "loss".
         """
         hooks = self._hooks
-        given, losses = losses, hooks.after_forward(hooks.runner, losses)
-        if losses is not given and not isinstance(losses, Mapping):
-            raise TypeError(
-                f"{answering(hooks.runner, 'after_forward')} must return a dict of losses by name, "
-                f"or None; got {type(losses).__name__}"
-            )
+        losses = hooks.after_forward(hooks.runner, losses)
         if isinstance(losses, dict) and len(losses) == 1:  # fast path for the most common case
             loss = losses.get("loss")
             if isinstance(loss, Tensor) and not loss.dim():

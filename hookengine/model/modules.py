@@ -61,7 +61,7 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
                 "initialization (an entry point 'init_weights' in the group 'hookengine.model'). "
                 "Install one, or override init_weights() and use torch.nn.init"
             )
-        MODELS.get("init_weights")(self)
+        MODELS.own("init_weights")(self)
 
     def __repr__(self) -> str:
         text = super().__repr__()

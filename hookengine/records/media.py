@@ -135,6 +135,10 @@ class Table:
         rows: The rows, each as long as ``columns``. A tensor or array without dimensions becomes
             its number, and a cell that is not a text, number, bool or None becomes its ``str``.
 
+    Attributes:
+        columns: The names of the columns.
+        rows: The rows, as lists of texts, numbers, bools and Nones.
+
     Raises:
         ValueError: If a row has a different length than ``columns``.
     """

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from hookengine.answers import answer, explain_arguments, explain_validation
 from hookengine.evaluator import Evaluator
-from hookengine.loop.config import EvalCfg
 from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
 from hookengine.registry import MODELS, unknown
 from hookengine.setup import migration
+from hookengine.setup.config import EvalCfg
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -196,7 +196,7 @@ def _param_groups(
         for name in ("lr", "weight_decay")
     }
     given = {name: value for name, value in base.items() if value is not inspect.Parameter.empty}
-    param_groups = MODELS.get("param_groups")
+    param_groups = MODELS.own("param_groups")
     known = [*inspect.signature(param_groups).parameters][1:]
     for option in cfg:
         if option not in known or option in base:

@@ -46,6 +46,25 @@ def describe_run(runner: Runner) -> dict[str, Any]:
     }
 
 
+def describe_in_brief(runner: Runner) -> str:
+    """Describe a run in one line, as far as it is built: name, model, progress, plugins, folder."""
+    given = vars(runner)  # the Runner may be half built
+    parts = [repr(given["name"])] if "name" in given else []
+    if given.get("model") is not None:
+        parts.append(f"model={_model(runner)}")
+    if (progress := given.get("progress")) is not None and given.get("train_cfg") is not None:
+        for word in ("epoch", "iter"):
+            limit = getattr(progress, f"max_{word}s")
+            parts.append(f"{word}={getattr(progress, word)}" + (f"/{limit}" if limit else ""))
+    if "plugins" in given:
+        parts.append(f"plugins={[*runner.plugins]}")
+    if "work_dir" in given and "name" in given:
+        parts.append(f"run_dir={str(runner.run_dir)!r}")
+    if runner.closed:
+        parts.append("closed")
+    return f"{type(runner).__name__}({', '.join(parts)})"
+
+
 def describe_state(runner: Runner) -> dict[str, Any]:
     """Return what a checkpoint must match: model, plugins, optimizers, data, number of ranks."""
 

@@ -104,7 +104,7 @@ class Ema(Plugin, name="ema"):
 
     def _build(self, model: nn.Module) -> BaseAveragedModel:
         kind = MomentumAnnealingEMA if self.gamma is not None else self.ema_type
-        cls = MODELS.get(kind) if isinstance(kind, str) else kind
+        cls = MODELS.own(kind) if isinstance(kind, str) else kind
         if not (isinstance(cls, type) and issubclass(cls, BaseAveragedModel)):
             raise TypeError(f"ema: ema_type={kind!r} is not a BaseAveragedModel")
         parameters = inspect.signature(cls).parameters

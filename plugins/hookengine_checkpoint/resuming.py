@@ -104,7 +104,7 @@ def load_initial_weights(
     if isinstance(path, (str, Path)) and _is_checkpoint(Path(path)):
         found = at(Path(path), log)
         options["checkpoint"] = read_weights(found) if found.is_sharded else found.state
-    MODELS.get("load_weights")(model, **options)
+    MODELS.own("load_weights")(model, **options)
     log(f"starting with the weights of {path}")
 
 

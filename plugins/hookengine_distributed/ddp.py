@@ -90,7 +90,7 @@ class MMDistributedDataParallel(ModelSteps, DistributedDataParallel):
             tensor.register_hook(self._within_backward)  # type: ignore[no-untyped-call]
         if self.detect_anomalous_params and (found := find_tensors(outputs, losses=True)):
             total = torch.stack([tensor.sum().float() for tensor in found]).sum()
-            MODELS.get("detect_anomalous_params")(total, self.module)
+            MODELS.own("detect_anomalous_params")(total, self.module)
         return outputs
 
 

@@ -121,7 +121,7 @@ def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
             continue  # most leaves; nn.Module's own lookup would be slow
         child = child._modules.get("_orig_mod") or child  # the module that torch.compile wraps
         init = getattr(child, INIT, None)
-        if init is None and MODELS.get("is_model_wrapper")(child):
+        if init is None and MODELS.own("is_model_wrapper")(child):
             child = cast("nn.Module", child.module)
             init = getattr(child, INIT, None)
         if not callable(init):

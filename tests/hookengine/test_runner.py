@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hookengine import BaseModel, Plugin, Runner
-from tests.fixtures import MakeData, MakeRunner, ToyAccuracy
+from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy
 from tests.hookengine.lives import Life, Plain
 
 
@@ -255,3 +255,42 @@ def test_the_dataloaders_and_optimizers_are_found_by_name(make: MakeRunner) -> N
     runner = make(validate=True)
     assert list(runner.dataloaders) == ["train", "val"]
     assert runner.optim_wrappers == {"optimizer": runner.optim_wrapper}
+
+
+def test_its_repr_says_in_one_line_what_it_is_and_where_it_stands(make: MakeRunner) -> None:
+    runner = make(name="digits", plugins=["watch"], validate=True)
+    model, folder = "model=Toy", f"run_dir={str(runner.run_dir)!r}"
+    plugins = "plugins=['watch']"
+    assert (
+        repr(runner) == f"ToyRunner('digits', {model}, epoch=0/2, iter=0/10, {plugins}, {folder})"
+    )
+    runner.train()
+    assert "epoch=2/2, iter=10/10" in repr(runner)
+    runner.close()
+    assert repr(runner).endswith(f"{folder}, closed)")
+    assert repr(runner.plugins) == "PluginManager(['watch'])"
+    assert runner.val_loop is not None
+    assert repr(runner.val_loop.evaluator) == "Evaluator(['ToyAccuracy'])"
+    by_iterations = make(train_cfg=dict(max_iters=7), train_dataloader=iter([]))
+    assert "epoch=0, iter=0/7" in repr(by_iterations)
+    only_val = Runner(Toy(), val_dataloader=[1], val_evaluator=ToyAccuracy(), defaults=())
+    assert "iter" not in repr(only_val)
+
+
+def test_its_repr_works_at_any_moment_of_the_construction() -> None:
+    shown = []
+
+    class Shows(Plugin):
+        def configure(self, runner: Runner) -> None:
+            shown.append(repr(runner))
+
+        def initialize_model(self, runner: Runner) -> None:
+            shown.append(repr(runner))
+
+        def resume(self, runner: Runner) -> None:
+            shown.append(repr(runner))
+
+    Runner(Toy(), val_dataloader=[1], val_evaluator=ToyAccuracy(), defaults=(), plugins=[Shows()])
+    assert len(shown) == 3
+    assert "model=Toy" in shown[2]
+    assert repr(Runner.__new__(Runner)) == "Runner()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from hookengine import Plugin
 from tests.fixtures import MakeRunner, Toy
@@ -85,3 +86,64 @@ def test_a_group_of_errors_out_of_a_plugin_is_blamed(make: MakeRunner) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         make(plugins=[Group()]).train()
     assert "plugin 'group'" in caught.value.__notes__[0]
+
+
+class Replaces(Plugin):
+    """Replace the batches of one phase by something that no model takes."""
+
+    phase: str
+    batch: Any
+
+    def before_train_iter(self, data_batch: Any) -> Any:
+        return self.batch if self.phase == "train" else None
+
+    def before_val_iter(self, data_batch: Any) -> Any:
+        return self.batch if self.phase == "val" else None
+
+    def before_test_iter(self, data_batch: Any) -> Any:
+        return self.batch if self.phase == "test" else None
+
+
+@pytest.mark.parametrize("phase", ["train", "val", "test"])
+@pytest.mark.parametrize("batch", [5, "later", True, torch.ones(3), [1, 2, 3, 4], {"x": 1}, {1}])
+def test_an_error_about_a_replaced_batch_names_the_plugin_that_replaced_it(
+    make: MakeRunner, phase: str, batch: Any
+) -> None:
+    plugins = [Replaces(phase=phase, batch=batch), "ema"]
+    runner = make(plugins=plugins, validate=True, test=True)
+    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as caught:
+        runner.train() if phase != "test" else runner.test()
+    by = f"plugin 'replaces' ({__name__}) in before_{phase}_iter"
+    assert f"the batch was replaced by {by}" in "\n".join(caught.value.__notes__)
+
+
+def test_a_batch_that_no_plugin_replaced_is_not_blamed_on_one(make: MakeRunner) -> None:
+    class Fails(Toy):
+        def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
+            if mode == "predict":
+                raise LookupError("no")
+            return super().forward(inputs, labels, mode)
+
+    class Doubles(Plugin):
+        def before_train_iter(self, data_batch: Any) -> Any:
+            inputs, labels = data_batch
+            return inputs * 2, labels
+
+    with pytest.raises(LookupError) as caught:
+        make(model=Fails(), plugins=[Doubles()], validate=True).train()
+    assert "replaced" not in "\n".join(getattr(caught.value, "__notes__", []))
+
+
+def test_of_two_plugins_that_replace_a_batch_the_last_one_is_named(make: MakeRunner) -> None:
+    def first(data_batch: Any) -> Any:
+        return 5
+
+    def second(data_batch: Any) -> Any:
+        return 6
+
+    runner = make()
+    runner.on("before_train_iter")(first)
+    runner.on("before_train_iter")(second)
+    with pytest.raises(TypeError) as caught:
+        runner.train()
+    assert "plugin 'before_train_iter:second'" in "\n".join(caught.value.__notes__)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from hookengine import hookimpl
 from hookengine.events.dispatch import COMPILED, SILENT, compile_event
@@ -28,12 +31,31 @@ for _event in COMPILED:
 PLAIN = [name for name in KINDS["event"] if not EVENTS[name].kind.closing]
 
 Drawn = dict[str, Any]
+MODULES = {f"p{index}": nn.Identity() for index in range(5)}
+TENSORS = {f"p{index}": torch.tensor(float(index)) for index in range(5)}
+
+
+def answer_of(event: str, what: Drawn) -> Any:
+    """What a drawn implementation returns: of the type that the event expects."""
+    if what["result"] != "value":
+        return what["result"]
+    by_type: dict[type, Any] = {
+        object: ("value", what["name"]),
+        Mapping: {"value": what["name"]},
+        Iterable: ["value", what["name"]],
+        nn.Module: MODULES[what["name"]],
+        torch.Tensor: TENSORS[what["name"]],
+    }
+    return by_type[EVENTS[event].kind.answer]
 
 
 @st.composite
 def implementations(draw: st.DrawFn, event: str, rhythms: bool = False) -> list[Drawn]:
     """Random implementations of one event: arguments, defaults, place, rhythm, what they do."""
-    arguments = EVENTS[event].arguments
+    arguments, answer = EVENTS[event].arguments, EVENTS[event].kind.answer
+    results: list[Any] = ["value"]
+    if answer in (object, bool):
+        results = [True, False] if answer is bool else ["value", 0, False, True]
     names = [f"p{index}" for index in range(draw(st.integers(0, 5)))]
     hidden = draw(st.permutations(names))  # an order that all constraints agree with
     several = []
@@ -55,7 +77,7 @@ def implementations(draw: st.DrawFn, event: str, rhythms: bool = False) -> list[
                 "defaulted": draw(st.integers(0, len(chosen))),
                 "options": options,
                 "interval": draw(st.sampled_from([None, 0, 1, 2])),
-                "result": draw(st.sampled_from([None, None, "value", 0, False, True])),
+                "result": draw(st.sampled_from([None, None, *results])),
                 "raises": draw(st.integers(0, 9)) == 0,
             }
         )
@@ -68,12 +90,12 @@ def make_plugin(event: str, what: Drawn, log: list[Any]) -> Any:
     defaulted = what["arguments"][len(plain) :]
     signature = ", ".join(["self", *plain, *(f"{name}='default'" for name in defaulted)])
     received = ", ".join(f"{name!r}: {name}" for name in what["arguments"])
-    namespace: Drawn = {"_what": what, "_log": log}
+    namespace: Drawn = {"_what": what, "_log": log, "_answer": answer_of(event, what)}
     exec(
         f"def {event}({signature}):\n"
         f"    _log.append((_what['name'], {{{received}}}))\n"
         "    if _what['raises']: raise ValueError(_what['name'])\n"
-        "    return ('value', _what['name']) if _what['result'] == 'value' else _what['result']\n",
+        "    return _answer\n",
         namespace,
     )
     method = hookimpl(**what["options"])(namespace[event])
@@ -199,9 +221,8 @@ def test_transforms_are_a_fold(data: st.DataObject) -> None:
         for what in due:
             if what["raises"]:
                 raise ValueError(what["name"])
-            result = what["result"]
-            if result is not None:
-                value = ("value", what["name"]) if result == "value" else result
+            if what["result"] is not None:
+                value = answer_of(event, what)
         return value
 
     assert outcome(lambda: getattr(manager.hooks, event)(*values.values())) == outcome(fold)
@@ -211,7 +232,7 @@ def test_transforms_are_a_fold(data: st.DataObject) -> None:
         if argument in received:
             assert received[argument] == seen
         if what["result"] is not None:
-            seen = ("value", name) if what["result"] == "value" else what["result"]
+            seen = answer_of(event, what)
 
 
 @given(st.data())
@@ -230,7 +251,8 @@ def test_a_veto_asks_everybody_who_is_due_and_one_false_is_enough(data: st.DataO
 
 
 def test_contexts_are_those_that_are_not_none() -> None:
-    for results in ([], [None], ["a"], ["a", None, "b"]):
+    a, b = nullcontext(), nullcontext()
+    for results in ([], [None], [a], [a, None, b]):
         manager = PluginManager(defaults=())
         for index, result in enumerate(results):
             method = (lambda r: lambda self: r)(result)
@@ -239,6 +261,47 @@ def test_contexts_are_those_that_are_not_none() -> None:
         hooks: Any = manager.hooks
         expected = tuple(result for result in results if result is not None)
         assert hooks.forward_context(None, None, None, "train") == expected
+
+
+WRONG = {
+    bool: ["later", 1, 0, (), torch.tensor(True)],
+    Mapping: ["later", 1, False, [("a", 1)], nn.Identity()],
+    Iterable: [1, True, nn.Identity()],
+    nn.Module: ["later", 1, False, nn.Identity, lambda x: x],
+    torch.Tensor: ["later", 2.0, False, [torch.ones(1)]],
+    AbstractContextManager: ["later", True, nullcontext, [nullcontext()]],
+}
+STRICT = [(e.name, wrong) for e in COMPILED for wrong in WRONG.get(e.kind.answer, ())]
+
+
+@pytest.mark.parametrize(("event", "wrong"), STRICT)
+def test_a_wrong_answer_names_the_plugin_that_gave_it(event: str, wrong: Any) -> None:
+    def plugin(name: str, answer: Any) -> Any:
+        return type(name, (), {event: lambda self: answer})()
+
+    manager = PluginManager([plugin("Silent", None), plugin("Wrong", wrong)], defaults=())
+    with pytest.raises(TypeError, match=f"^{event} of the plugin 'wrong' must return ") as caught:
+        getattr(manager.hooks, event)(*given_values(event).values())
+    manager.blame(caught.value)
+    assert "raised by plugin 'wrong'" in caught.value.__notes__[0]
+
+
+def test_every_decision_veto_and_transform_checks_its_answers_but_those_of_any_batch() -> None:
+    free = [e.name for e in COMPILED if e.kind.name != "event" and e.kind.answer is object]
+    assert free == ["before_train_iter", "before_val_iter", "before_test_iter"]
+
+
+def test_a_transform_may_return_what_it_was_given_whatever_that_is() -> None:
+    class Sequence:
+        def __getitem__(self, index: int) -> int:
+            return [1, 2][index]
+
+    class Keeps:
+        def setup_dataloader(self, dataloader: Any) -> Any:
+            return dataloader
+
+    given, hooks = Sequence(), cast(Any, PluginManager([Keeps()], defaults=()).hooks)
+    assert hooks.setup_dataloader(None, given, "train") is given
 
 
 def test_closing_events_call_everybody_and_report_all_errors() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hookengine import Plugin, PluginManager
 from tests.fixtures import MakeRunner
@@ -218,3 +220,165 @@ def test_a_method_without_self_is_an_error() -> None:
 
     with pytest.raises(TypeError, match="has no 'self'"):
         PluginManager([named("x", after_train_iter=after_train_iter)], defaults=())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("def before_run(): ...", "has no 'self'"),
+        ("def before_run(runner): ...", "has no 'self'"),
+        ("@classmethod\n    def before_run(): ...", "has no 'cls'"),
+        ("@classmethod\n    def before_run(runner): ...", "has no 'cls'"),
+        ("async def before_run(self): ...", "Use def instead of async def"),
+        ("async def before_run(self, runner): yield", "Use def instead of async def"),
+        ("@staticmethod\n    async def before_run(): ...", "Use def instead of async def"),
+        ("def before_run(self, runner): yield", "Use return instead of yield"),
+        ("def forward_context(self): yield", "Use return instead of yield"),
+    ],
+)
+def test_a_hook_that_could_not_run_is_refused_with_plugin_and_event(
+    plugin: str, message: str
+) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"class Wrong:\n    {plugin}", namespace)
+    event = "forward_context" if "forward_context" in plugin else "before_run"
+    with pytest.raises(TypeError, match=rf"plugin 'wrong', event {event}\(.*{message}"):
+        PluginManager([namespace["Wrong"]()], defaults=())
+
+
+def test_hooks_without_self_that_can_run_and_a_generator_of_records_are_accepted() -> None:
+    class Fine:
+        @staticmethod
+        def before_run(runner: Any) -> None: ...
+
+        @classmethod
+        def after_run(cls, runner: Any) -> None: ...
+
+        def history(self) -> Any:
+            yield from ()
+
+    manager = PluginManager([Fine()], defaults=())
+    assert list(manager.calls()) == ["before_run", "after_run", "history"]
+
+
+def test_an_async_function_is_refused_too(make: MakeRunner) -> None:
+    with pytest.raises(TypeError, match=r"'before_run:note'.*Use def instead of async def"):
+
+        @make().on("before_run")
+        async def note(runner: Any) -> None: ...
+
+
+SAVES, LOADS = "def state_dict(self): return {'n': 1}", "def load_state_dict(self, state): ..."
+RANK_SAVES = "def rank_state_dict(self): return {'n': 1}"
+
+
+@pytest.mark.parametrize("base", ["", "(Plugin)"])
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ([SAVES], "lost when a run resumes: it has no 'load_state_dict'"),
+        ([LOADS], "lost when a run resumes: it has no 'state_dict'"),
+        ([RANK_SAVES], "it has no 'load_rank_state_dict'"),
+        ([SAVES, LOADS, RANK_SAVES], "it has no 'load_rank_state_dict'"),
+        ([SAVES, LOADS.replace("load_state_dict", "load_statedict")], "mean 'load_statedict'"),
+        ([SAVES, LOADS.replace("load_", "restore_")], "it has no 'load_state_dict'"),
+        ([SAVES, "def load_state_dict(self): ..."], "takes one argument, the state"),
+        ([SAVES, "def load_state_dict(self, state, strict): ..."], "takes one argument, the state"),
+        (["def state_dict(self, runner): return {}", LOADS], "takes no argument"),
+        (["async def state_dict(self): return {}", LOADS], "Use def instead of async def"),
+        (["def state_dict(self): yield 1", LOADS], "Use return instead of yield"),
+        (["state_dict = 3", LOADS], "must be a method that takes no argument"),
+    ],
+)
+def test_a_state_that_could_not_be_saved_and_loaded_is_refused(
+    base: str, methods: list[str], message: str
+) -> None:
+    namespace: dict[str, Any] = {"Plugin": Plugin}
+    body = "\n    ".join(["def before_run(self): ...", *methods])
+    exec(f"class Wrong{base}:\n    {body}", namespace)
+    with pytest.raises(TypeError, match=rf"plugin 'wrong'.*{message}"):
+        PluginManager([namespace["Wrong"]()], defaults=())
+
+
+def test_states_defined_apart_are_accepted() -> None:
+    class Saves(Plugin):
+        def before_run(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    class Inherits(Saves, name="inherits"):
+        def state_dict(self) -> dict[str, Any]:
+            return {"n": 2}
+
+    class OnTheObject:
+        def __init__(self) -> None:
+            self.state_dict = lambda: {"n": 3}
+            self.load_state_dict = lambda state: None
+
+        def before_run(self) -> None: ...
+
+    class Layer(torch.nn.Linear):
+        def before_run(self) -> None: ...
+
+    manager = PluginManager([Inherits(), OnTheObject(), Layer(1, 1)], defaults=())
+    assert [*manager.state_dict()] == ["inherits", "on_the_object", "layer"]
+    with pytest.warns(UserWarning, match="'stat_dict' is not an event.*Did you mean 'state_dict'"):
+        PluginManager([named("near", before_run=print_nothing, stat_dict=print_nothing)], ())
+
+
+def print_nothing(self: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "method", ["state_dict", "rank_state_dict", "load_state_dict", "load_rank_state_dict"]
+)
+def test_an_error_in_a_state_method_is_blamed_on_its_plugin_not_on_the_one_that_saves(
+    make: MakeRunner, tmp_path: Path, method: str
+) -> None:
+    class Stateful(Plugin):
+        broken: bool = False
+
+        def before_run(self) -> None: ...
+
+        def _do(self, name: str) -> dict[str, Any]:
+            if self.broken and name == method:
+                raise LookupError("no")
+            return {"n": 1}
+
+        def state_dict(self) -> dict[str, Any]:
+            return self._do("state_dict")
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self._do("load_state_dict")
+
+        def rank_state_dict(self) -> dict[str, Any]:
+            return self._do("rank_state_dict")
+
+        def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+            self._do("load_rank_state_dict")
+
+    def run(broken: bool, **more: Any) -> None:
+        plugins = [Stateful(broken=broken), "checkpoint"]
+        make(plugins=plugins, work_dir=tmp_path, name="run", **more).train()
+
+    with pytest.raises(LookupError) as caught:
+        if method.startswith("load"):
+            run(broken=False)
+        run(broken=True, resume="auto")
+    notes = [note for note in caught.value.__notes__ if note.startswith("raised by plugin")]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"raised by plugin 'stateful' ({__name__}), method {method!r}")
+
+
+@pytest.mark.parametrize("state", [[1], 3, torch.ones(2), "text", True])
+def test_a_state_that_is_no_dict_names_the_plugin(make: MakeRunner, state: Any) -> None:
+    def load(self: Any, state: Any) -> None: ...
+
+    methods = dict(before_run=print_nothing, state_dict=lambda self: state, load_state_dict=load)
+    runner = make(plugins=[named("odd", **methods)])
+    with pytest.raises(TypeError, match="state_dict must return a dict, got") as caught:
+        runner.state_dict()
+    assert "raised by plugin 'odd'" in caught.value.__notes__[0]

@@ -285,17 +285,25 @@ def test_several_optimizers_are_chosen_by_the_model(
 @pytest.mark.parametrize(
     ("event", "answer", "message"),
     [
-        ("after_forward", lambda: [1], r"after_forward of 'wrong' must return a dict of losses"),
-        ("scale_loss", lambda: 2.0, r"scale_loss of 'wrong' must return a tensor or None, got 2.0"),
-        ("forward_context", lambda: True, r"forward_context of 'wrong' must return a context man"),
+        ("after_forward", [1], r"plugin 'wrong' must return a dict of losses by name or None"),
+        ("scale_loss", 2.0, r"plugin 'wrong' must return a tensor or None, got 2.0"),
+        ("forward_context", True, r"plugin 'wrong' must return a context manager"),
+        ("should_step", "later", r"plugin 'wrong' must return True, False or None, got 'later'"),
+        ("backward", "later", r"plugin 'wrong' must return True, False or None, got 'later'"),
+        ("optim_step", "later", r"plugin 'wrong' must return True, False or None, got 'later'"),
+        ("optim_step", 1, r"plugin 'wrong' must return True, False or None, got 1"),
+        ("agree", "stop", r"plugin 'wrong' must return a dict of requests"),
+        ("wrap_model", lambda batch: batch, r"plugin 'wrong' must return a module"),
+        ("setup_dataloader", 5, r"plugin 'wrong' must return a dataloader"),
     ],
 )
 def test_an_answer_that_will_not_do_names_who_gave_it(
     make: MakeRunner, event: str, answer: Any, message: str
 ) -> None:
-    wrong = type("Wrong", (), {event: staticmethod(answer)})
-    with pytest.raises(TypeError, match=message):
+    wrong = type("Wrong", (), {event: lambda self: answer})
+    with pytest.raises(TypeError, match=message) as caught:
         make(plugins=[wrong()]).train()
+    assert "raised by plugin 'wrong'" in caught.value.__notes__[0]
 
 
 def test_a_state_within_a_window_is_warned_of_and_so_is_a_run_that_was_left_in_one(

@@ -137,6 +137,8 @@ def test_a_state_that_is_refused_leaves_everything_as_it_was(make: MakeRunner) -
         def state_dict(self) -> dict[str, Any]:
             return {"x": 1}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
     other = make(plugins=[Kept()])
     other.train()
     runner = make()

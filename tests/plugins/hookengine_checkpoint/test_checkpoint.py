@@ -135,8 +135,12 @@ def test_what_a_checkpoint_holds(make: MakeRunner, toy: type[Toy]) -> None:
         def state_dict(self) -> dict[str, Any]:
             return {"list": [1, (2.5, "x")], "tensor": torch.arange(3)}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
         def rank_state_dict(self) -> dict[str, Any]:
             return {"mine": True}
+
+        def load_rank_state_dict(self, state: Any) -> None: ...
 
     runner = make(plugins=["checkpoint", dict(type="seed", seed=7), Kept(), "ema"])
     runner.train()
@@ -198,6 +202,8 @@ def test_a_state_that_only_code_could_restore_is_refused_before_training(make: M
         def state_dict(self) -> dict[str, Any]:
             return {"best": [0, np.float64(0.5)]}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
     runner = make(plugins=["checkpoint", Careless()])
     with pytest.raises(TypeError, match=r"\['careless'\]\['best'\]\[1\] is a numpy.float64.*float"):
         runner.train()
@@ -219,6 +225,8 @@ def test_a_change_in_the_iteration_of_the_save_is_saved_unless_it_comes_after_th
 
         def state_dict(self) -> dict[str, Any]:
             return {"iterations": self.iterations, "points": self.points}
+
+        def load_state_dict(self, state: Any) -> None: ...
 
     class First(Counter):
         before = ("checkpoint",)
@@ -504,6 +512,8 @@ def test_all_that_differs_is_said_at_once_and_can_be_allowed(
 
         def state_dict(self) -> dict[str, Any]:
             return {"x": 1}
+
+        def load_state_dict(self, state: Any) -> None: ...
 
     first = make(plugins=["checkpoint", Kept()])
     first.train()

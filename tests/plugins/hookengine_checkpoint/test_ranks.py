@@ -149,6 +149,8 @@ def save_badly(folder: Path) -> dict[str, Any]:
         def state_dict(self) -> dict[str, Any]:
             return {"kept": kept}
 
+        def load_state_dict(self, state: Any) -> None: ...
+
         def after_train_epoch(self, runner: Any) -> None:
             kept[0] = object() if runner.progress.epoch == 2 and get_rank() == 0 else 0
             if runner.progress.epoch == 4:

@@ -1,4 +1,4 @@
-"""Tests of ``hookengine/loop/config.py``."""
+"""Tests of ``hookengine/setup/config.py``."""
 
 from __future__ import annotations
 
