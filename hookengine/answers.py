@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,9 +25,9 @@ def answer(name: str) -> str | None:
     imports them: call it only to explain an error. A function that cannot be imported, or that
     raises, knows no answer: it must not hide the error that is being explained.
     """
-    for known in ANSWERS.names():
+    for function in ANSWERS.importable():
         with suppress(Exception):
-            if (text := ANSWERS.get(known)(name)) is not None:
+            if (text := function(name)) is not None:
                 return str(text)
     return None
 
@@ -91,6 +93,36 @@ def explain_validation(error: pydantic.ValidationError, known: Iterable[str] = (
         else:
             parts.append(item["msg"].removeprefix("Value error, "))
     return "; ".join(parts)
+
+
+def check_is_no_event(plugin: str, method: str, known: Iterable[str]) -> None:
+    """Reject a method whose name is reserved for events, and warn if it looks misspelled.
+
+    Args:
+        plugin: The plugin's name.
+        method: The name of its method, which the framework never calls.
+        known: The names of the methods that the framework calls.
+
+    Raises:
+        TypeError: The name starts as those of events do.
+    """
+    near = difflib.get_close_matches(method, known, n=1, cutoff=0.75)
+    is_reserved = re.match(r"(before|after|on)_", method)
+    is_near = near and difflib.SequenceMatcher(None, method, near[0]).ratio() > 0.9
+    if not (is_reserved or is_near):
+        return
+    text = answer(method)
+    hint = f"{text}." if text else f"Did you mean {near[0]!r}?" if near else ""
+    if is_reserved:
+        raise TypeError(
+            f"plugin {plugin!r}: unknown event {method!r}. {hint} `hookengine events` lists all "
+            "events; other methods must not be named before_*, after_* or on_*"
+        )
+    warnings.warn(
+        f"plugin {plugin!r}: the method {method!r} is not an event and is never called. "
+        f"{hint} To silence this warning, start its name with an underscore",
+        stacklevel=3,
+    )
 
 
 def warn_of_priority(name: str, kind: Any) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from hookengine.distributions import OWN, distribution_of, exact_name, is_from
 from hookengine.events import hookspecs
 from hookengine.events.hookimpl import hook_options_of, names
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.order import describe_rhythm, implements, resolve_order
 from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin
-from hookengine.registry import PLUGINS, distribution_of, unknown
+from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.environment import describe_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -55,34 +57,51 @@ def plugins(
 ) -> None:
     """List the installed plugins, or describe one: its options, hooks and state.
 
-    The list comes from package metadata; no plugin is imported.
+    The list comes from package metadata; no plugin is imported. If several distributions offer a
+    name, write DISTRIBUTION:NAME.
     """
     if name is not None:
         _describe(name, _plugin(name))
         return
     table = Table("name", "on by default", "distribution", "object")
-    for known, point in PLUGINS.entry_points().items():
-        default = "yes" if known in DEFAULT_PLUGINS else ""
-        table.add_row(known, default, distribution_of(point), point.value)
+    offers = PLUGINS.offers()
+    for point in offers:
+        default = "yes" if point.name in DEFAULT_PLUGINS and is_from(point, OWN) else ""
+        clashes = [other.name for other in offers].count(point.name) > 1
+        label = f"{point.name} (clash)" if clashes else point.name
+        table.add_row(label, default, distribution_of(point), point.value)
     _console().print(table)
+    for clash in dict.fromkeys(p.name for p in offers):
+        names = [exact_name(point) for point in offers if point.name == clash]
+        if len(names) > 1:
+            typer.echo(
+                f"{len(names)} distributions offer {clash!r}. Choose one by its full name, as in "
+                + " or ".join(f"dict(type={name!r})" for name in names)
+            )
 
 
 def _plugin(name: str) -> Any:
     try:
         return PLUGINS.get(name)
-    except (KeyError, ImportError) as error:
+    except (KeyError, ValueError, ImportError) as error:
         raise typer.BadParameter(str(error.args[0])) from None
 
 
 def _describe(name: str, plugin: Any) -> None:
+    answers = any(implements(plugin, event) for event in EVENTS)
+    if not answers and not callable(plugin):
+        raise typer.BadParameter(
+            f"what the distribution offers as {name!r} is not a plugin: it is {plugin!r}, which is "
+            "neither a class or function that makes one nor an object that implements an event"
+        )
     typer.echo(inspect.getdoc(plugin) or name)
     table = Table("option", "type", "default", "description", title="Options", title_justify="left")
-    schema = TypeAdapter(plugin).json_schema()
-    for option, about in schema.get("properties", {}).items():
-        kind = about.get("type", " | ".join(map(str, about.get("enum", ["any"]))))
-        default = "required" if option in schema.get("required", ()) else repr(about.get("default"))
-        table.add_row(option, kind, default, about.get("description", ""))
+    for row in _options(plugin) if callable(plugin) else ():
+        table.add_row(*row)
     _console().print(table)
+    if not isinstance(plugin, type) and not answers:
+        typer.echo("A function makes this plugin: its hooks and state are known once it is called.")
+        return
     table = Table("event", "place", "called", "what it does", title="Hooks", title_justify="left")
     for event in EVENTS:
         if implements(plugin, event):
@@ -97,6 +116,30 @@ def _describe(name: str, plugin: Any) -> None:
     cleans = implements(plugin, "unconfigure")
     text = (inspect.getdoc(plugin.unconfigure) or "").partition("\n")[0] if cleans else "none"
     typer.echo(f"Clean-up (unconfigure): {text}")
+
+
+def _options(plugin: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and description of each option of a class or a function."""
+    fields = getattr(plugin, "__pydantic_fields__", None)
+    if fields is None or not getattr(plugin, "_by_keyword", True):
+        for name, parameter in inspect.signature(plugin).parameters.items():
+            kind = Any if parameter.annotation is parameter.empty else parameter.annotation
+            required = parameter.default is parameter.empty and parameter.kind < 2
+            default = "required" if required else repr(parameter.default)
+            yield name, _type_name(kind), default, ""
+        return
+    for name, field in fields.items():
+        default = repr(field.default)
+        if field.is_required():
+            default = "required"
+        elif field.default_factory is not None:
+            default = f"{field.default_factory.__name__}()"
+        yield name, _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
+    return re.sub(r"\b(typing|collections\.abc)\.", "", text)
 
 
 def _declared_place(plugin: Any, event: str) -> str:
@@ -136,7 +179,16 @@ def order(
         raise typer.BadParameter(unknown("default plugin", name, DEFAULT_PLUGINS))
     off |= {name.strip() for name in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
     wanted = [name for name in (*DEFAULT_PLUGINS, *chosen) if not name.startswith("no:")]
-    enabled = {name: _plugin(name) for name in wanted if name not in off}
+    enabled = {}
+    for name in wanted:
+        if name in off or name in enabled:
+            continue
+        try:
+            enabled[name] = _plugin(PLUGINS.own_name(name) if name not in (plugin or ()) else name)
+        except typer.BadParameter as error:
+            if plugin or name in DEFAULT_PLUGINS:
+                raise
+            typer.echo(f"left out: {error}", err=True)
     table = Table("event", "plugin", "because", "called")
     for spec in EVENTS.values():
         try:

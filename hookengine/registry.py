@@ -9,10 +9,18 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points, version
+from contextlib import suppress
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, overload
 
-from packaging.requirements import Requirement
+from hookengine.distributions import (
+    OWN,
+    check_own_version,
+    distribution_of,
+    exact_name,
+    how_to_import,
+    is_from,
+)
 
 T = TypeVar("T")
 
@@ -39,10 +47,18 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     )
 
 
-def distribution_of(entry_point: EntryPoint) -> str:
-    """Return the distribution that provides an entry point, as ``name version``."""
-    dist = entry_point.dist
-    return f"{dist.name} {dist.version}" if dist is not None else "an unnamed distribution"
+def _imported(point: EntryPoint) -> Any:
+    """Return the object of an entry point if its module is already imported, or None."""
+    obj: Any = sys.modules.get(point.module)
+    for attribute in point.attr.split(".") if point.attr else ():
+        obj = getattr(obj, attribute, None)
+    return obj
+
+
+def _is_at(obj: Any, point: EntryPoint) -> bool:
+    """Return whether an entry point provides this object, also from where it is re-exported."""
+    where = f"{getattr(obj, '__module__', None)}:{getattr(obj, '__qualname__', None)}"
+    return point.value == where or _imported(point) is obj
 
 
 def _identity(obj: object) -> tuple[object, object]:
@@ -61,72 +77,126 @@ class Registry:
         self.group = group
         self.kind = kind
         self._registered: dict[str, Any] = {}
-        self._entry_points: dict[str, EntryPoint] = {}
+        self._points: dict[str, list[EntryPoint]] = {}
         self._searched: tuple[str, ...] = ()
-        self._loaded: dict[str, tuple[EntryPoint, Any]] = {}
+        self._loaded: dict[tuple[str, str], tuple[EntryPoint, Any]] = {}
 
     def __repr__(self) -> str:
         return f"Registry({self.group!r})"
 
     def entry_points(self) -> dict[str, EntryPoint]:
-        """Return the entry points of the group by name, from metadata, without importing any."""
-        found: dict[str, EntryPoint] = {}
-        self._disputed: dict[str, EntryPoint] = {}
-        for point in entry_points(group=self.group):
-            if found.setdefault(point.name, point).value != point.value:
-                self._disputed[point.name] = point
-        self._entry_points, self._searched = dict(sorted(found.items())), tuple(sys.path)
-        return self._entry_points
+        """Return the entry points of the group by name, from metadata, without importing any.
+
+        Of several with one name, hookengine's own comes first; see ``offers``.
+        """
+        return {name: points[0] for name, points in self._search().items()}
 
     def own_entry_points(self) -> dict[str, EntryPoint]:
         """Return the entry points of hookengine's own distribution by name."""
-        points = self._known().items()
-        return {n: p for n, p in points if p.dist is not None and p.dist.name == "hookengine"}
+        return {n: p[0] for n, p in self._known().items() if is_from(p[0], OWN)}
+
+    def offers(self) -> list[EntryPoint]:
+        """Return all entry points of the group, sorted by name; several may have the same name."""
+        return [point for points in self._search().values() for point in points]
 
     def entry_point(self, name: str) -> EntryPoint | None:
         """Return the entry point called ``name``, or None.
 
         The metadata is read again if the name is not known yet or ``sys.path`` has changed.
 
+        Args:
+            name: A name, or ``DISTRIBUTION:NAME``, which is never ambiguous.
+
         Raises:
             ValueError: If two distributions provide different objects under this name.
         """
-        if name not in self._entry_points or self._searched != tuple(sys.path):
-            self.entry_points()
-        point = self._entry_points.get(name)
-        if point is not None and (other := self._disputed.get(name)) is not None:
+        points = self._offered(name)
+        if len(points) > 1:
             raise ValueError(
-                f"two distributions offer the {self.kind} {name!r}: {distribution_of(point)} "
-                f"({point.value}) and {distribution_of(other)} ({other.value}); uninstall one of "
-                "them"
+                f"{len(points)} distributions offer the {self.kind} {name!r}: "
+                f"{' and '.join(f'{distribution_of(p)} ({p.value})' for p in points)}. Choose one: "
+                + " or ".join(f"dict(type={exact_name(point)!r})" for point in points)
             )
-        return point
+        return points[0] if points else None
+
+    def own_name(self, name: str) -> str:
+        """Return the name under which to look up what hookengine itself provides as ``name``.
+
+        Another distribution that offers the same name then makes no difference. An object that this
+        process has registered under the name still comes first.
+        """
+        points = [] if name in self._registered else self._offered(name)
+        return exact_name(points[0]) if len(points) > 1 and is_from(points[0], OWN) else name
+
+    def own(self, name: str) -> Any:
+        """Return what hookengine itself provides as ``name``; see ``own_name``."""
+        return self.get(self.own_name(name))
 
     def offered_as(self, obj: Any) -> EntryPoint | None:
-        """Return the entry point that provides this class or function, or None."""
-        value = f"{obj.__module__}:{obj.__qualname__}"
-        return next((point for point in self._known().values() if point.value == value), None)
+        """Return the entry point that provides an object or its class, or None.
 
-    def _known(self) -> dict[str, EntryPoint]:
+        No module is imported. If there are several, one that has the object's ``plugin_name`` is
+        preferred.
+        """
+        points = [point for points in self._known().values() for point in points]
+        name = getattr(obj, "plugin_name", None)
+        for wanted in (obj, type(obj)):
+            if found := [point for point in points if _is_at(wanted, point)]:
+                return min(found, key=lambda point: point.name != name)
+        return None
+
+    def _offered(self, name: str) -> list[EntryPoint]:
+        """Return the entry points called ``name``, hookengine's own first."""
+        dist, _, short = name.rpartition(":")
+        if short not in self._points or self._searched != tuple(sys.path):
+            self._search()
+        points = self._points.get(short, [])
+        return [p for p in points if is_from(p, dist)][:1] if dist else points
+
+    def _known(self) -> dict[str, list[EntryPoint]]:
         """Return the entry points found last time, or search again if ``sys.path`` has changed."""
-        known = self._searched == tuple(sys.path)
-        return self._entry_points if known else self.entry_points()
+        return self._points if self._searched == tuple(sys.path) else self._search()
+
+    def _search(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in sorted(entry_points(group=self.group), key=lambda p: not is_from(p, OWN)):
+            others = found.setdefault(point.name, [])
+            if point.value not in [other.value for other in others]:
+                others.append(point)
+        self._points, self._searched = dict(sorted(found.items())), tuple(sys.path)
+        return self._points
 
     def names(self) -> list[str]:
         """Return all names, sorted, without importing anything."""
         return sorted({*self._registered, *self.entry_points()})
 
     def objects(self) -> Iterator[Any]:
-        """Yield the object of each name, importing each entry point that is not yet loaded."""
+        """Yield the object of each name.
+
+        hookengine's own are imported. Those of another distribution are left out unless something
+        has already imported their module.
+        """
         yield from self._registered.values()
-        for name, point in self._known().items():
-            if name not in self._registered:
-                yield self._load(point)
+        for name, points in self._known().items():
+            for point in points if name not in self._registered else ():
+                if is_from(point, OWN):
+                    yield self._load(point)
+                elif (obj := _imported(point)) is not None:
+                    yield obj
+
+    def importable(self) -> Iterator[Any]:
+        """Yield every object, importing each; leave out those that cannot be imported."""
+        yield from self._registered.values()
+        for points in [*self._known().values()]:
+            for point in points:
+                obj = None
+                with suppress(Exception):
+                    obj = self._load(point)
+                if obj is not None:
+                    yield obj
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (
-            name in self._registered or self.entry_point(name) is not None
-        )
+        return isinstance(name, str) and (name in self._registered or bool(self._offered(name)))
 
     @overload
     def register_module(
@@ -171,9 +241,13 @@ class Registry:
     def get(self, name: str) -> Any:
         """Return the object called ``name``, importing its module if it is an entry point.
 
+        Args:
+            name: A name, or ``DISTRIBUTION:NAME`` if several distributions offer the name.
+
         Raises:
             KeyError: If the name is unknown; the message lists the known names and the closest
                 match.
+            ValueError: If several distributions offer the name.
             ImportError: If the entry point cannot be loaded; the message names the distribution
                 and the fix.
         """
@@ -210,38 +284,20 @@ class Registry:
             raise
 
     def _load(self, point: EntryPoint) -> Any:
-        loaded = self._loaded.get(point.name)
-        if loaded is not None and loaded[0] is point:
-            return loaded[1]
-        dist = distribution_of(point)
-        self._check_requirement(point, dist)
+        key = point.name, point.value
+        if key in self._loaded and self._loaded[key][0] is point:
+            return self._loaded[key][1]
+        what = f"the {self.kind} {point.name!r} of {distribution_of(point)}"
+        check_own_version(point, what)
         try:
             obj = point.load()
         except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and point.extras and point.dist is not None:
-                fix = f'pip install "{point.dist.name}[{",".join(point.extras)}]"'
-            elif isinstance(error, AttributeError):
-                fix = f"its module has no {point.attr!r}; install a newer version or report this"
-            else:
-                fix = f"repair or uninstall it, or do not use {point.name!r}"
             raise ImportError(
-                f"the {self.kind} {point.name!r} of {dist} ({point.value}) cannot be imported: "
-                f"{type(error).__name__}: {error}. Fix: {fix}"
+                f"{what} ({point.value}) cannot be imported: {type(error).__name__}: {error}. Fix: "
+                f"{how_to_import(point, error)}"
             ) from error
-        self._loaded[point.name] = point, obj
+        self._loaded[key] = point, obj
         return obj
-
-    def _check_requirement(self, point: EntryPoint, dist: str) -> None:
-        """Raise an ImportError if the distribution requires another version of hookengine."""
-        for line in (point.dist.requires if point.dist is not None else None) or ():
-            requirement = Requirement(line)
-            if requirement.name == "hookengine" and requirement.marker is None:
-                mine = version("hookengine")
-                if not requirement.specifier.contains(mine, prereleases=True):
-                    raise ImportError(
-                        f"the {self.kind} {point.name!r} of {dist} requires {requirement}, but "
-                        f"hookengine {mine} is installed. Fix: install compatible versions"
-                    )
 
 
 PLUGINS = Registry("hookengine.plugins", "plugin")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hookengine import Runner
+from hookengine import MODEL_WRAPPERS, MODELS, PLUGINS, WEIGHT_INITIALIZERS, Runner
+from hookengine.registry import ANSWERS
 from tests import forks
-from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy, ToyRunner, toy_data
+from tests.fixtures import Install, MakeData, MakeRunner, Toy, ToyAccuracy, ToyRunner, toy_data
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,41 @@ def make(tmp_path: Path) -> Iterator[MakeRunner]:
     yield build
     for runner in runners:
         runner.close()
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Put distributions into a temporary folder on the path, as pip would."""
+    modules = []
+
+    def put(
+        source: str | None,
+        points: str = "greeter = greeter_package:Greeter",
+        requires: tuple[str, ...] = (),
+        name: str = "greeter-dist",
+        group: str = "hookengine.plugins",
+        module: str = "greeter_package",
+    ) -> Path:
+        folder = tmp_path / name
+        info = folder / f"{name.replace('-', '_')}-1.5.dist-info"
+        info.mkdir(parents=True)
+        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n"]
+        lines += [f"Requires-Dist: {line}\n" for line in requires]
+        (info / "METADATA").write_text("".join(lines))
+        (info / "entry_points.txt").write_text(f"[{group}]\n{points}\n")
+        if source is not None:
+            (folder / f"{module}.py").write_text(textwrap.dedent(source))
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        modules.append(module)
+        return folder
+
+    yield put
+    for module in modules:
+        sys.modules.pop(module, None)
+    monkeypatch.undo()
+    for registry in (PLUGINS, MODELS, MODEL_WRAPPERS, WEIGHT_INITIALIZERS, ANSWERS):
+        registry.entry_points()
 
 
 # -- which tests start processes, and where they run --------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +55,20 @@ class MakeData(Protocol):
     """The fixture ``data``: ``toy_data``."""
 
     def __call__(self, samples: int = ..., seed: int = ...) -> TensorDataset: ...
+
+
+class Install(Protocol):
+    """The fixture ``install``: puts a distribution on the path, and returns its folder."""
+
+    def __call__(
+        self,
+        source: str | None,
+        points: str = ...,
+        requires: tuple[str, ...] = ...,
+        name: str = ...,
+        group: str = ...,
+        module: str = ...,
+    ) -> Path: ...
 
 
 class MakeRunner(Protocol):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hookengine import PLUGINS, PluginManager
-from tests.fixtures import MakeRunner
+import hookengine.model
+from hookengine import DEFAULT_PLUGINS, PLUGINS, PluginManager
+from hookengine.answers import answer
+from tests.fixtures import Install, MakeRunner
 
 GOOD = """
 from hookengine import Plugin
@@ -24,37 +22,6 @@ class Greeter(Plugin, name="greeter"):
     def before_train(self, runner):
         print(self.text)
 """
-
-Install = Callable[..., Path]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Put a distribution into a temporary folder on the path, as pip would."""
-
-    def put(
-        source: str | None,
-        points: str = "greeter = greeter_package:Greeter",
-        requires: tuple[str, ...] = (),
-        name: str = "greeter-dist",
-        group: str = "hookengine.plugins",
-    ) -> Path:
-        folder = tmp_path / name
-        info = folder / f"{name.replace('-', '_')}-1.5.dist-info"
-        info.mkdir(parents=True)
-        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n"]
-        lines += [f"Requires-Dist: {line}\n" for line in requires]
-        (info / "METADATA").write_text("".join(lines))
-        (info / "entry_points.txt").write_text(f"[{group}]\n{points}\n")
-        if source is not None:
-            (folder / "greeter_package.py").write_text(textwrap.dedent(source))
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, "greeter_package", raising=False)
-        return folder
-
-    yield put
-    sys.modules.pop("greeter_package", None)
-    PLUGINS.entry_points()
 
 
 @pytest.mark.process
@@ -114,34 +81,6 @@ def test_an_error_in_it_names_it(install: Install, make: MakeRunner) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (dict(source=None), "ModuleNotFoundError: No module named 'greeter_package'.*repair or"),
-        (dict(source="1 / 0"), "ZeroDivisionError: division by zero.*repair or uninstall"),
-        (dict(source="def ("), "SyntaxError"),
-        (dict(source="x = 1"), "has no 'Greeter'"),
-        (
-            dict(source="import absent_library", points="greeter = greeter_package:Greeter [fast]"),
-            r'No module named .absent_library.*pip install "greeter-dist\[fast\]"',
-        ),
-        (
-            dict(source=GOOD, requires=("hookengine>=99",)),
-            r"requires hookengine>=99, but hookengine 0\.\S+ is installed",
-        ),
-    ],
-)
-def test_one_that_cannot_be_imported_is_reported_well(
-    install: Install, make: MakeRunner, broken: Any, message: str
-) -> None:
-    install(**broken)
-    with pytest.raises(ImportError, match=message) as caught:
-        make(plugins=["greeter"])
-    text = str(caught.value)
-    assert "the plugin 'greeter' of greeter-dist 1.5" in text
-    assert "Fix: " in text
-
-
 def test_one_whose_requirement_fits_is_imported(install: Install) -> None:
     install(GOOD, requires=("hookengine>=0.1", "torch", "hookengine[x]>=99; extra == 'x'"))
     assert "greeter" in PluginManager(["greeter"])
@@ -153,15 +92,209 @@ def test_one_that_is_misspelt_is_reported_well(install: Install, make: MakeRunne
         make(plugins=["greeter"])
 
 
-def test_two_distributions_of_one_name_are_reported(install: Install) -> None:
+IMPOSTOR = """
+from hookengine import Plugin
+
+class Logging(Plugin):
+    text: str = "other"
+
+    def before_train(self, runner):
+        print(self.text)
+"""
+
+
+def test_a_name_of_two_distributions_is_an_error_where_it_is_used(install: Install) -> None:
     install(GOOD)
-    install(None, points="greeter = other_package:Greeter", name="other-dist")
-    with pytest.raises(ValueError, match="two distributions offer the plugin 'greeter'") as caught:
+    install(None, points="greeter = other_package:Greeter", name="other-dist", module="other")
+    with pytest.raises(ValueError, match="2 distributions offer the plugin 'greeter'") as caught:
         PluginManager(["greeter"])
-    assert "greeter-dist 1.5" in str(caught.value)
-    assert "other-dist 1.5" in str(caught.value)
+    for text in ("greeter-dist 1.5", "other-dist 1.5", "dict(type='greeter-dist:greeter')"):
+        assert text in str(caught.value)
+    assert "greeter" in PLUGINS
     assert "greeter" in PLUGINS.names()
-    assert "logging" in PluginManager()  # the dispute is nobody else's
+    assert "logging" in PluginManager()  # other names still work
+    for entry in (
+        "greeter-dist:greeter",
+        "Greeter_Dist:greeter",
+        dict(type="greeter-dist:greeter"),
+    ):
+        manager = PluginManager([entry])
+        assert manager.source("greeter") == "greeter-dist 1.5"
+    with pytest.raises(ImportError, match=r"of other-dist 1\.5"):
+        PluginManager(["other-dist:greeter"])
+    with pytest.raises(KeyError, match="unknown plugin 'no-dist:greeter'"):
+        PluginManager(["no-dist:greeter"])
+
+
+def test_the_defaults_are_hookengines_own_whatever_else_is_installed(
+    install: Install,
+    make: MakeRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A distribution that offers the names of all defaults, and more, changes nothing."""
+    names = (*DEFAULT_PLUGINS, "ema", "clip")
+    points = "\n".join(f"{name} = greeter_package:Logging" for name in names)
+    install(IMPOSTOR, points=points, name="a-dist")
+    runner = make(defaults=DEFAULT_PLUGINS, plugins=["no:progress_bar"])
+    assert runner.plugins.source("logging").startswith("hookengine ")
+    assert "greeter_package" not in sys.modules
+    runner.train()
+    monkeypatch.setenv("HOOKENGINE_DISABLE", "logging,ema")
+    assert "logging" not in PluginManager()
+    monkeypatch.delenv("HOOKENGINE_DISABLE")
+    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"dict\(type='hookengine:logging'\) or .*'a-dist:logging'"
+    ):
+        PluginManager([dict(type="logging", interval=5)])
+    own = PluginManager([dict(type="hookengine:logging", interval=5)])
+    assert own["logging"].interval == 5
+    assert [*own].count("logging") == 1
+    other = make(plugins=[dict(type="a-dist:logging", text="mine")])
+    other.train()
+    assert capsys.readouterr().out == "mine\n"
+    assert other.plugins.source("logging") == "a-dist 1.5"
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("hookengine.model", "BaseDataPreprocessor"),
+        ("hookengine.model", "init_weights"),
+        ("hookengine.model", "is_model_wrapper"),
+        ("hookengine.model", "param_groups"),
+        ("hookengine.model", "ExponentialMovingAverage"),
+        ("hookengine.model_wrappers", "DistributedDataParallel"),
+        ("hookengine.weight_initializers", "Xavier"),
+        ("hookengine.answers", "mmengine"),
+    ],
+)
+def test_nor_does_one_that_offers_the_name_of_anything_else(
+    install: Install, make: MakeRunner, group: str, name: str
+) -> None:
+    install("raise SystemExit('imported')", points=f"{name} = greeter_package:x", group=group)
+    optimizer = dict(optimizer=dict(type="SGD", lr=0.1), paramwise=dict(norm_decay_mult=0.0))
+    make(plugins=["ema"], defaults=("init", "distributed"), optim_wrapper=optimizer).train()
+    if group == "hookengine.model":
+        assert getattr(hookengine.model, name).__module__.startswith("hookengine_")
+    if group != "hookengine.answers":
+        assert "greeter_package" not in sys.modules
+
+
+def test_the_answers_of_all_distributions_are_asked(install: Install) -> None:
+    source = "def answer(name): return f'use X instead of {name}' if name == 'theirs' else None"
+    install(source, points="mmengine = greeter_package:answer", group="hookengine.answers")
+    assert answer("theirs") == "use X instead of theirs"
+    assert "clip" in str(answer("clip_grad"))
+
+
+def test_a_broken_model_wrapper_of_another_distribution_breaks_no_run(
+    install: Install, make: MakeRunner
+) -> None:
+    group = "hookengine.model_wrappers"
+    install("1 / 0", points="Theirs = greeter_package:Theirs", group=group)
+    make(defaults=("distributed", "init")).train()
+
+
+FORMS = """
+import functools
+from hookengine import Plugin
+
+class Greeter(Plugin, name="other_name"):
+    text: str = "hello"
+
+    def before_train(self, runner):
+        print(self.text)
+
+class Plain:
+    def before_train(self, runner):
+        print("plain")
+
+def make(text="made"):
+    return Greeter(text=text)
+
+partial = functools.partial(Greeter, text="partial")
+instance, plain = Greeter(text="instance"), Plain()
+
+def before_train(runner):
+    print("module")
+
+class Numbers:
+    count = 3
+
+numbers = Numbers()
+
+def nothing():
+    return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "printed"),
+    [
+        (":Greeter", "hello"),
+        (":make", "made"),
+        (":partial", "partial"),
+        (":instance", "instance"),
+        (":plain", "plain"),
+        ("", "module"),
+    ],
+)
+def test_an_entry_point_may_be_a_class_a_function_or_an_object_and_has_the_last_word_on_the_name(
+    install: Install,
+    make: MakeRunner,
+    capsys: pytest.CaptureFixture[str],
+    point: str,
+    printed: str,
+) -> None:
+    install(FORMS, points=f"greeter = greeter_package{point}")
+    runner = make(plugins=["greeter"])
+    runner.train()
+    assert capsys.readouterr().out == f"{printed}\n"
+    assert [*runner.plugins] == ["greeter"]
+    assert runner.plugins.source("greeter") == "greeter-dist 1.5"
+    if point in (":make", ":partial", ":Greeter"):
+        make(plugins=[dict(type="greeter", text="given")]).train()
+        assert capsys.readouterr().out == "given\n"
+    else:
+        with pytest.raises(TypeError, match="'greeter' is an object, which has no options"):
+            make(plugins=[dict(type="greeter", text="given")])
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        (":numbers", "'greeter' of greeter-dist 1.5 cannot be used: .*Numbers object"),
+        (":Numbers.count", "'greeter' of greeter-dist 1.5 cannot be used: 3 is neither a class"),
+        (":Numbers", "implements no event"),
+        (":nothing", "'greeter' of greeter-dist 1.5 cannot be used: <function nothing"),
+        (":before_train", "'greeter' of greeter-dist 1.5 cannot be used: <function before_train"),
+    ],
+)
+def test_an_entry_point_that_is_no_plugin_is_an_error_that_names_it(
+    install: Install, make: MakeRunner, point: str, message: str
+) -> None:
+    install(FORMS, points=f"greeter = greeter_package{point}")
+    with pytest.raises(TypeError, match=message):
+        make(plugins=["greeter"])
+
+
+def test_an_object_has_the_name_of_its_entry_point_wherever_its_class_is_defined(
+    install: Install, make: MakeRunner
+) -> None:
+    """Its state is found by that name, however the plugin was enabled."""
+    install(FORMS, points="inner = greeter_package:Greeter", name="inner-dist")
+    package = "from greeter_package import Greeter, instance"
+    install(package, points="greeter = outer:Greeter\nready = outer:instance", module="outer")
+    import greeter_package  # type: ignore[import-not-found]
+
+    assert [*PluginManager([greeter_package.Greeter()], ())] == ["inner"]
+    import outer  # type: ignore[import-not-found]
+
+    manager = PluginManager([outer.instance], ())
+    assert [*manager] == ["ready"]
+    assert manager.source("ready") == "greeter-dist 1.5"
 
 
 def test_it_contributes_models_too(install: Install) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hookengine import PLUGINS
 from hookengine.cli import app, events_page
+from tests.fixtures import Install
 
 
 @pytest.mark.process
@@ -76,3 +77,103 @@ def test_a_plugin_is_described_with_its_hooks_and_state(name: str) -> None:
         assert "saved for each rank (rank_state_dict)" in shown
     if name == "mixup":
         assert "State: none" in shown
+
+
+def test_names_that_several_distributions_offer_are_marked_and_resolved(install: Install) -> None:
+    source = """
+    from hookengine import Plugin
+    class Log(Plugin):
+        'Mine.'
+        def before_run(self): ...
+    """
+    install(source, points="logging = greeter_package:Log\nclip = greeter_package:Log")
+    listed = invoke("plugins")
+    marked = [line for line in listed.splitlines() if "(clash)" in line]
+    assert [line.split()[1] for line in marked] == ["clip", "clip", "logging", "logging"]
+    assert ["yes" in line for line in marked] == [False, False, True, False]
+    for name in ("hookengine:logging", "greeter-dist:logging", "hookengine:clip"):
+        assert f"dict(type={name!r})" in listed
+    assert "Mine." in invoke("plugins", "greeter-dist:logging")
+    assert "Mine." not in invoke("plugins", "hookengine:logging")
+    assert "2 distributions offer the plugin 'logging'" in refused("plugins", "logging")
+    shown = CliRunner().invoke(app, ["order"], env={"COLUMNS": "300"})
+    assert shown.exit_code == 0  # hookengine's own
+    assert "logging" in shown.output
+    assert "2 distributions offer the plugin 'clip'" in refused("order", "-p", "clip")
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments], env={"COLUMNS": "300"})
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    return " ".join(done.output.replace("│", "").split())
+
+
+OBJECTS = """
+import enum
+import torch
+from hookengine import Plugin
+
+class Kind(enum.Enum):
+    a = 1
+
+class Typed(Plugin):
+    'Typed options.'
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    kind: Kind = Kind.a
+    module: type[torch.nn.Module] = torch.nn.Identity
+    def before_run(self): ...
+
+class ByHand(Plugin):
+    'Its own init.'
+    def __init__(self, size, *rest, rate: float = 0.5): ...
+    def before_run(self): ...
+
+class Plain:
+    'No base class.'
+    def before_run(self):
+        'Say hello.'
+
+def make(size: int, rate=0.5):
+    'Make one.'
+
+plain = Plain()
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "shown"),
+    [
+        (":Typed", ["Typed options.", "device", "required", "torch.float32", "before_run"]),
+        (":ByHand", ["Its own init.", "size", "required", "rate", "0.5", "before_run"]),
+        (":Plain", ["No base class.", "Say hello."]),
+        (":plain", ["No base class.", "Say hello."]),
+        (":make", ["Make one.", "size", "int", "required", "rate", "A function makes this plugin"]),
+        ("", ["thing"]),
+    ],
+)
+def test_whatever_makes_a_plugin_is_described(
+    install: Install, point: str, shown: list[str]
+) -> None:
+    more = "\ndef before_run(runner):\n    'Say hello.'\n" * (not point)
+    install(OBJECTS + more, points=f"thing = greeter_package{point}")
+    described = invoke("plugins", "thing")
+    for text in shown:
+        assert text in described
+
+
+@pytest.mark.parametrize("source", [OBJECTS, "1 / 0", "import absent_library", "def ("])
+def test_what_is_no_plugin_is_an_error_without_a_traceback(install: Install, source: str) -> None:
+    install(source, points="thing = greeter_package:number")
+    text = refused("plugins", "thing")
+    assert "is not a plugin: it is 3" in text or "cannot be imported" in text
+
+
+def test_the_order_leaves_out_plugins_that_cannot_be_imported(install: Install) -> None:
+    install("import absent_library", points="thing = greeter_package:Thing")
+    shown = CliRunner().invoke(app, ["order"], env={"COLUMNS": "300"})
+    assert shown.exit_code == 0
+    assert "left out: the plugin 'thing' of greeter-dist 1.5" in shown.output
+    assert "cannot be imported" in refused("order", "-p", "thing")
