@@ -43,7 +43,8 @@ def home_of(root: Path) -> str | None:
         return None
     # A name or a token before the @ must not be published.
     address = re.fullmatch(
-        r"(?:https://(?:[^@/]*@)?|ssh://(?:[^@/]*@)?|[^@/:]+@)([\w.-]+\.\w+)[:/](.+?)(?:\.git)?/?",
+        r"(?:https://(?:[^@/]*@)?|ssh://(?:[^@/]*@)?|[^@/:]+@)([\w.-]+\.\w+)(?::\d+(?=/))?[:/]"
+        r"(.+?)(?:\.git)?/?",
         remote,
     )
     return f"https://{address[1]}/{address[2]}" if address else None

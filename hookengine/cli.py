@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
 import typer
@@ -65,19 +66,24 @@ def plugins(
         return
     table = Table("name", "on by default", "distribution", "object")
     offers = PLUGINS.offers()
+    clashes = dict(_clashes(offers))
     for point in offers:
         default = "yes" if point.name in DEFAULT_PLUGINS and is_from(point, OWN) else ""
-        clashes = [other.name for other in offers].count(point.name) > 1
-        label = f"{point.name} (clash)" if clashes else point.name
+        label = f"{point.name} (clash)" if point.name in clashes else point.name
         table.add_row(label, default, distribution_of(point), point.value)
     _console().print(table)
-    for clash in dict.fromkeys(p.name for p in offers):
-        names = [exact_name(point) for point in offers if point.name == clash]
-        if len(names) > 1:
-            typer.echo(
-                f"{len(names)} distributions offer {clash!r}. Choose one by its full name, as in "
-                + " or ".join(f"dict(type={name!r})" for name in names)
-            )
+    for clash, full in clashes.items():
+        typer.echo(
+            f"Several distributions offer {clash!r}. Choose one by its full name, "
+            f"{' or '.join(map(repr, full))}."
+        )
+
+
+def _clashes(offers: list[EntryPoint]) -> Iterator[tuple[str, list[str]]]:
+    for name in dict.fromkeys(point.name for point in offers):
+        points = [point for point in offers if point.name == name]
+        if len({point.value for point in points}) > 1:
+            yield name, [exact_name(point) for point in points]
 
 
 def _plugin(name: str) -> Any:
@@ -88,19 +94,34 @@ def _plugin(name: str) -> Any:
 
 
 def _describe(name: str, plugin: Any) -> None:
+    try:
+        _print(name, plugin)
+    except typer.BadParameter:
+        raise
+    except Exception as error:  # whatever the code of a plugin does when it is looked at
+        text = f"the plugin {name!r} cannot be described: {type(error).__name__}: {error}"
+        raise typer.BadParameter(text) from None
+
+
+def _print(name: str, plugin: Any) -> None:
     answers = any(implements(plugin, event) for event in EVENTS)
     if not answers and not callable(plugin):
         raise typer.BadParameter(
             f"what the distribution offers as {name!r} is not a plugin: it is {plugin!r}, which is "
             "neither a class or function that makes one nor an object that implements an event"
         )
-    typer.echo(inspect.getdoc(plugin) or name)
+    documented = getattr(plugin, "func", plugin)  # of a partial
+    text = documented.__doc__ if isinstance(documented, type) else inspect.getdoc(documented)
+    typer.echo(inspect.cleandoc(text) if text else name)
     table = Table("option", "type", "default", "description", title="Options", title_justify="left")
-    for row in _options(plugin) if callable(plugin) else ():
+    for row in _options(plugin) if isinstance(plugin, type) or not answers else ():
         table.add_row(*row)
     _console().print(table)
     if not isinstance(plugin, type) and not answers:
         typer.echo("A function makes this plugin: its hooks and state are known once it is called.")
+        return
+    if not answers:
+        typer.echo("It implements no event, so it cannot be enabled.")
         return
     table = Table("event", "place", "called", "what it does", title="Hooks", title_justify="left")
     for event in EVENTS:
@@ -122,7 +143,11 @@ def _options(plugin: Any) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default and description of each option of a class or a function."""
     fields = getattr(plugin, "__pydantic_fields__", None)
     if fields is None or not getattr(plugin, "_by_keyword", True):
-        for name, parameter in inspect.signature(plugin).parameters.items():
+        try:
+            parameters = inspect.signature(plugin).parameters
+        except ValueError:  # written in C
+            return
+        for name, parameter in parameters.items():
             kind = Any if parameter.annotation is parameter.empty else parameter.annotation
             required = parameter.default is parameter.empty and parameter.kind < 2
             default = "required" if required else repr(parameter.default)
@@ -178,13 +203,13 @@ def order(
     for name in off - {*DEFAULT_PLUGINS}:
         raise typer.BadParameter(unknown("default plugin", name, DEFAULT_PLUGINS))
     off |= {name.strip() for name in os.environ.get("HOOKENGINE_DISABLE", "").split(",")}
-    wanted = [name for name in (*DEFAULT_PLUGINS, *chosen) if not name.startswith("no:")]
-    enabled = {}
-    for name in wanted:
-        if name in off or name in enabled:
+    enabled: dict[str, Any] = {}
+    for given in (*DEFAULT_PLUGINS, *chosen):
+        name = PLUGINS.short_name(given)
+        if name in off or given.startswith("no:") or (name in enabled and given in DEFAULT_PLUGINS):
             continue
         try:
-            enabled[name] = _plugin(PLUGINS.own_name(name) if name not in (plugin or ()) else name)
+            enabled[name] = _plugin(given if given in (plugin or ()) else PLUGINS.own_name(given))
         except typer.BadParameter as error:
             if plugin or name in DEFAULT_PLUGINS:
                 raise
@@ -193,7 +218,7 @@ def order(
     for spec in EVENTS.values():
         try:
             places = resolve_order(spec, enabled) if event in (None, spec.name) else []
-        except ValueError as error:
+        except Exception as error:  # also of the code of a plugin
             raise typer.BadParameter(str(error)) from None
         for index, place in enumerate(places):
             label = "" if index else spec.name

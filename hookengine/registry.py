@@ -13,14 +13,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, overload
 
-from hookengine.distributions import (
-    OWN,
-    check_own_version,
-    distribution_of,
-    exact_name,
-    how_to_import,
-    is_from,
-)
+from hookengine.distributions import OWN, distribution_of, exact_name, is_from, load, object_of
 
 T = TypeVar("T")
 
@@ -47,18 +40,10 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     )
 
 
-def _imported(point: EntryPoint) -> Any:
-    """Return the object of an entry point if its module is already imported, or None."""
-    obj: Any = sys.modules.get(point.module)
-    for attribute in point.attr.split(".") if point.attr else ():
-        obj = getattr(obj, attribute, None)
-    return obj
-
-
 def _is_at(obj: Any, point: EntryPoint) -> bool:
     """Return whether an entry point provides this object, also from where it is re-exported."""
     where = f"{getattr(obj, '__module__', None)}:{getattr(obj, '__qualname__', None)}"
-    return point.value == where or _imported(point) is obj
+    return point.value == where or object_of(point) is obj
 
 
 def _identity(obj: object) -> tuple[object, object]:
@@ -112,12 +97,20 @@ class Registry:
         """
         points = self._offered(name)
         if len(points) > 1:
+            each = " and ".join(f"{distribution_of(p)} ({p.value})" for p in points)
+            names = " or ".join(repr(exact_name(point)) for point in points)
             raise ValueError(
-                f"{len(points)} distributions offer the {self.kind} {name!r}: "
-                f"{' and '.join(f'{distribution_of(p)} ({p.value})' for p in points)}. Choose one: "
-                + " or ".join(f"dict(type={exact_name(point)!r})" for point in points)
+                f"several distributions offer the {self.kind} {name!r}: {each}. Choose one by its "
+                f"full name, {names}, as in dict(type={exact_name(points[0])!r}), or uninstall one"
             )
         return points[0] if points else None
+
+    def short_name(self, name: str) -> str:
+        """Return NAME for ``DISTRIBUTION:NAME``, and any other name unchanged."""
+        dist, _, short = name.partition(":")
+        if not dist or not short or name in self._registered or name in self._known():
+            return name
+        return short if any(is_from(p, dist) for p in self._known().get(short, ())) else name
 
     def own_name(self, name: str) -> str:
         """Return the name under which to look up what hookengine itself provides as ``name``.
@@ -146,12 +139,14 @@ class Registry:
         return None
 
     def _offered(self, name: str) -> list[EntryPoint]:
-        """Return the entry points called ``name``, hookengine's own first."""
-        dist, _, short = name.rpartition(":")
-        if short not in self._points or self._searched != tuple(sys.path):
+        """Return the entry points called ``name`` that differ, hookengine's own first."""
+        if self.short_name(name) not in self._known():
             self._search()
-        points = self._points.get(short, [])
-        return [p for p in points if is_from(p, dist)][:1] if dist else points
+        short = self.short_name(name)
+        points = self._known().get(short, [])
+        if short != name:
+            return [point for point in points if is_from(point, name.partition(":")[0])][:1]
+        return [p for i, p in enumerate(points) if p.value not in [q.value for q in points[:i]]]
 
     def _known(self) -> dict[str, list[EntryPoint]]:
         """Return the entry points found last time, or search again if ``sys.path`` has changed."""
@@ -161,7 +156,7 @@ class Registry:
         found: dict[str, list[EntryPoint]] = {}
         for point in sorted(entry_points(group=self.group), key=lambda p: not is_from(p, OWN)):
             others = found.setdefault(point.name, [])
-            if point.value not in [other.value for other in others]:
+            if (point.value, exact_name(point)) not in [(p.value, exact_name(p)) for p in others]:
                 others.append(point)
         self._points, self._searched = dict(sorted(found.items())), tuple(sys.path)
         return self._points
@@ -181,7 +176,7 @@ class Registry:
             for point in points if name not in self._registered else ():
                 if is_from(point, OWN):
                     yield self._load(point)
-                elif (obj := _imported(point)) is not None:
+                elif (obj := object_of(point)) is not None:
                     yield obj
 
     def importable(self) -> Iterator[Any]:
@@ -287,15 +282,7 @@ class Registry:
         key = point.name, point.value
         if key in self._loaded and self._loaded[key][0] is point:
             return self._loaded[key][1]
-        what = f"the {self.kind} {point.name!r} of {distribution_of(point)}"
-        check_own_version(point, what)
-        try:
-            obj = point.load()
-        except Exception as error:
-            raise ImportError(
-                f"{what} ({point.value}) cannot be imported: {type(error).__name__}: {error}. Fix: "
-                f"{how_to_import(point, error)}"
-            ) from error
+        obj = load(point, self.kind)
         self._loaded[key] = point, obj
         return obj
 

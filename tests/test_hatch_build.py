@@ -37,6 +37,7 @@ def test_the_address_comes_from_git_without_secrets(tmp_path: Path) -> None:
         "https://me:token@forge.example/them/hookengine.git": HOME,
         "git@forge.example:them/hookengine.git": HOME,
         "ssh://git@forge.example/them/hookengine": HOME,
+        "ssh://git@forge.example:2222/them/hookengine.git": HOME,
         "/srv/git/hookengine.git": None,
         "../hookengine": None,
         "file:///srv/git/hookengine.git": None,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any
 
 from hookengine.answers import check_is_no_event
-from hookengine.events.hookimpl import hook_options_of, names
+from hookengine.events.hookimpl import hook_options_of, is_function, names
 from hookengine.events.hookspecs import EVENTS, Event
 from hookengine.events.plugin import Plugin
 from hookengine.registry import did_you_mean, unknown
@@ -33,31 +34,34 @@ def check_methods(name: str, plugin: object, source: str) -> None:
             names(getattr(plugin, side, None))
         except TypeError as error:
             raise TypeError(f"plugin {name!r}, attribute {side!r}: {error}") from None
-    _check_state(name, plugin)
+    check_state(name, plugin)
     implemented = 0
     for attribute in dir(plugin):
         method = inspect.getattr_static(plugin, attribute, None)
-        if attribute.startswith("_") or not inspect.isroutine(method):
-            continue
         if attribute not in EVENTS:
-            if attribute not in STATE_METHODS:
+            if attribute[0] != "_" and inspect.isroutine(method) and attribute not in STATE_METHODS:
                 check_is_no_event(name, attribute, [*EVENTS, *STATE_METHODS])
             continue
-        implemented += 1
         event, bound = EVENTS[attribute], getattr(plugin, attribute)
         where = f"plugin {name!r}, event {event}"
+        if isinstance(method, property) or not is_function(bound):
+            if callable(bound) and hasattr(type(plugin), attribute):
+                raise TypeError(f"{where}: write a method with def, not {method!r}")
+            continue  # data that happens to have this name
+        implemented += 1
         if getattr(bound, "__self__", None) is not None:
             function = getattr(method, "__func__", method)  # of a classmethod
             first = next(iter(inspect.signature(function).parameters), None)
             if first is None or first in event.arguments:
                 own = "self" if function is method else "cls"
                 raise TypeError(f"{where}: the method has no {own!r}. Add it")
-        _check_runs(where, bound, event.kind.answer is Iterable)
+        _check_runs(where, bound, event.kind.answer)
         parameters = inspect.signature(bound).parameters
         for argument, parameter in parameters.items():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 raise TypeError(
-                    f"{where}: name the arguments that {attribute!r} uses instead of *{argument}"
+                    f"{where}: name the arguments that {attribute!r} uses, without * or **; got "
+                    f"{inspect.signature(bound)}"
                 )
             given = parameter.default is not parameter.empty  # as in def hook(runner, model=model)
             if given and not did_you_mean(argument, event.arguments, cutoff=0.6):
@@ -82,16 +86,31 @@ def check_methods(name: str, plugin: object, source: str) -> None:
         )
 
 
-def _check_runs(where: str, function: Callable[..., Any], may_yield: bool = False) -> None:
-    """Reject a function whose body a plain call does not run."""
-    yields = inspect.isgeneratorfunction(function) and not may_yield
-    if yields or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        fix = "return instead of yield" if yields else "def instead of async def"
-        raise TypeError(f"{where}: a call does not run the body of this function. Use {fix}")
+def _check_runs(where: str, function: Callable[..., Any], answer: Any = object) -> None:
+    """Reject a function whose body a plain call does not run; warn if a decorator hides it."""
+    for one in (function, inspect.unwrap(function)):
+        yields = inspect.isgeneratorfunction(one) and answer is not Iterable
+        if yields or inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one):
+            fix = "Use " + ("return instead of yield" if yields else "def instead of async def")
+            if one is function:
+                raise TypeError(f"{where}: a call does not run the body of this function. {fix}")
+            if answer is not AbstractContextManager:  # @contextmanager is right there
+                text = f"{where}: the body does not run unless the decorator runs it. {fix}"
+                warnings.warn(text, stacklevel=3)
 
 
-def _check_state(name: str, plugin: object) -> None:
+def check_state(name: str, plugin: object) -> None:
     """Reject methods that would lose the plugin's state, or that cannot be called."""
+    for base in type(plugin).__mro__[::-1] if isinstance(plugin, Plugin) else ():
+        if base is Plugin:
+            break
+        stubs = [m for m in STATE_METHODS if getattr(type(plugin), m) is vars(Plugin)[m]]
+        if hidden := [method for method in stubs if method in vars(base)]:
+            raise TypeError(
+                f"plugin {name!r}: Plugin hides {hidden[0]!r} of {base.__name__}. Name "
+                f"{base.__name__} before Plugin: class {type(plugin).__name__}({base.__name__}, "
+                "Plugin)"
+            )
     for save, load in (STATE_METHODS[:2], STATE_METHODS[2:]):
         found = {}
         for method, arguments in ((save, ()), (load, ({},))):

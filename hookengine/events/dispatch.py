@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pluggy
 
+from hookengine.events.blame import GENERATED
 from hookengine.events.hookimpl import HookOptions, hook_options_of
 from hookengine.events.hookspecs import EVENTS, Counter, Event, HookSpecs
 
@@ -75,6 +76,7 @@ def resolve(
 ) -> None:
     """Point every event of ``hooks`` at the implementations that ``relay`` currently holds."""
     called = {} if called is None else called
+    hooks.replaced.clear()
     for event in COMPILED:
         impls = getattr(relay, event.name).get_hookimpls()[::-1]  # pluggy stores the first one last
         setattr(hooks, event.name, compile_event(event, impls, observers, called, hooks.replaced))
@@ -94,11 +96,12 @@ def compile_event(
         impls: Its implementations.
         observers: Functions that wrap each implementation, in turn.
         called: Which implementations with ``once`` were called; updated by the calls.
-        replaced: Which plugin replaced the current batch; updated by the calls.
+        replaced: Per transform, which plugin replaced the value; updated by the calls.
     """
     if not impls:
         return _empty(event)
     called = {} if called is None else called
+    replaced = {} if replaced is None else replaced
     namespace: dict[str, Any] = {"answer": event.kind.answer, "replaced": replaced}
     namespace["reject"] = _reject
     calls = []
@@ -120,8 +123,8 @@ def compile_event(
         calls.append(_Call(event, impl.plugin_name, index, ", ".join(arguments), conditions))
     lines = [f"def {event.name}({', '.join(event.arguments)}):"]
     lines += [f"    {line}" for line in _body(event, calls)]
-    source, namespace["generated"] = "\n".join(lines) + "\n", lines
-    filename = f"<hookengine event {event.name}>"
+    source, namespace["lines"] = "\n".join(lines) + "\n", lines
+    filename = f"{GENERATED}{event.name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(source, filename, "exec"), namespace)
     return cast(Function, namespace[event.name])
@@ -202,12 +205,11 @@ def _body(event: Event, calls: list[_Call]) -> list[str]:
             lines += call.answered("ok = ok and r")
         return ["ok = True", *lines, "return ok"]
     if kind.name == "transform":
-        traced = kind.argument == "data_batch"
         for call in calls:
-            by = [f"by = {call.name!r}"] * traced
-            lines += call.answered(f"{kind.argument} = r", *by)
-        mark = ["by = None", *lines, f"replaced[{event.name!r}] = by"] if traced else lines
-        return [*mark, f"return {kind.argument}"]
+            by = f"if r is not {kind.argument}: by = {call.name!r}"
+            lines += call.answered(by, f"{kind.argument} = r")
+        mark = f"replaced[{event.name!r}] = by"
+        return ["by = None", *lines, mark, f"return {kind.argument}"]
     for call in calls:
         lines += call.answered("found += (r,)")
     return ["found = ()", *lines, "return found"]

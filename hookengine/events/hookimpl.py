@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
@@ -65,6 +66,11 @@ class HookOptions:
                 "either first or last. Remove one of the two"
             )
         return options
+
+
+def is_function(attribute: object) -> bool:
+    """Return whether an attribute is a function or method, as an event's implementation must be."""
+    return isinstance(getattr(attribute, "__func__", attribute), types.FunctionType)
 
 
 def names(given: Any) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import pluggy
 import torch
@@ -117,12 +117,12 @@ class Kind:
     """What ``every`` counts, or None if the event has no rhythm."""
     deprecations: Mapping[str, str] = field(default_factory=dict)
     """What to use instead of a deprecated argument, by its name; of the whole event under ""."""
-    answer: type = object
+    answer: Any = object
     """The type of a returned value; any other one, apart from None, is an error."""
     expects: str = ""
     """The same in words, for that error."""
 
-    def returning(self, answer: type, expects: str) -> Kind:
+    def returning(self, answer: Any, expects: str) -> Kind:
         """Return this kind for an event whose implementations return an ``answer``, or None."""
         return replace(self, answer=answer, expects=expects)
 
@@ -159,6 +159,14 @@ closing = Kind("event", closing=True)
 def transform(argument: str) -> Kind:
     """Return the kind of an event whose implementations may replace ``argument``."""
     return Kind("transform", argument=argument)
+
+
+@runtime_checkable
+class Indexable(Protocol):
+    """What Python can iterate over by index, without ``__iter__``."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Return an item, or raise an IndexError behind the last one."""
 
 
 class Life(Protocol):
@@ -230,7 +238,7 @@ class Build(Protocol):
         also ``loss_step`` for ``val_cfg=dict(loss=True)``.
         """
 
-    @transform("dataloader").returning(Iterable, "a dataloader")
+    @transform("dataloader").returning(Iterable | Indexable, "a dataloader")
     def setup_dataloader(
         self, runner: Runner, dataloader: Iterable[Any], phase: Phase
     ) -> Iterable[Any]:
@@ -544,7 +552,7 @@ class HookSpecs(Life, Build, Train, Val, Test, Evaluation, Step, State, Records,
 
     runner: Runner
     replaced: dict[str, str | None]
-    """Per transform of a batch, the plugin that replaced the current batch."""
+    """Per transform, the plugin that replaced the current value, or None."""
 
 
 @dataclass(frozen=True)

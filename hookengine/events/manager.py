@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pluggy
 
 from hookengine.events.active import ActivePlugins
 from hookengine.events.blame import blame, note
+from hookengine.events.checks import check_state
 from hookengine.events.dispatch import compile_event
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.order import implements
 from hookengine.events.plugin import DEFAULT_PLUGINS
 from hookengine.events.selection import PluginLike, Selection, entry_name
+from hookengine.registry import PLUGINS
 
 
 class PluginManager(ActivePlugins):
@@ -160,7 +162,7 @@ class PluginManager(ActivePlugins):
         """
         if name not in self._declared:
             ends = [full for full in self._declared if full.endswith(f":{name}")]
-            name = ends[0] if len(ends) == 1 else name
+            name = ends[0] if len(ends) == 1 else PLUGINS.short_name(name)
         self[name]
         try:
             if name in self.configured:
@@ -193,13 +195,14 @@ class PluginManager(ActivePlugins):
     def _collect(self, method: str) -> dict[str, Any]:
         states = {}
         for name, plugin in self.items():
-            if hasattr(plugin, method):
-                with self._blaming(name, method):
-                    state = getattr(plugin, method)()
-                    if not isinstance(state, Mapping | None):
-                        raise TypeError(f"{method} must return a dict, got {type(state).__name__}")
-                if state:
-                    states[name] = state
+            with self._blaming(name, method):
+                check_state(name, plugin)  # `configure` may have set the methods
+                if (collect := getattr(plugin, method, None)) is None:
+                    continue
+                if not isinstance(state := collect(), Mapping | None):
+                    raise TypeError(f"{method} must return a dict, got {type(state).__name__}")
+            if state:
+                states[name] = state
         return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
@@ -221,11 +224,12 @@ class PluginManager(ActivePlugins):
         try:
             yield
         except BaseException as error:
-            note(error, name, self.source(name), f"method {method!r}")
+            note(error, f"plugin {name!r} ({self.source(name)}), method {method!r}")
             raise
 
     def blame(self, error: BaseException) -> None:
         """Add a note to ``error`` that names the plugin, the event and the iteration."""
         impls = [(e, impl) for e in EVENTS for impl in getattr(self.hook, e).get_hookimpls()]
         progress = getattr(self._hooks.runner, "progress", None)
-        blame(error, impls, self.source, progress, self._hooks.replaced)
+        with suppress(Exception):  # whatever the traceback holds, it must not hide the error
+            blame(error, impls, self.source, progress, self._hooks.replaced)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import graphlib
 import heapq
-import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from hookengine.events.hookimpl import hook_options_of, names
+from hookengine.events.hookimpl import hook_options_of, is_function, names
 from hookengine.events.hookspecs import EVENTS, Event
 from hookengine.events.plugin import PLUGIN_NAMES, FunctionPlugin, Plugin, name_of
 from hookengine.registry import PLUGINS, did_you_mean
@@ -137,7 +136,7 @@ def describe_rhythm(plugin: object, event: str) -> str:
 
 def implements(plugin: object, event: str) -> bool:
     """Return whether a plugin implements an event."""
-    return inspect.isroutine(getattr(plugin, event, None))
+    return is_function(getattr(plugin, event, None))
 
 
 def _side(event: Event, plugin: object, side: str) -> tuple[str, ...]:
@@ -165,7 +164,7 @@ def _constraints(event: Event, plugins: Mapping[str, object]) -> Iterator[_Const
         for side in ("after", "before"):
             own = getattr(hook_options_of(plugin, event.name), side) is not None
             for other in _side(event, plugin, side):
-                for one in meant.get(other, ()):
+                for one in meant.get(PLUGINS.short_name(other), ()):
                     # A name that stands for a class does not order the plugins of one class.
                     alike = isinstance(plugin, Plugin) and isinstance(plugins[one], type(plugin))
                     if one != name and (one == other or not alike):
@@ -220,11 +219,11 @@ def check_constraints(plugins: Mapping[str, object], new: set[str]) -> None:
             for side in ("after", "before"):
                 for other in names(getattr(declared, side, None) or ()):
                     text = f"plugin {name!r} declares {side}={other!r} ({where})"
-                    if other not in meant:
+                    if (short := PLUGINS.short_name(other)) not in meant:
                         if name in new:
                             _check_known(text, other, meant)
                         continue
-                    for one in meant[other]:
+                    for one in meant[short]:
                         if one != name and new & {name, one} and not {*mine} & {*events[one]}:
                             warnings.warn(
                                 f"{text}, which has no effect in {', '.join(mine)}: {one!r} does "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from hookengine.answers import answer, warn_of_priority
 from hookengine.distributions import distribution_of
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.order import implements
-from hookengine.events.plugin import DEFAULT_PLUGINS, name_of
+from hookengine.events.plugin import DEFAULT_PLUGINS, Plugin, name_of
 from hookengine.registry import PLUGINS, unknown
 
 PluginLike: TypeAlias = str | Mapping[str, Any] | object
@@ -32,11 +32,11 @@ class Selection:
 
     def __init__(self, entries: Iterable[PluginLike] | None, defaults: Sequence[str]) -> None:
         self.sources: dict[str, str] = {}
-        named, off = _named(entries, defaults)
         wanted: dict[str, PluginLike] = {
-            **{name: PLUGINS.own_name(name) for name in defaults},
-            **named,
+            PLUGINS.short_name(name): PLUGINS.own_name(name) for name in defaults
         }
+        named, off = _named(entries, wanted)
+        wanted.update(named)
         off |= _disabled_by_environment(wanted)
         self.blocked = sorted(off & wanted.keys())
         self.plugins = {n: self.build(n, entry) for n, entry in wanted.items() if n not in off}
@@ -63,24 +63,26 @@ class Selection:
         if point is not None:
             self.sources[name] = distribution_of(point)
         warn_of_priority(name, kind if isinstance(kind, type) else type(kind))
-        if not isinstance(entry, Mapping):
-            return entry
+        plugin = self._made(name, kind, entry) if isinstance(entry, Mapping) else entry
+        if isinstance(plugin, Plugin) and plugin.plugin_name != name:
+            plugin.__dict__["plugin_name"] = name  # the class may have another one
+        return plugin
+
+    def _made(self, name: str, kind: Any, entry: Mapping[str, Any]) -> object:
         options = {key: value for key, value in entry.items() if key != "plugin_name"}
-        target = PLUGINS.get(kind) if isinstance(kind, str) else kind
-        if not isinstance(target, type) and any(implements(target, event) for event in EVENTS):
-            if len(entry) > 1:
-                raise TypeError(f"the plugin {name!r} is an object, which has no options: {entry}")
-            return target  # a module or an instance that a distribution offers
-        makes = callable(target) and getattr(target, "__name__", "") not in EVENTS
-        if (plugin := PLUGINS.build(options) if makes else None) is None:
+        made = PLUGINS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(made, type) or not any(implements(made, event) for event in EVENTS):
+            makes = callable(made) and getattr(made, "__name__", "") not in EVENTS
+            made, maker = PLUGINS.build(options) if makes else None, made
+        elif options.keys() - {"type"}:
+            raise TypeError(f"the plugin {name!r} is an object, which has no options: {options}")
+        if made is None:
             raise TypeError(
                 f"the plugin {name!r} of {self.sources.get(name, 'this process')} cannot be used: "
-                f"{target!r} is neither a class or function that makes a plugin nor an object with "
+                f"{maker!r} is neither a class or function that makes a plugin nor an object with "
                 "methods named after events"
             )
-        if "plugin_name" in entry:
-            plugin.plugin_name = name
-        return plugin
+        return made
 
 
 def entry_name(entry: PluginLike) -> str:
@@ -92,9 +94,11 @@ def entry_name(entry: PluginLike) -> str:
     if isinstance(entry, Mapping):
         if "type" not in entry:
             raise KeyError(f"a plugin needs a 'type' (a name or a class), got {dict(entry)!r}")
-        entry = entry.get("plugin_name") or entry["type"]
+        if isinstance(given := entry.get("plugin_name"), str) and given:
+            return given
+        entry = entry["type"]
     if isinstance(entry, str):
-        return entry.rpartition(":")[2] if entry in PLUGINS else entry
+        return PLUGINS.short_name(entry)
     name = name_of(entry)
     cls = entry if isinstance(entry, type) else type(entry)
     if name != name_of(cls):
@@ -104,7 +108,7 @@ def entry_name(entry: PluginLike) -> str:
 
 
 def _named(
-    entries: Iterable[PluginLike] | None, defaults: Sequence[str]
+    entries: Iterable[PluginLike] | None, defaults: Collection[str]
 ) -> tuple[dict[str, PluginLike], set[str]]:
     """Split the user's entries into those to enable, by name, and the names to disable."""
     if entries is None:
@@ -115,7 +119,7 @@ def _named(
     off: set[str] = set()
     for entry in entries:
         if isinstance(entry, str) and entry.startswith("no:"):
-            name = entry.removeprefix("no:")
+            name = PLUGINS.short_name(entry.removeprefix("no:"))
             if name not in defaults and name not in DEFAULT_PLUGINS:
                 raise KeyError(unknown("default plugin", name, DEFAULT_PLUGINS))
             off.add(name)
@@ -132,7 +136,7 @@ def _named(
 
 def _disabled_by_environment(wanted: Mapping[str, PluginLike]) -> set[str]:
     listed = os.environ.get("HOOKENGINE_DISABLE", "").split(",")
-    names = {name.strip() for name in listed if name.strip()}
+    names = {PLUGINS.short_name(name.strip()) for name in listed if name.strip()}
     for name in names - wanted.keys() - {*DEFAULT_PLUGINS}:
         if name not in PLUGINS:
             what = unknown("plugin", name, {*wanted, *PLUGINS.names()})

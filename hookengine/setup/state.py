@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hookengine import dist
+from hookengine.events.blame import note
 from hookengine.loop.data import length_of
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
@@ -22,14 +24,17 @@ _NAMES = ("optimizer", "dataset", "world_size")
 
 def collect(runner: Runner) -> dict[str, Any]:
     """Return the state that all ranks share: weights, optimizers, counters, metrics, plugins."""
+    with _raised_by("the model, method 'state_dict'"):
+        weights = runner.bare_model.state_dict()
     checkpoint: dict[str, Any] = {
-        "state_dict": runner.bare_model.state_dict(),
+        "state_dict": weights,
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
         "meta": describe_state(runner),
     }
     if runner.optim_wrapper is not None:
-        checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
+        with _raised_by("the optimizer, method 'state_dict'"):
+            checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
     if runner.val_loop is not None:
         checkpoint["metrics"] = {
             name: float(value)
@@ -37,6 +42,16 @@ def collect(runner: Runner) -> dict[str, Any]:
             if isinstance(value, int | float)
         }
     return checkpoint
+
+
+@contextmanager
+def _raised_by(whose: str) -> Iterator[None]:
+    """Note on an error that it is not the fault of the plugin that saves or resumes."""
+    try:
+        yield
+    except BaseException as error:
+        note(error, whose)
+        raise
 
 
 def warn_of_open_window(runner: Runner) -> bool:
@@ -79,11 +94,13 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     refused = [(name, text) for name, text in found if name not in allowed]
     if refused:
         raise ValueError(_report(refused))
-    runner.bare_model.load_state_dict(checkpoint["state_dict"])
+    with _raised_by("the model, method 'load_state_dict'"):
+        runner.bare_model.load_state_dict(checkpoint["state_dict"])
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _warn_of_rates(runner, checkpoint["optimizer"])
-        runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        with _raised_by("the optimizer, method 'load_state_dict'"):
+            runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
     runner.progress.load_state_dict(_rescaled(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
     metrics = checkpoint.get("metrics")

@@ -106,9 +106,11 @@ class Logging(Plugin):
 def test_a_name_of_two_distributions_is_an_error_where_it_is_used(install: Install) -> None:
     install(GOOD)
     install(None, points="greeter = other_package:Greeter", name="other-dist", module="other")
-    with pytest.raises(ValueError, match="2 distributions offer the plugin 'greeter'") as caught:
+    with pytest.raises(
+        ValueError, match="several distributions offer the plugin 'greeter'"
+    ) as caught:
         PluginManager(["greeter"])
-    for text in ("greeter-dist 1.5", "other-dist 1.5", "dict(type='greeter-dist:greeter')"):
+    for text in ("greeter-dist 1.5", "other-dist 1.5", "'greeter-dist:greeter'"):
         assert text in str(caught.value)
     assert "greeter" in PLUGINS
     assert "greeter" in PLUGINS.names()
@@ -144,9 +146,7 @@ def test_the_defaults_are_hookengines_own_whatever_else_is_installed(
     assert "logging" not in PluginManager()
     monkeypatch.delenv("HOOKENGINE_DISABLE")
     capsys.readouterr()
-    with pytest.raises(
-        ValueError, match=r"dict\(type='hookengine:logging'\) or .*'a-dist:logging'"
-    ):
+    with pytest.raises(ValueError, match="'hookengine:logging' or 'a-dist:logging', as in dict"):
         PluginManager([dict(type="logging", interval=5)])
     own = PluginManager([dict(type="hookengine:logging", interval=5)])
     assert own["logging"].interval == 5
@@ -295,6 +295,68 @@ def test_an_object_has_the_name_of_its_entry_point_wherever_its_class_is_defined
     manager = PluginManager([outer.instance], ())
     assert [*manager] == ["ready"]
     assert manager.source("ready") == "greeter-dist 1.5"
+
+
+def test_a_full_name_stands_for_the_name_wherever_a_plugin_is_named(
+    install: Install, make: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(GOOD)
+    manager = PluginManager(
+        defaults=("hookengine:logging", "seed"), plugins=["greeter-dist:greeter"]
+    )
+    assert [*manager] == ["logging", "seed", "greeter"]
+    assert manager["greeter"].plugin_name == "greeter"
+    manager.remove("greeter-dist:greeter")
+    assert [*manager] == ["logging", "seed"]
+    assert "logging" not in PluginManager(["no:hookengine:logging"])
+    monkeypatch.setenv("HOOKENGINE_DISABLE", "hookengine:logging, greeter-dist:greeter")
+    assert {"logging", "greeter"} - {*PluginManager(["greeter"])} == {"logging", "greeter"}
+    monkeypatch.delenv("HOOKENGINE_DISABLE")
+    later = type("Later", (), {"before_train": lambda self: None, "before": "greeter-dist:greeter"})
+    calls = PluginManager(["greeter", later()], defaults=()).calls()
+    assert calls["before_train"] == ["later", "greeter"]
+    named = dict(type="greeter", plugin_name="greeter-dist:greeter")  # a name of one's own
+    assert [*PluginManager(["greeter", named], defaults=())] == ["greeter", "greeter-dist:greeter"]
+
+
+def test_a_name_with_a_colon_that_was_registered_or_offered_is_that_name(install: Install) -> None:
+    install(GOOD, points="team:greeter = greeter_package:Greeter")
+    assert [*PluginManager(["team:greeter"], ())] == ["team:greeter"]
+    assert [*PluginManager(["greeter-dist:team:greeter"], ())] == ["team:greeter"]
+    PLUGINS.register_module(name="hookengine:clip", module=object)
+    try:
+        assert PLUGINS.short_name("hookengine:clip") == "hookengine:clip"
+    finally:
+        del PLUGINS._registered["hookengine:clip"]
+
+
+@pytest.mark.parametrize("metadata", [None, "", "Version: 1.5\n"])
+@pytest.mark.parametrize("group", ["hookengine.plugins", "hookengine.model"])
+def test_a_distribution_with_broken_metadata_breaks_nothing_else(
+    install: Install, make: MakeRunner, metadata: str | None, group: str
+) -> None:
+    path = next(install(None, group=group).glob("*/METADATA"))
+    path.unlink() if metadata is None else path.write_text(metadata)
+    make(defaults=DEFAULT_PLUGINS, plugins=["no:progress_bar", "ema"]).train()
+    if group == "hookengine.plugins":
+        with pytest.raises(ImportError, match="'greeter' of an unnamed distribution"):
+            PluginManager(["greeter"])
+
+
+@pytest.mark.parametrize("value", [":Greeter", "greeter package:Greeter", "greeter_package:", ""])
+def test_a_malformed_entry_point_breaks_nothing_else(
+    install: Install, make: MakeRunner, value: str
+) -> None:
+    install(GOOD, points=f"other = {value}")
+    hello = type("Hello", (), {"before_train": lambda self: None})
+    make(defaults=DEFAULT_PLUGINS, plugins=["no:progress_bar", hello()]).train()
+    with pytest.raises(ImportError, match=r"'other' of greeter-dist 1\.5"):
+        PluginManager(["other"])
+
+
+def test_requirements_that_cannot_be_read_are_left_out(install: Install) -> None:
+    install(GOOD, requires=("not a requirement !!", "torch"))
+    assert "greeter" in PluginManager(["greeter"])
 
 
 def test_it_contributes_models_too(install: Install) -> None:

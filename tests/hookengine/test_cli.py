@@ -92,14 +92,14 @@ def test_names_that_several_distributions_offer_are_marked_and_resolved(install:
     assert [line.split()[1] for line in marked] == ["clip", "clip", "logging", "logging"]
     assert ["yes" in line for line in marked] == [False, False, True, False]
     for name in ("hookengine:logging", "greeter-dist:logging", "hookengine:clip"):
-        assert f"dict(type={name!r})" in listed
+        assert repr(name) in listed
     assert "Mine." in invoke("plugins", "greeter-dist:logging")
     assert "Mine." not in invoke("plugins", "hookengine:logging")
-    assert "2 distributions offer the plugin 'logging'" in refused("plugins", "logging")
+    assert "several distributions offer the plugin 'logging'" in refused("plugins", "logging")
     shown = CliRunner().invoke(app, ["order"], env={"COLUMNS": "300"})
     assert shown.exit_code == 0  # hookengine's own
     assert "logging" in shown.output
-    assert "2 distributions offer the plugin 'clip'" in refused("order", "-p", "clip")
+    assert "several distributions offer the plugin 'clip'" in refused("order", "-p", "clip")
 
 
 def refused(*arguments: str) -> str:

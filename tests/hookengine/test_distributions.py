@@ -67,6 +67,19 @@ FITS = "install versions of 'json' and greeter-dist 1.5 that fit"
             "absent_library",
             "provides the module 'absent_library'",
         ),
+        (
+            dict(source="from torch.absent import x", requires=("torch", "absent-one")),
+            "No module named 'torch.absent'",
+            "install versions of 'torch' and greeter-dist 1.5 that fit",
+        ),
+        (
+            dict(source="from hookengine.absent import x"),
+            "No module named 'hookengine.absent'",
+            "install versions of 'hookengine' and greeter-dist 1.5 that fit",
+        ),
+        (dict(source="None.absent"), "AttributeError", "repair or uninstall it"),
+        (dict(source="from greeter_package import Greeter"), "circular", "repair or uninstall it"),
+        (dict(source="raise SystemExit(3)"), "SystemExit: 3", "repair or uninstall it"),
         (dict(source="x = 1", requires=("hookengine>=99",)), "requires hookengine>=99", "compat"),
     ],
 )

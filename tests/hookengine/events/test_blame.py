@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
 
 from hookengine import Plugin
-from tests.fixtures import MakeRunner, Toy
+from tests.fixtures import MakeRunner, Toy, toy_data
 from tests.hookengine.events.notes import Note
 
 
@@ -113,8 +116,8 @@ def test_an_error_about_a_replaced_batch_names_the_plugin_that_replaced_it(
     runner = make(plugins=plugins, validate=True, test=True)
     with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as caught:
         runner.train() if phase != "test" else runner.test()
-    by = f"plugin 'replaces' ({__name__}) in before_{phase}_iter"
-    assert f"the batch was replaced by {by}" in "\n".join(caught.value.__notes__)
+    note = f"plugin 'replaces' had replaced what this error is about, in before_{phase}_iter"
+    assert note in caught.value.__notes__
 
 
 def test_a_batch_that_no_plugin_replaced_is_not_blamed_on_one(make: MakeRunner) -> None:
@@ -146,4 +149,106 @@ def test_of_two_plugins_that_replace_a_batch_the_last_one_is_named(make: MakeRun
     runner.on("before_train_iter")(second)
     with pytest.raises(TypeError) as caught:
         runner.train()
-    assert "plugin 'before_train_iter:second'" in "\n".join(caught.value.__notes__)
+    assert "plugin 'before_train_iter:second' had replaced" in "\n".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("event", "value"),
+    [
+        ("after_forward", {}),
+        ("after_forward", {5: torch.ones(())}),
+        ("after_forward", {"loss": 0.5}),
+        ("scale_loss", torch.ones(3)),
+        ("scale_loss", torch.ones(())),
+    ],
+)
+def test_an_error_about_a_replaced_loss_names_the_plugin(
+    make: MakeRunner, event: str, value: Any
+) -> None:
+    replaces = type("Replaces", (), {event: lambda self: value})()
+    with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)) as caught:
+        make(plugins=[replaces]).train()
+    note = f"plugin 'replaces' had replaced what this error is about, in {event}"
+    assert caught.value.__notes__.count(note) == 1
+
+
+def test_only_errors_over_the_replaced_value_get_that_note(make: MakeRunner) -> None:
+    """Not those of the dataloader, of metrics, of Ctrl-C, of a value passed on as it was."""
+
+    class Doubles(Plugin):
+        keeps: bool = False
+
+        def before_train_iter(self, data_batch: Any) -> Any:
+            return data_batch if self.keeps else [part * 1 for part in data_batch]
+
+    class Batches:
+        def __iter__(self) -> Any:
+            yield from list(DataLoader(toy_data(), batch_size=4))[:2]
+            raise LookupError("no")
+
+        def __len__(self) -> int:
+            return 5
+
+    class Stops(Toy):
+        error: BaseException = KeyboardInterrupt()
+
+        def forward(self, inputs: Any, labels: Any, mode: str = "tensor") -> Any:
+            raise self.error
+
+    runners = [
+        make(plugins=[Doubles()], train_dataloader=Batches()),
+        make(plugins=[Doubles()], model=Stops()),
+        make(plugins=[Doubles(keeps=True)], model=Stops()),
+    ]
+    runners[2].bare_model.error = LookupError("no")
+    for runner in runners:
+        with pytest.raises((LookupError, KeyboardInterrupt)) as caught:
+            runner.train()
+        assert not getattr(caught.value, "__notes__", [])
+
+
+def test_whatever_is_in_a_traceback_the_error_stays_itself_and_the_run_ends_as_usual(
+    make: MakeRunner,
+) -> None:
+    """Frames without a module's name, globals of any name, plugins that are gone."""
+    namespace: dict[str, Any] = {}
+    exec("def raising(output, target): raise LookupError('no')", namespace)
+    assert "__name__" not in namespace
+    log: list[str] = []
+
+    class Warm(Plugin):
+        def before_train_iter(self, runner: Any, data_batch: Any) -> Any:
+            runner.plugins.remove("warm")
+            return [part * 1 for part in data_batch]
+
+    class Notes(Plugin):
+        def on_exception(self) -> None:
+            log.append("on_exception")
+
+        def after_run(self) -> None:
+            log.append("after_run")
+
+    losses = [namespace["raising"]]
+    values: list[Any] = [torch.ones(3), ["a"], True, 5, {}]
+    for value in values:
+        namespace = {"__name__": "script", "generated": value, "lines": value}
+        exec("def raising(output, target): raise LookupError('no')", namespace)
+        losses.append(namespace["raising"])
+    for loss in losses:
+        runner = make(model=nn.Linear(4, 3), loss=loss, plugins=[Warm(), Notes()])
+        with pytest.raises(LookupError, match="no"):
+            runner.train()
+    assert log == ["on_exception", "after_run"] * len(losses)
+
+
+def test_an_error_of_the_model_or_the_optimizer_in_a_save_is_not_blamed_on_the_plugin_that_saves(
+    make: MakeRunner,
+) -> None:
+    class Layer(nn.Linear):
+        def get_extra_state(self) -> Any:
+            raise LookupError("no")
+
+    runner = make(model=nn.Sequential(Layer(4, 3)), loss=F.cross_entropy, plugins=["checkpoint"])
+    with pytest.raises(LookupError) as caught:
+        runner.train()
+    assert caught.value.__notes__[0] == "raised by the model, method 'state_dict'"

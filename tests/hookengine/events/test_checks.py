@@ -22,8 +22,8 @@ from tests.fixtures import MakeRunner
         ("on_error(self)", "unknown event 'on_error'"),
         ("after_train_iter(self, output)", "Did you mean 'outputs'"),
         ("after_train_iter(self, ouputs=None)", "Did you mean 'outputs'"),
-        ("after_train_iter(self, *args)", "instead of *args"),
-        ("after_train_iter(self, **kwargs)", "instead of *kwargs"),
+        ("after_train_iter(self, *args)", "without * or **"),
+        ("after_train_iter(self, **kwargs)", "without * or **"),
     ],
 )
 def test_misspelled_events_and_arguments_are_refused(method: str, message: str) -> None:

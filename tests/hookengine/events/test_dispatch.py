@@ -17,7 +17,7 @@ from torch import nn
 
 from hookengine import hookimpl
 from hookengine.events.dispatch import COMPILED, SILENT, compile_event
-from hookengine.events.hookspecs import EVENTS
+from hookengine.events.hookspecs import EVENTS, Indexable
 from hookengine.events.manager import PluginManager
 
 KINDS: dict[str, list[str]] = {}
@@ -43,6 +43,7 @@ def answer_of(event: str, what: Drawn) -> Any:
         object: ("value", what["name"]),
         Mapping: {"value": what["name"]},
         Iterable: ["value", what["name"]],
+        Iterable | Indexable: ["value", what["name"]],
         nn.Module: MODULES[what["name"]],
         torch.Tensor: TENSORS[what["name"]],
     }
@@ -267,6 +268,7 @@ WRONG = {
     bool: ["later", 1, 0, (), torch.tensor(True)],
     Mapping: ["later", 1, False, [("a", 1)], nn.Identity()],
     Iterable: [1, True, nn.Identity()],
+    Iterable | Indexable: [1, True, nn.Identity()],
     nn.Module: ["later", 1, False, nn.Identity, lambda x: x],
     torch.Tensor: ["later", 2.0, False, [torch.ones(1)]],
     AbstractContextManager: ["later", True, nullcontext, [nullcontext()]],
@@ -291,17 +293,19 @@ def test_every_decision_veto_and_transform_checks_its_answers_but_those_of_any_b
     assert free == ["before_train_iter", "before_val_iter", "before_test_iter"]
 
 
-def test_a_transform_may_return_what_it_was_given_whatever_that_is() -> None:
-    class Sequence:
+def test_a_dataloader_may_be_anything_that_python_iterates_over() -> None:
+    class Batches:
         def __getitem__(self, index: int) -> int:
             return [1, 2][index]
 
-    class Keeps:
-        def setup_dataloader(self, dataloader: Any) -> Any:
-            return dataloader
+    batches = Batches()
 
-    given, hooks = Sequence(), cast(Any, PluginManager([Keeps()], defaults=()).hooks)
-    assert hooks.setup_dataloader(None, given, "train") is given
+    class Replaces:
+        def setup_dataloader(self, dataloader: Any) -> Any:
+            return batches
+
+    hooks = cast(Any, PluginManager([Replaces()], defaults=()).hooks)
+    assert hooks.setup_dataloader(None, [1], "train") is batches
 
 
 def test_closing_events_call_everybody_and_report_all_errors() -> None:

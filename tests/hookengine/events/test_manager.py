@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,103 @@ def test_a_state_that_is_no_dict_names_the_plugin(make: MakeRunner, state: Any) 
     with pytest.raises(TypeError, match="state_dict must return a dict, got") as caught:
         runner.state_dict()
     assert "raised by plugin 'odd'" in caught.value.__notes__[0]
+
+
+MIXIN = """
+class Mixin:
+    def state_dict(self): return {'n': 1}
+    def load_state_dict(self, state): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("bases", "body", "fits"),
+    [
+        ("Plugin, Mixin", "", False),
+        ("Mixin, Plugin", "", True),
+        ("Plugin, Mixin", "state_dict, load_state_dict = Mixin.state_dict, print", True),
+    ],
+)
+def test_a_mixin_behind_plugin_whose_state_would_be_hidden_is_refused(
+    bases: str, body: str, fits: bool
+) -> None:
+    namespace: dict[str, Any] = {"Plugin": Plugin}
+    body = f"{body}\n    def before_run(self): ..."
+    exec(f"{MIXIN}\nclass Mixed({bases}):\n    {body}", namespace)
+    if fits:
+        assert PluginManager([namespace["Mixed"]()], ()).state_dict() == {"mixed": {"n": 1}}
+        return
+    with pytest.raises(TypeError, match=r"hides 'state_dict' of Mixin.*class Mixed\(Mixin, Plugin"):
+        PluginManager([namespace["Mixed"]()], ())
+
+
+def test_a_state_method_set_in_configure_is_checked_when_it_is_used(make: MakeRunner) -> None:
+    class Late(Plugin):
+        def configure(self) -> None:
+            self.state_dict = lambda: {"n": 1}  # type: ignore[method-assign]
+
+    runner = make(plugins=[Late()])
+    with pytest.raises(TypeError, match="it has no 'load_state_dict'") as caught:
+        runner.state_dict()
+    assert "raised by plugin 'late'" in caught.value.__notes__[0]
+
+
+def test_none_instead_of_a_state_method_means_no_state(make: MakeRunner) -> None:
+    none = named("none", before_run=print_nothing, state_dict=None, load_state_dict=None)
+    assert make(plugins=[none]).state_dict()["plugins"] == {}
+
+
+class Hook:
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        functools.partialmethod(print_nothing),
+        functools.lru_cache(print_nothing),
+        Hook(),
+        property(lambda self: print_nothing),
+    ],
+)
+def test_what_is_called_like_an_event_but_cannot_be_a_hook_is_refused(hook: Any) -> None:
+    with pytest.raises(TypeError, match=r"plugin 'x', event before_run\(runner\): write a method"):
+        PluginManager([named("x", before_run=hook, after_run=print_nothing)], ())
+
+
+def test_data_called_like_an_event_is_left_alone() -> None:
+    class Holds(Plugin):
+        resume: bool = False
+
+        def before_run(self) -> None:
+            self.history = [1]
+
+        @property
+        def log(self) -> list[int]:
+            return [2]
+
+    holds = Holds()
+    holds.write = print  # type: ignore[attr-defined]
+    assert [*PluginManager([holds], ()).calls()] == ["before_run"]
+
+
+def test_hooks_by_keyword_only_are_refused() -> None:
+    def before_run(self: Any, *, runner: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"without \* or \*\*; got \(\*, runner"):
+        PluginManager([named("x", before_run=before_run)], ())
+
+
+def test_a_decorator_that_may_hide_a_coroutine_is_warned_of() -> None:
+    async def before_run(self: Any) -> None: ...
+
+    with pytest.warns(UserWarning, match="does not run unless the decorator runs it. Use def"):
+        PluginManager([named("x", before_run=torch.no_grad()(before_run))], ())
+
+    @contextlib.contextmanager
+    def forward_context(self: Any) -> Any:
+        yield
+
+    PluginManager([named("x", forward_context=forward_context)], ())
+    with pytest.warns(UserWarning, match="does not run unless the decorator runs it. Use return"):
+        PluginManager([named("x", before_run=forward_context)], ())
