@@ -39,7 +39,7 @@ def answer_of(event: str, what: Drawn) -> Any:
     """What a drawn implementation returns: of the type that the event expects."""
     if what["result"] != "value":
         return what["result"]
-    by_type: dict[type, Any] = {
+    by_type: dict[Any, Any] = {
         object: ("value", what["name"]),
         Mapping: {"value": what["name"]},
         Iterable: ["value", what["name"]],
