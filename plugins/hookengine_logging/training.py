@@ -51,7 +51,7 @@ class TrainingInterval:
         Args:
             iteration: Its number, from 1.
             data_batch: The batch.
-            outputs: What ``train_step`` has returned; anything but a dict is ignored.
+            outputs: What ``train_step`` has returned; anything but a mapping is ignored.
         """
         clock = self.stopwatch
         now = perf_counter()
@@ -65,7 +65,7 @@ class TrainingInterval:
                 clock.samples += size
             except BatchSizeError as error:
                 clock.samples, self._problem = None, str(error)
-        if not isinstance(outputs, dict):
+        if not isinstance(outputs, (dict, Mapping)):  # a dict is recognized faster
             return
         self._output_names = [*outputs]
         numbers, sizes, losses = self._meter.numbers, self._meter.sizes, {}
