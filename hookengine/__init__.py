@@ -1,7 +1,7 @@
 """hookengine: a training loop that emits events, and plugins that implement them."""
 
 from hookengine import dist
-from hookengine.batches import batch_size
+from hookengine.batches import BatchSizeError, SampleCounter, batch_size
 from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
 from hookengine.events.dispatch import Observer
 from hookengine.events.hookimpl import hookimpl
@@ -52,6 +52,7 @@ __all__ = [
     "BaseMetric",
     "BaseModel",
     "BaseModule",
+    "BatchSizeError",
     "EvalCfg",
     "Evaluator",
     "Histogram",
@@ -71,6 +72,7 @@ __all__ = [
     "RunFolder",
     "RunInfo",
     "Runner",
+    "SampleCounter",
     "SeekableLoader",
     "Sequential",
     "Sink",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hookengine import dist
+from hookengine.batches import BatchSizeError, SampleCounter
 from hookengine.events.plugin import snake_case
 from hookengine.registry import unknown
 
@@ -265,52 +268,93 @@ class Evaluator:
         return self.evaluate(len(data_samples))
 
 
+@dataclass
+class _Share:
+    """What one rank has seen in an evaluation.
+
+    Attributes:
+        losses: By name, each batch's loss and its number of samples.
+        batches: The number of batches.
+        samples: The number of samples; None if it cannot be determined.
+        problem: Why it cannot be determined.
+    """
+
+    losses: dict[str, list[tuple[float, int]]]
+    batches: int
+    samples: int | None
+    problem: str
+
+
 class EvaluationPass:
     """One pass over an evaluation dataloader: its samples, its losses, its metrics.
 
     Args:
         evaluator: The metrics, or None if only the losses are wanted.
+        dataloader: Where the batches come from.
+        model: The bare model. It or the dataloader may count the samples in a batch.
     """
 
-    def __init__(self, evaluator: Evaluator | None) -> None:
+    def __init__(self, evaluator: Evaluator | None, dataloader: Any, model: Any) -> None:
         self.evaluator = evaluator
+        self._dataloader = dataloader
+        self._count = SampleCounter(dataloader, model)
         self._losses: list[Mapping[str, Tensor]] = []
-        self._sizes: list[int] = []
+        self._sizes: list[int | None] = []
+        self._problem = ""
 
-    def add(self, data_batch: Any, outputs: Any, losses: Mapping[str, Tensor], size: int) -> None:
+    def add(self, data_batch: Any, outputs: Any, losses: Mapping[str, Tensor]) -> None:
         """Add one batch.
 
         Args:
             data_batch: The batch.
             outputs: What the model returned for it in ``mode="predict"``.
             losses: Scalar tensors by name, means over the batch; they stay on their device.
-            size: The number of samples in the batch.
+
+        Raises:
+            BatchSizeError: The losses are to be averaged over batches of unknown sizes.
         """
+        try:
+            size = self._count(data_batch)
+        except BatchSizeError as error:
+            size, self._problem = None, self._problem or str(error)
         self._losses.append(losses)
         self._sizes.append(size)
+        if self._problem and losses and len(self._sizes) > 1 and dist.get_world_size() == 1:
+            raise BatchSizeError(_NO_MEAN.format(self._problem))
         if self.evaluator is not None:
             self.evaluator.process(data_samples=outputs, data_batch=data_batch)
 
     def summarize(self, dataset_size: int | None, consecutive: bool) -> dict[str, Any] | None:
         """Return the losses and metrics over the batches of all ranks, or None if there were none.
 
+        A loss is averaged over the samples of those batches for which the model returned it.
+        Batches without samples do not count.
+
         Args:
             dataset_size: The number of samples in the dataset, or None if it is unknown.
             consecutive: How the samples were shared. See ``dist.collect_results``.
 
         Raises:
-            ValueError: A metric and a loss have the same name.
+            BatchSizeError: The result depends on the sizes of batches, which are unknown.
+            ValueError: No batch has a sample, or a metric and a loss have the same name.
         """
-        shares = dist.all_gather_objects((self._weighted_losses(), sum(self._sizes)))
-        size = sum(count for _, count in shares)
-        if size == 0:
+        shares = dist.all_gather_objects(self._share())
+        batches = sum(share.batches for share in shares)
+        if batches == 0:
             return None
-        metrics = _mean_over_samples([values for values, _ in shares], size)
+        problem = next((share.problem for share in shares if share.problem), "")
+        counts = [share.samples for share in shares if share.samples is not None]
+        if not problem and sum(counts) == 0:
+            raise ValueError(
+                f"nothing was evaluated: none of the {batches} batches has a sample. Check the "
+                "dataset, its filters and the collate function"
+            )
+        if problem and batches > 1 and any(share.losses for share in shares):
+            raise BatchSizeError(_NO_MEAN.format(problem))
+        metrics = _mean_over_samples([share.losses for share in shares])
         if self.evaluator is not None:
-            total = size if dataset_size is None else dataset_size
-            # A rank that saw the whole dataset did not get a share of it.
-            own = dataset_size is not None and any(count >= dataset_size for _, count in shares)
-            for name, value in self.evaluator.evaluate(total, own or consecutive).items():
+            arguments = self._arguments(self.evaluator, dataset_size, consecutive, counts, problem)
+            for name, value in self.evaluator.evaluate(*arguments).items():
                 if name in metrics:
                     raise ValueError(
                         f"a metric and a loss are both called {name!r}. Give the metric a prefix"
@@ -318,28 +362,75 @@ class EvaluationPass:
                 metrics[name] = value
         return metrics
 
-    def _weighted_losses(self) -> dict[str, list[float]]:
-        """Return each batch's losses by name, times its samples; synchronizes the device once."""
-        names = [name for batch in self._losses for name in batch]
-        if not names:
-            return {}
+    def _arguments(
+        self,
+        evaluator: Evaluator,
+        dataset_size: int | None,
+        consecutive: bool,
+        counts: list[int],
+        problem: str,
+    ) -> tuple[int, bool]:
+        """Return the arguments of ``evaluate``, which depend on the numbers of samples."""
+        methods: set[Any] = {type(metric).evaluate for metric in evaluator.metrics}
+        if type(evaluator).evaluate is not Evaluator.evaluate:
+            methods.add(type(evaluator).evaluate)
+        if dataset_size is None:
+            if problem and not methods <= {BaseMetric.evaluate, TorchMetric.evaluate}:
+                raise BatchSizeError(_NO_SIZE.format(problem))
+            return sys.maxsize if problem else sum(counts), consecutive
+        if consecutive or dist.get_world_size() == 1:
+            return dataset_size, consecutive
+        if problem and not (methods == {TorchMetric.evaluate} or _is_dealt(self._dataloader)):
+            raise BatchSizeError(_NO_ORDER.format(problem))
+        # A rank that saw the whole dataset did not get a share of it.
+        return dataset_size, not problem and any(count >= dataset_size for count in counts)
+
+    def _share(self) -> _Share:
+        """Return what this rank has seen; synchronizes the device once."""
+        known = [size for size in self._sizes if size is not None]
+        samples = None if self._problem else sum(known)
+        share = _Share({}, len(self._sizes), samples, self._problem)
         values = [value for batch in self._losses for value in batch.values()]
+        if not values:
+            return share
         dtype = torch.float32 if values[0].device.type == "mps" else torch.float64
-        read = torch.stack([value.to(dtype) for value in values]).tolist()
-        counts = [n for batch, n in zip(self._losses, self._sizes, strict=True) for _ in batch]
-        weighted: dict[str, list[float]] = {}
-        for name, value, count in zip(names, read, counts, strict=True):
-            weighted.setdefault(name, []).append(value * count)
-        return weighted
+        read = iter(torch.stack([value.to(dtype) for value in values]).tolist())
+        for batch, size in zip(self._losses, self._sizes, strict=True):
+            for name in batch:
+                # A batch of unknown size is the only one, or an error follows.
+                share.losses.setdefault(name, []).append((next(read), 1 if size is None else size))
+        return share
 
 
-def _mean_over_samples(shares: list[dict[str, list[float]]], size: int) -> dict[str, float]:
-    """Average the losses over the samples of all ranks; the split into shares has no effect."""
-    names = dict.fromkeys(name for share in shares for name in share)
-    return {
-        name: math.fsum(value for share in shares for value in share.get(name, ())) / size
-        for name in names
-    }
+_NO_MEAN = "the losses cannot be averaged over the samples of all batches. {}"
+_NO_ORDER = "the results of the ranks cannot be put in the order of the dataset. {}"
+_NO_SIZE = "evaluate(size) of a metric needs the number of all samples. {}"
+
+
+def _is_dealt(dataloader: Any) -> bool:
+    """Return whether a sampler gives each rank its share, as ``DistributedSampler`` does."""
+    samplers = [getattr(dataloader, name, None) for name in ("sampler", "batch_sampler")]
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
+    return any(hasattr(sampler, "num_replicas") for sampler in samplers)
+
+
+def _mean_over_samples(shares: list[dict[str, list[tuple[float, int]]]]) -> dict[str, float]:
+    """Average each loss over the samples of its batches; the split into shares has no effect."""
+    means = {}
+    for name in dict.fromkeys(name for share in shares for name in share):
+        losses = [loss for share in shares for loss in share.get(name, ()) if loss[1]]
+        if losses:
+            weighted = [value * size for value, size in losses]
+            try:
+                total = math.fsum(weighted)
+            except (OverflowError, ValueError):  # too large, or infinities of both signs
+                total = sum(weighted)
+            means[name] = total / sum(size for _, size in losses)
+        else:
+            warnings.warn(
+                f"{name!r} has no value: only batches without samples returned it", stacklevel=2
+            )
+    return means
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from hookengine.batches import batch_size
 from hookengine.evaluator import EvaluationPass, Evaluator
 from hookengine.loop.data import dataset_size, is_consecutive, iterate_from, length_of
 from hookengine.loop.optim import combine
@@ -288,14 +287,14 @@ class EvalLoop:
     def _run_batches(self, model: nn.Module, prefix: str) -> dict[str, Any]:
         runner, hooks, phase = self.runner, self.runner.hooks, self.phase
         step = getattr(model, f"{phase}_step")
-        evaluation = EvaluationPass(self.evaluator)
+        evaluation = EvaluationPass(self.evaluator, self.dataloader, runner.bare_model)
         for batch_idx, data_batch in enumerate(self.dataloader):
             before, after = f"before_{phase}_iter", f"after_{phase}_iter"
             data_batch = getattr(hooks, before)(runner, batch_idx, data_batch, prefix)
             with combine(hooks.forward_context(runner, model, None, phase)):
                 outputs = step(data_batch)
                 losses = model.loss_step(data_batch) if self.cfg.loss else {}  # type: ignore[operator]
-            evaluation.add(data_batch, outputs, losses, batch_size(data_batch))
+            evaluation.add(data_batch, outputs, losses)
             getattr(hooks, after)(runner, batch_idx, data_batch, outputs, prefix)
         hooks.before_metrics(runner, model, phase, prefix)
         size = None if self.evaluator is None else dataset_size(self.dataloader)

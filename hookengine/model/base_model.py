@@ -58,7 +58,7 @@ class BaseModel(BaseModule):
         """Train on one batch: preprocess, forward, backward, step.
 
         Args:
-            data: A batch: a dict, tuple or list.
+            data: A batch: a dict or another mapping, a tuple or a list.
             optim_wrapper: The ``OptimWrapper`` that updates the parameters. An override for several
                 optimizers receives an ``OptimWrapperDict``.
 
@@ -120,6 +120,8 @@ class BaseModel(BaseModule):
                 outputs = self(**data, mode=mode)
             elif isinstance(data, (list, tuple)):
                 outputs = self(*data, mode=mode)
+            elif isinstance(data, Mapping):  # after the tests that are faster
+                outputs = self(**data, mode=mode)
             else:
                 raise TypeError(
                     "a batch must be a dict, tuple or list to become the arguments of forward(), "
@@ -187,10 +189,12 @@ class SupervisedModel(BaseModel):
 
 def _describe(data: Any) -> str:
     """Describe a batch in a few words, for a note on an error."""
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         return f"a dict with {', '.join(map(repr, data))}"
     if isinstance(data, (list, tuple)):
-        kinds = (f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in data)
+        shaped = [isinstance(x, Tensor) and not x.is_nested for x in data]  # others have no shape
+        shapes = [[*x.shape] if has else "" for x, has in zip(data, shaped, strict=True)]
+        kinds = (f"{type(x).__name__}{shape}" for x, shape in zip(data, shapes, strict=True))
         return f"a batch of {len(data)} ({', '.join(kinds)})"
     return type(data).__name__
 

@@ -345,12 +345,15 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
                 "dict(dataset=..., batch_size=...)"
             )
         options = migration.translate_dataloader(dataloader, name)
+        count_samples = options.pop("count_samples", None)
         try:
             dataloader = DataLoader(**options)
         except TypeError as error:
             raise TypeError(
                 f"{name}: {error}. The dict takes the arguments of torch.utils.data.DataLoader"
             ) from error
+        if count_samples is not None:
+            dataloader.count_samples = count_samples
     if isinstance(dataloader, Dataset):
         raise TypeError(
             f"{name} is a dataset, which would yield single samples instead of batches. Wrap it, "

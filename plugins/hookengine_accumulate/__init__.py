@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import OptimWrapper, Plugin, Runner, dist, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, SampleCounter, dist, hookimpl
 from hookengine_accumulate.count import count_samples, count_tokens
 from hookengine_accumulate.window import Weight, Window, micro_batches_left
 
@@ -91,6 +91,10 @@ class Accumulate(Plugin, name="accumulate"):
         for name in self._windows:
             runner.optim_wrapper.by_name(name)[name].window_length = 1
 
+    def before_train(self, runner: Runner) -> None:
+        """Find out who counts the samples in a batch."""
+        self._counter = SampleCounter(runner.dataloaders["train"], runner.bare_model)
+
     @hookimpl(after="*")  # after the plugins that replace the batch
     def before_train_iter(self, runner: Runner, data_batch: Any) -> None:
         """Count the samples or tokens that the loss of this batch averages over."""
@@ -110,8 +114,10 @@ class Accumulate(Plugin, name="accumulate"):
         self._count(data_batch)
 
     def _count(self, data_batch: Any) -> None:
+        if not self._windows:
+            return
         if self.weight == "sample":
-            self._weight = count_samples(data_batch)
+            self._weight = count_samples(self._counter, data_batch)
         elif self.weight == "token":
             self._weight = count_tokens(data_batch, self.tokens, self.ignore_index)
 

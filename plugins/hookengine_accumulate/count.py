@@ -8,23 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookengine import batch_size, did_you_mean
+from hookengine import BatchSizeError, SampleCounter, did_you_mean
 from hookengine_accumulate.window import Weight
 
 
-def count_samples(batch: Any) -> float:
+def count_samples(counter: SampleCounter, batch: Any) -> float:
     """Return the number of samples in a batch.
 
     Raises:
-        TypeError: The batch is not a tensor, dict, list or tuple.
+        BatchSizeError: The tensors in the batch do not tell it.
+        TypeError: The batch is not a tensor, dict, list or tuple, and does not tell it.
     """
-    if not isinstance(batch, (Tensor, Mapping, list, tuple)):
-        raise TypeError(
-            f"accumulate: the samples of a {type(batch).__name__} cannot be counted. Pass "
-            "weight='token' with a function, as in tokens=lambda batch: batch.num_graphs, or "
-            "weight='batch' if all micro-batches have the same size"
-        )
-    return float(batch_size(batch))
+    try:
+        return float(counter(batch))
+    except BatchSizeError as error:
+        problem = str(error)
+    ways = (
+        "Alternatively, pass weight='token' with a function, as in tokens=lambda batch: "
+        "batch.num_graphs, or weight='batch' if all micro-batches have the same size"
+    )
+    if isinstance(batch, (Tensor, Mapping, list, tuple)):
+        raise BatchSizeError(f"accumulate: {problem}. {ways}")
+    kind = type(batch).__name__
+    raise TypeError(f"accumulate: the samples of a {kind} cannot be counted. {problem}. {ways}")
 
 
 def count_tokens(batch: Any, tokens: Any, ignore_index: int | None) -> Weight:

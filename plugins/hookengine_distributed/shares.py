@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
@@ -220,9 +220,11 @@ class BatchList(list[Any]):
 
     Attributes:
         consecutive: Whether each rank's batches follow those of the rank before.
+        count_samples: Counts the samples in a batch, if the list of all batches has such a method.
     """
 
     consecutive = False
+    count_samples: Callable[[Any], Any] | None = None
 
 
 def share_list(batches: Sequence[Any], phase: Phase, drop: bool | None) -> tuple[BatchList, str]:
@@ -248,20 +250,21 @@ def share_list(batches: Sequence[Any], phase: Phase, drop: bool | None) -> tuple
     block = Block(batches, rank, ranks)
     share = BatchList(Dealt(batches, rank, ranks, bool(drop)) if training else block)
     share.consecutive = not training
+    share.count_samples = getattr(batches, "count_samples", None)
     return share, f"this rank gets {len(share)} of its {len(batches)} batches"
 
 
 def fingerprint(batches: Any) -> str:
     """Return a hash of a list of batches: of its length and values of its first and last batch."""
-    tensors = [tensor.detach().flatten() for tensor in _tensors([batches[0], batches[-1]])]
-    values = [tensor[:32].tolist() for tensor in tensors if tensor.layout is torch.strided]
+    tensors = [t.detach() for t in _tensors([batches[0], batches[-1]]) if t.layout is torch.strided]
+    values = [tensor.flatten()[:32].tolist() for tensor in tensors]
     return hashlib.sha256(repr((len(batches), values)).encode()).hexdigest()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
+        yield from value.unbind() if value.is_nested else (value,)
+    elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:

@@ -55,8 +55,9 @@ class Logging(Plugin, name="logging"):
     """Write to the console and to the run's folder what happens in a run.
 
     The outputs of ``train_step`` and the values passed to ``runner.log`` stay as they are (tensors
-    on their device). Every ``interval`` iterations and at the end of an epoch they are averaged
-    over iterations and ranks; nothing in between synchronizes the device. Only rank 0 writes.
+    on their device). Every ``interval`` iterations and at the end of an epoch they are averaged:
+    the outputs over the samples of the batches that they come from, logged values over iterations,
+    and both over ranks. Nothing in between synchronizes the device. Only rank 0 writes.
 
     If a loss is NaN or infinite, the next record, or the next checkpoint if that comes first, ends
     the run with an error that names the iteration and the terms of the loss.
@@ -139,7 +140,7 @@ class Logging(Plugin, name="logging"):
     def before_train(self, runner: Runner) -> None:
         """Start the clock; cut the history back to where the run resumes."""
         self._history.start_training()
-        self._training.stopwatch.restart()
+        self._training.start(runner)
         self._by_epoch = runner.progress.max_epochs is not None
 
     def before_train_epoch(self) -> None:

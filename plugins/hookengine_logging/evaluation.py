@@ -34,6 +34,7 @@ class Evaluation:
 
         ``seconds`` is among the scalars, unless the user has logged a value of that name.
         """
-        scalars, media = self._meters[phase].reduce()
+        means, media = self._meters[phase].reduce()
+        scalars = {name: mean.value for name, mean in means.items()}
         scalars.setdefault("seconds", self._seconds)
         return scalars, media

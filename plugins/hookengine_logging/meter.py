@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,19 @@ class Rejections:
             self._runner.logger.warning(f"{name!r} {reason}")
 
 
+class Mean(NamedTuple):
+    """A mean, and how many samples it is over; None for a mean over values."""
+
+    value: float
+    samples: int | None
+
+
 class Meter:
     """Collect the values of one phase by name.
 
-    Numbers are averaged; tensors among them stay on their device until then. Anything else
-    (an image, a table, a text) is a medium, converted at once; the last one of a name is kept.
+    Numbers are averaged, over samples if the number of samples is known for each of them; tensors
+    among them stay on their device until then. Anything else (an image, a table, a text) is a
+    medium, converted at once; the last one of a name is kept.
 
     Args:
         reject: Called with the name of a value that is neither, and the reason.
@@ -47,11 +55,13 @@ class Meter:
     Attributes:
         numbers: By name, in the order in which the names first came: floats, and tensors without
             dimensions.
+        sizes: By name, the number of samples in the batch that each of the numbers comes from.
     """
 
     def __init__(self, reject: Callable[[str, str], None]) -> None:
         self._reject = reject
         self.numbers: defaultdict[str, list[Any]] = defaultdict(list)
+        self.sizes: defaultdict[str, list[int]] = defaultdict(list)
         self._media: dict[str, Medium] = {}
 
     def add(self, values: Mapping[str, Any]) -> None:
@@ -82,20 +92,24 @@ class Meter:
             shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
             self._reject(str(name), f"({kind}{shape}) is left out of the records: {error}")
 
-    def reduce(self) -> tuple[dict[str, float], dict[str, Medium]]:
+    def reduce(self) -> tuple[dict[str, Mean], dict[str, Medium]]:
         """Return the means of the numbers and the media, both by name, and start over.
 
-        A name that is not a text becomes its ``str``; control characters and lone surrogates in
-        it become underscores.
+        Batches without samples do not count; a name that only they gave has no mean. A name that is
+        not a text becomes its ``str``; control characters and lone surrogates in it become
+        underscores.
         """
-        scalars = {
-            _clean(name): _mean(numbers) for name, numbers in _read(self.numbers).items() if numbers
+        means = {
+            _clean(name): mean
+            for name, numbers in _read(self.numbers).items()
+            if (mean := _mean(numbers, self.sizes.get(name, ()))) is not None
         }
         media = {_clean(name): medium for name, medium in self._media.items()}
         for numbers in self.numbers.values():
             numbers.clear()  # the names stay, and with them their order
+        self.sizes.clear()
         self._media = {}
-        return scalars, media
+        return means, media
 
     def are_finite(self, names: Iterable[str]) -> bool:
         """Tell whether none of the numbers of these names is NaN or infinite."""
@@ -134,11 +148,25 @@ def _clean(name: Any) -> str:
     return _UNFIT.sub("_", str(name)) or "_"
 
 
-def _mean(numbers: list[float]) -> float:
+def _mean(numbers: Sequence[float], sizes: Sequence[int]) -> Mean | None:
+    if not numbers:
+        return None
+    if len(sizes) != len(numbers):  # logged, or from a batch of unknown size
+        return Mean(_sum(numbers) / len(numbers), None)
+    counted = [(number, size) for number, size in zip(numbers, sizes, strict=True) if size]
+    if not counted:
+        return None
+    samples = sum(size for _, size in counted)
+    if all(size == counted[0][1] for _, size in counted):  # weights would only add roundings
+        return Mean(_sum([number for number, _ in counted]) / len(counted), samples)
+    return Mean(_sum([number * size for number, size in counted]) / samples, samples)
+
+
+def _sum(numbers: Sequence[float]) -> float:
     try:
-        return math.fsum(numbers) / len(numbers)
+        return math.fsum(numbers)
     except (OverflowError, ValueError):  # too large for a float, or infinities of both signs
-        return sum(numbers) / len(numbers)
+        return sum(numbers)
 
 
 def _read(kept: Mapping[str, list[Any]]) -> dict[str, list[float]]:

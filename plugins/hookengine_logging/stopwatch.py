@@ -16,7 +16,7 @@ class Stopwatch:
         seconds: Time of the iterations since the last record.
         data_seconds: The part of it spent waiting for their batches.
         iterations: Number of iterations since the last record.
-        samples: Number of samples in them.
+        samples: Number of samples in them; None if it is not known for all of them.
     """
 
     __slots__ = (
@@ -34,7 +34,8 @@ class Stopwatch:
         self.restart()
 
     def _clear(self) -> None:
-        self.iterations = self.samples = 0
+        self.iterations = 0
+        self.samples: int | None = 0
         self.seconds = self.data_seconds = 0.0
 
     def restart(self) -> None:
@@ -49,12 +50,12 @@ class Stopwatch:
         self._session_iterations += self.iterations
         self._clear()
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """Return the number and the time of the iterations since the last record."""
         names = ("iterations", "samples", "seconds", "data_seconds")
         return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Restore what ``state_dict`` returned."""
         for name, value in state.items():
             setattr(self, name, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class Mixup(Plugin, name="mixup"):
     probabilities, a tensor of shape (N, classes), which ``F.cross_entropy`` accepts. Batches for
     validation and testing are not changed.
 
-    A batch is (images, labels) or a dict with ``labels``: float images of shape (N, C, H, W), and
-    class indices of shape (N,) or probabilities.
+    A batch is (images, labels) or a mapping with ``labels``: float images of shape (N, C, H, W),
+    and class indices of shape (N,) or probabilities.
     """
 
     mixup: float = Field(
@@ -60,6 +60,8 @@ class Mixup(Plugin, name="mixup"):
         """Return the mixed batch, or None to leave it unchanged."""
         if self.prob < 1 and torch.rand(()).item() >= self.prob:
             return None
+        if isinstance(data_batch, Mapping):
+            data_batch = dict(data_batch)  # torchvision looks into no other mapping
         transform = self._transforms[0]
         if len(self._transforms) > 1 and torch.rand(()).item() < self.switch_prob:
             transform = self._transforms[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -45,9 +47,9 @@ class BaseDataPreprocessor(nn.Module):
     def cast_data(self, data: Any) -> Any:
         """Move a batch of any nesting to the device.
 
-        The items of dicts, lists, tuples and namedtuples are moved one by one. Tensors, and
-        anything else with a method ``to(device)``, are moved. str, bytes, None and everything else
-        are left unchanged.
+        The items of dicts and other mappings, lists, tuples and namedtuples are moved one by one.
+        Tensors, and anything else with a method ``to(device)``, are moved. str, bytes, None and
+        everything else are left unchanged.
         """
         device = self._device
         kind = type(data)
@@ -59,8 +61,12 @@ class BaseDataPreprocessor(nn.Module):
             return items if kind is list else tuple(items)
         if data is None or isinstance(data, (str, bytes)):
             return data
-        if hasattr(data, "to"):
+        if isinstance(data, Tensor):
             return data.to(device, non_blocking=True) if self._non_blocking else data.to(device)
+        if callable(move := getattr(data, "to", None)):
+            moves = self._non_blocking and _takes_non_blocking(kind)  # type: ignore[arg-type]
+            moved = move(device, non_blocking=True) if moves else move(device)
+            return data if moved is None else moved  # None: moved in place
         if isinstance(data, (list, tuple)):
             items = [self.cast_data(item) for item in data]
             return kind(*items) if hasattr(data, "_fields") else kind(items)
@@ -79,6 +85,17 @@ class BaseDataPreprocessor(nn.Module):
             The arguments of the model's ``forward``, as a dict, tuple or list.
         """
         return self.cast_data(data)
+
+
+@cache
+def _takes_non_blocking(kind: type) -> bool:
+    """Return whether the method ``to`` of a class takes ``non_blocking``."""
+    try:
+        parameters = inspect.signature(kind.to).parameters  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):  # set on the instance, or written in C
+        return False
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "non_blocking" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 class ImgDataPreprocessor(BaseDataPreprocessor):
@@ -137,10 +154,9 @@ class ImgDataPreprocessor(BaseDataPreprocessor):
     def forward(self, data: Any, training: bool = False) -> Any:
         """Preprocess a batch; a dict without ``data_samples`` gets ``data_samples=None``."""
         data = self.cast_data(data)
-        if isinstance(data, dict):
-            data["inputs"] = self._batch(data.get("inputs"))
-            data.setdefault("data_samples", None)
-            return data
+        if isinstance(data, Mapping):
+            samples = data.get("data_samples")
+            return {**data, "inputs": self._batch(data.get("inputs")), "data_samples": samples}
         if isinstance(data, (list, tuple)) and data:
             return (self._batch(data[0]), *data[1:])
         raise TypeError(_EXPECTED.format(type(data).__name__))
@@ -293,11 +309,24 @@ def _next(batches: Iterator[Any]) -> list[Any]:
 
 def _record(data: Any, stream: torch.cuda.Stream) -> None:
     """Keep the memory of ``data`` from being reused until ``stream`` has used it."""
+    for tensor in _tensors(data, set()):
+        if tensor.is_cuda:  # the lengths of packed sequences stay on the CPU
+            tensor.record_stream(stream)
+
+
+def _tensors(data: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors that ``cast_data`` has moved.
+
+    Args:
+        data: A batch.
+        seen: The ids of the objects so far, which may refer to each other.
+    """
     if isinstance(data, Tensor):
-        data.record_stream(stream)
-    elif isinstance(data, Mapping):
-        for value in data.values():
-            _record(value, stream)
-    elif isinstance(data, (list, tuple)):
-        for item in data:
-            _record(item, stream)
+        yield data
+    elif isinstance(data, (Mapping, list, tuple)):
+        for item in data.values() if isinstance(data, Mapping) else data:
+            yield from _tensors(item, seen)
+    elif hasattr(data, "to") and id(data) not in seen:  # it has moved its tensors by itself
+        seen.add(id(data))
+        for item in getattr(data, "__dict__", {}).values():
+            yield from _tensors(item, seen)

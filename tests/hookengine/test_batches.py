@@ -2,41 +2,125 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+import warnings
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader
 
-from hookengine import batch_size
+from hookengine import BatchSizeError, SampleCounter, batch_size
+from tests.fixtures import Toy
 
 IMAGES = torch.zeros(5, 3, 8, 8)
-
-
+IMAGE = IMAGES[0]
 LABELS = torch.zeros(5)
-
+SCALAR = torch.tensor(0.5)
+BOXES = {"boxes": torch.zeros(2, 4), "labels": torch.zeros(2)}
 
 Pair = namedtuple("Pair", "images labels")
+
+
+@dataclass
+class Views:
+    """A batch as a dataclass."""
+
+    first: Any
+    second: Any
+
+
+class Graphs:
+    """A batch of a graph library, into which nobody can look."""
+
+    num_graphs = 3
+
+
+class Lazy(UserDict[str, Any]):
+    """As TensorDict of tensordict: a mapping with a shape."""
+
+    def __init__(self, data: dict[str, Any], size: tuple[int, ...]) -> None:
+        super().__init__(data)
+        self.batch_size = self.shape = torch.Size(size)
+
+
+def packed() -> Any:
+    """Five sequences."""
+    return pack_sequence([torch.zeros(length, 4) for length in (9, 6, 3, 3, 1)])
+
+
+def nested(layout: Any, sizes: tuple[int, ...] = (9, 6, 3, 3, 1)) -> Any:
+    """Five sequences in a nested tensor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        return torch.nested.nested_tensor([torch.zeros(n, 4) for n in sizes], layout=layout)
+
+
+def loader(samples: int = 1, batch_size: int = 1) -> Any:
+    """A DataLoader of which only the numbers matter."""
+    numbers: Any = [0] * samples
+    return DataLoader(numbers, batch_size=batch_size)
 
 
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
         (IMAGES, 5),
-        (torch.tensor(3.0), 1),
         ((IMAGES, LABELS), 5),
         ([IMAGES, LABELS], 5),
         (Pair(IMAGES, LABELS), 5),
         ([[IMAGES, IMAGES], LABELS], 5),  # two views of each sample
         ({"images": IMAGES, "labels": LABELS}, 5),
-        ({"inputs": [IMAGES[0]] * 4, "data_samples": [None] * 4}, 4),  # a list of samples
-        ([{"image": IMAGES[0]}] * 3, 3),
-        ([torch.tensor(1.0)] * 3, 3),
-        (["a", "b"], 2),
         ({"nested": {"x": IMAGES}}, 5),
-        ({}, 1),
-        ([], 1),
-        (None, 1),
+        # several inputs
+        (({"a": IMAGES, "b": IMAGES}, LABELS), 5),
+        (({"a": IMAGES, "b": {"c": IMAGES, "d": LABELS}}, LABELS), 5),
+        ((Pair(IMAGES, IMAGES), LABELS), 5),
+        ((((IMAGES, IMAGES), IMAGES), LABELS), 5),
+        (({"a": IMAGES}, {"b": LABELS}), 5),
+        ((Views(IMAGES, [IMAGES, IMAGES]), LABELS), 5),
+        ({"views": [IMAGES, IMAGES], "labels": LABELS}, 5),
+        ({"views": [IMAGES, IMAGES], "ids": ["a", "b", "c", "d", "e"]}, 5),
+        (UserDict({"a": UserDict({"b": IMAGES, "c": IMAGES}), "labels": LABELS}), 5),
+        (MappingProxyType({"a": IMAGES, "labels": LABELS}), 5),
+        (Lazy({"a": IMAGES, "b": torch.zeros(5, 2)}, (5,)), 5),
+        (Lazy({"a": IMAGES, "b": torch.zeros(5, 2)}, ()), 5),
+        ((np.zeros((5, 4)), np.zeros(5)), 5),
+        # what is no sample stands beside them
+        ((SCALAR, IMAGES, LABELS), 5),
+        ({"temperature": SCALAR, "images": IMAGES}, 5),
+        ({"step": 3, "names": ["cat", "dog"], "images": IMAGES, "extra": None}, 5),
+        ({"size": (224, 224), "images": IMAGES, "graph": Graphs()}, 5),
+        ((IMAGES, None), 5),
+        # sequences
+        (packed(), 5),
+        ((packed(), LABELS), 5),
+        ((nested(torch.strided), LABELS), 5),
+        ((nested(torch.jagged), LABELS), 5),
+        ({"x": nested(torch.strided)}, 5),
+        ((torch.zeros(5, 4).to_sparse(), LABELS), 5),
+        # lists of samples
+        ({"inputs": [IMAGE] * 4, "data_samples": [None] * 4}, 4),
+        ({"inputs": [IMAGE] * 4, "data_samples": [Graphs()] * 4}, 4),
+        ({"inputs": [torch.zeros(7), torch.zeros(9)]}, 2),  # of different lengths
+        ([{"image": IMAGE}] * 3, 3),
+        ([{"image": IMAGE, "id": 7}] * 4, 4),
+        ([{"image": IMAGE, **BOXES}] * 4, 4),
+        ([{"text": "a", "tokens": [1, 2]}, {"text": "b", "tokens": [1]}], 2),
+        (["a", "b"], 2),
+        ([["a", "b", "c"], [0, 1, 0]], 3),
+        ({"text": ["a", "b"], "label": [0, 1]}, 2),
+        ({"ids": [[1, 2, 3], [4]]}, 2),
+        # no samples
+        ((IMAGES[:0], LABELS[:0]), 0),
+        (({"a": IMAGES[:0], "b": IMAGES[:0]}, LABELS[:0]), 0),
+        (([], []), 0),
+        ({"inputs": [], "data_samples": []}, 0),
     ],
 )
 def test_the_number_of_samples_in_a_batch(batch: Any, expected: int) -> None:
@@ -48,9 +132,155 @@ def test_a_list_of_samples_is_known_by_the_targets_beside_it() -> None:
     assert batch_size((tuple(images), ({"boxes": 1},) * 5)) == 5
     assert batch_size([images, [torch.zeros(2, 4)] * 5]) == 5
     assert batch_size((images, torch.zeros(5))) == 5
+    assert batch_size((images[:2], [BOXES, BOXES])) == 2
+    three = {"boxes": torch.zeros(3, 4), "labels": torch.zeros(3)}  # as many as channels
+    assert batch_size((images[:2], [three, three])) == 2
+    assert batch_size({"inputs": images[:2], "targets": (three, three)}) == 2
+    assert batch_size((torch.zeros(2, 3, 8, 8), [three, three])) == 2
+    assert batch_size((images, [three, None, three, None, BOXES])) == 5
+    assert batch_size((images, torch.zeros(5, 1))) == 5
     pair = (torch.zeros(8, 3), torch.zeros(8, 2))
     assert batch_size([pair, (torch.zeros(8), torch.zeros(8))]) == 8
-    assert batch_size([pair, torch.zeros(2, 8)]) == 8
     two_inputs = [torch.zeros(4, 3), torch.zeros(4, 2)]
     assert batch_size((two_inputs, torch.zeros(4))) == 4
     assert batch_size(([torch.zeros(2, 3), torch.zeros(2, 2)], torch.zeros(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "shapes"),
+    [
+        ((torch.zeros(12, 5, 4), LABELS), r"batch\[0\]: \(12, 5, 4\), batch\[1\]: \(5,\)"),
+        ({"x": IMAGES, "weights": torch.zeros(3)}, r"batch\['weights'\]: \(3,\)"),
+        (([IMAGES, torch.zeros(7, 2)], LABELS), r"batch\[0\]\[1\]: \(7, 2\)"),
+        ((Views(torch.zeros(7, 2), IMAGES), LABELS), r"batch\[0\].first: \(7, 2\)"),
+        ((packed(), torch.zeros(9)), r"batch\[0\]: 5 packed sequences, batch\[1\]: \(9,\)"),
+        ((nested(torch.strided), torch.zeros(9)), r"batch\[0\]: \(5, \*, \*\), batch\[1\]: \(9,\)"),
+        ((nested(torch.jagged), torch.zeros(9)), r"batch\[0\]: \(5, \*, \*\)"),
+        ([torch.zeros(7), torch.zeros(9)], r"batch\[0\]: \(7,\), batch\[1\]: \(9,\)"),
+    ],
+)
+def test_tensors_that_disagree_are_an_error(batch: Any, shapes: str) -> None:
+    with pytest.raises(BatchSizeError, match=shapes) as caught:
+        batch_size(batch)
+    assert "count_samples" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.tensor(3.0),
+        (SCALAR, SCALAR),
+        [SCALAR] * 3,
+        {"x": SCALAR},
+        (3, 4.0),
+        {},
+        [],
+        None,
+        Graphs(),
+        (Graphs(), Graphs()),
+        "text",
+        {"text": "a"},
+        ({"x": ["a", "b"]}, [1, 2, 3]),
+    ],
+)
+def test_a_batch_that_does_not_tell_is_an_error(batch: Any) -> None:
+    with pytest.raises(BatchSizeError, match="cannot determine the number of samples"):
+        batch_size(batch)
+
+
+AMBIGUOUS: list[tuple[Any, int, int]] = [
+    ({"inputs": [IMAGE] * 4}, 3, 4),  # four images, or four views of three images
+    ([[IMAGES, IMAGES]], 5, 2),
+    ([{"x": IMAGES}, {"x": IMAGES}], 5, 2),
+    (([IMAGE] * 4, [IMAGE] * 4), 3, 4),
+    ([(torch.zeros(8, 3), torch.zeros(8, 2)), torch.zeros(2, 8)], 8, 2),  # targets of two heads
+]
+
+
+@pytest.mark.parametrize(("batch", "one", "other"), AMBIGUOUS)
+def test_a_batch_that_can_be_read_in_two_ways_is_an_error(batch: Any, one: int, other: int) -> None:
+    low, high = sorted((one, other))
+    with pytest.raises(BatchSizeError, match=f"it could be {low} or {high}"):
+        batch_size(batch)
+
+
+@pytest.mark.parametrize(("batch", "one", "other"), AMBIGUOUS)
+def test_the_batch_size_of_the_dataloader_decides_between_two_ways(
+    batch: Any, one: int, other: int
+) -> None:
+    for size in (one, other):
+        assert SampleCounter(loader(2 * size, size), None)(batch) == size
+        assert SampleCounter(loader(100 + size, 100), None)(batch) == size  # the last batch
+    with pytest.raises(BatchSizeError):
+        SampleCounter(loader(70, 70), None)(batch)
+
+
+def test_tensors_that_agree_on_time_instead_of_samples_are_an_error() -> None:
+    batch = torch.zeros(12, 5, 4), torch.zeros(12, 5)  # (T, B, ...)
+    with pytest.raises(BatchSizeError, match="it could be 5 or 12"):
+        SampleCounter(loader(20, 5), None)(batch)
+    views = torch.zeros(10, 5), torch.zeros(10)  # a collate function may add samples
+    assert SampleCounter(loader(20, 5), None)(views) == 10
+    empty = torch.zeros(0, 5), torch.zeros(0, 5)
+    assert SampleCounter(loader(20, 5), None)(empty) == 0
+
+
+def test_objects_in_a_list_are_samples_if_the_dataloader_has_that_batch_size() -> None:
+    pair = [Graphs(), Graphs()]  # what graph libraries collate pairs of graphs to
+    with pytest.raises(BatchSizeError):
+        SampleCounter(loader(8, 8), None)(pair)
+    assert SampleCounter(loader(8, 2), None)(pair) == 2
+
+
+def test_the_dataloader_or_the_model_counts_the_samples() -> None:
+    class Loader:
+        def __iter__(self) -> Any:
+            return iter(())
+
+        def count_samples(self, batch: Any) -> int:
+            return int(batch.num_graphs)
+
+    model, plain = Toy(), nn.Linear(1, 1)
+    with pytest.raises(BatchSizeError):
+        SampleCounter([], model)(Graphs())
+    plain.count_samples = lambda batch: 7  # type: ignore[assignment]
+    assert SampleCounter([], plain)(Graphs()) == 7
+    assert SampleCounter(Loader(), plain)(Graphs()) == 3  # that of the dataloader wins
+    assert SampleCounter(Loader(), model)(Graphs()) == 3
+    counting = loader()
+    counting.count_samples = lambda batch: 2
+    assert SampleCounter(counting, plain)((IMAGES, LABELS)) == 2  # also where it could be told
+
+
+@pytest.mark.parametrize("number", [4, 0, np.int64(4), torch.tensor(4)])
+def test_a_number_of_samples_is_an_integer(number: Any) -> None:
+    counting = loader()
+    counting.count_samples = lambda batch: number
+    count = SampleCounter(counting, None)(None)
+    assert count == int(number)
+    assert type(count) is int
+
+
+@pytest.mark.parametrize(
+    "number", [-1, 2.0, True, None, "4", torch.tensor(True), [4], torch.ones(2)]
+)
+def test_what_is_no_number_of_samples_is_refused(number: Any) -> None:
+    counting = loader()
+    counting.count_samples = lambda batch: number
+    with pytest.raises(TypeError, match=r"DataLoader.count_samples must return .* integer"):
+        SampleCounter(counting, None)(None)
+
+
+def test_count_samples_must_be_a_function() -> None:
+    counting = loader()
+    counting.count_samples = 8
+    with pytest.raises(TypeError, match=r"DataLoader.count_samples must be a function .* got 8"):
+        SampleCounter(counting, None)
+
+
+def test_an_error_in_count_samples_is_not_hidden() -> None:
+    counting = loader()
+    counting.count_samples = lambda batch: batch["missing"]
+    with pytest.raises(KeyError, match="missing") as caught:
+        SampleCounter(counting, None)({})
+    assert "DataLoader.count_samples" in caught.value.__notes__[0]

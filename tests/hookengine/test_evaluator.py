@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine import (
     BaseMetric,
+    BaseModel,
+    BatchSizeError,
     Evaluator,
     greater_is_better,
     metric_value,
@@ -251,3 +253,149 @@ def test_losses_alone_need_no_length_of_the_dataset(make: MakeRunner, data: Make
     loader = DataLoader(Unsized(*data(8).tensors), batch_sampler=[[0, 1, 2], [3]])
     runner = make(val_dataloader=loader, val_cfg=dict(loss=True))
     assert set(runner.val()) == {"loss"}
+
+
+# -- the samples that a loss is averaged over -----------------------------------------------------
+
+
+class Level(BaseModel):
+    """Its loss is the mean of all values in a batch, which may be of any nesting."""
+
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+        return {"loss": _first(args or kwargs).float().mean()} if mode == "loss" else [0]
+
+
+def _first(value: Any) -> Tensor:
+    while not isinstance(value, Tensor):
+        if isinstance(value, dict):
+            value = value["x"] if "x" in value else next(iter(value.values()))
+        else:
+            value = value[0]
+    return value
+
+
+def levels(wrap: Any, sizes: tuple[int, ...] = (8, 2)) -> list[Any]:
+    """Batches of these sizes, with the values 1, 2, ... in them."""
+    return [wrap(torch.full((size, 3), index + 1.0)) for index, size in enumerate(sizes)]
+
+
+def evaluation(make: MakeRunner, batches: Any, **options: Any) -> Any:
+    """A Runner that only evaluates, and reports the loss."""
+    options = {"model": Level(), "val_cfg": dict(loss=True), **options}
+    bare: dict[str, Any] = dict(train_dataloader=None, train_cfg=None, optim_wrapper=None)
+    return make(val_dataloader=batches, **bare, **options)
+
+
+NESTINGS: dict[str, Any] = {
+    "a tensor": lambda x: (x, x[:, 0]),
+    "two inputs": lambda x: ({"a": x, "b": x}, x[:, 0]),
+    "a list of two": lambda x: ([x, x], x[:, 0]),
+    "nested": lambda x: ({"a": {"b": x, "c": (x, x)}}, x[:, 0]),
+    "a scalar first": lambda x: {"temperature": torch.tensor(0.5), "names": ["a", "b"], "x": x},
+    "texts": lambda x: {"x": x, "text": ["a"] * len(x)},
+}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_a_validation_loss_is_a_mean_over_samples(make: MakeRunner, nesting: str) -> None:
+    runner = evaluation(make, levels(NESTINGS[nesting]))
+    assert runner.val()["loss"] == pytest.approx((8 * 1 + 2 * 2) / 10)
+
+
+def time_first(x: Tensor) -> Any:
+    """Inputs of shape (T, B, ...), targets of shape (B,)."""
+    return x.expand(12, *x.shape), x[:, 0]
+
+
+def test_a_loss_over_batches_of_unknown_size_is_an_error(make: MakeRunner) -> None:
+    runner = evaluation(make, levels(time_first))
+    with pytest.raises(BatchSizeError, match=r"batch\[0\]: \(12, 8, 3\).*count_samples"):
+        runner.val()
+    assert evaluation(make, levels(time_first, (8,))).val()["loss"] == 1  # no weight is needed
+
+
+def test_the_model_or_the_dataloader_tells_the_number_of_samples(make: MakeRunner) -> None:
+    class Counts(Level):
+        def count_samples(self, batch: Any) -> int:
+            return int(batch[1].shape[0])
+
+    class Loader(list[Any]):
+        def count_samples(self, batch: Any) -> int:
+            return {8: 1, 2: 4}[batch[1].shape[0]]
+
+    batches = levels(time_first)
+    assert evaluation(make, batches, model=Counts()).val()["loss"] == pytest.approx(1.2)
+    assert evaluation(make, Loader(batches), model=Counts()).val()["loss"] == pytest.approx(1.8)
+
+
+def test_metrics_of_batches_of_unknown_size_need_no_number_of_samples(make: MakeRunner) -> None:
+    class Values(Mean):
+        def process(self, data_batch: Any, data_samples: Any) -> None:
+            self.results.append(data_batch[1].mean().item())
+
+    class Own(Values):
+        def evaluate(self, size: int, consecutive: bool = False) -> dict[str, Any]:
+            return {"size": size}
+
+    options: dict[str, Any] = dict(val_cfg=None, val_evaluator=Values())
+    assert evaluation(make, levels(time_first), **options).val() == {"mean": 1.5}
+    options["val_evaluator"] = Own()
+    with pytest.raises(BatchSizeError, match=r"evaluate\(size\) of a metric needs .*count_samples"):
+        evaluation(make, levels(time_first), **options).val()
+    dataset = TensorDataset(torch.ones(5, 3))
+    loader = DataLoader(dataset, batch_size=2, collate_fn=lambda x: time_first(torch.ones(2, 3)))
+    assert evaluation(make, loader, **options).val() == {"size": 5}
+
+
+class Partial(BaseModel):
+    """Has a second loss in batches whose first value is 2, and a third in batches of that size."""
+
+    def forward(self, x: Tensor, y: Tensor, mode: str = "tensor") -> Any:
+        if mode != "loss":
+            return [0]
+        losses = {"loss": x.mean()}
+        if x.numel() and x[0, 0] == 2:
+            losses["aux"] = 10 * x.mean()
+        return losses if len(x) else {**losses, "nothing": x.sum()}
+
+
+def pair(x: Tensor) -> Any:
+    return x, x[:, 0]
+
+
+def test_batches_without_samples_do_not_count(make: MakeRunner) -> None:
+    runner = evaluation(make, levels(pair, (8, 0, 2)))
+    assert runner.val()["loss"] == pytest.approx((8 * 1 + 2 * 3) / 10)
+    with pytest.warns(UserWarning, match="'nothing' has no value: only batches without samples"):
+        metrics = evaluation(make, levels(pair, (8, 0, 2)), model=Partial()).val()
+    assert metrics == {"loss": pytest.approx(1.4)}
+
+
+def test_a_nan_of_a_batch_with_samples_is_not_hidden(make: MakeRunner) -> None:
+    broken = [(torch.full((2, 3), torch.nan), torch.zeros(2))]
+    assert np.isnan(evaluation(make, [*levels(pair), *broken]).val()["loss"])
+    infinite = [(torch.full((2, 3), sign * torch.inf), torch.zeros(2)) for sign in (1, -1)]
+    assert np.isnan(evaluation(make, infinite).val()["loss"])
+
+
+def test_an_evaluation_without_a_sample_is_an_error(make: MakeRunner) -> None:
+    with pytest.raises(ValueError, match="none of the 2 batches has a sample"):
+        evaluation(make, levels(pair, (0, 0))).val()
+
+
+def test_a_loss_of_some_batches_is_a_mean_over_their_samples(make: MakeRunner) -> None:
+    metrics = evaluation(make, levels(pair, (8, 2, 5)), model=Partial()).val()
+    assert metrics["loss"] == pytest.approx((8 * 1 + 2 * 2 + 5 * 3) / 15)
+    assert metrics["aux"] == pytest.approx(20)
+
+
+def test_an_evaluate_that_takes_only_the_size_is_called_with_it(
+    make: MakeRunner, data: MakeData
+) -> None:
+    class Own(Mean):
+        def evaluate(self, size: int) -> dict[str, Any]:  # type: ignore[override]
+            return {"size": size}
+
+    assert make(val_dataloader=DataLoader(data(10), batch_size=4), val_evaluator=Own()).val() == {
+        "size": 10
+    }

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hookengine import BaseModel, Plugin, Runner, hookimpl
+from hookengine import BaseModel, BatchSizeError, Plugin, Runner, hookimpl
 from tests.fixtures import MakeRunner, Toy
 from tests.ranks import spawn
 
@@ -424,6 +424,48 @@ def test_samples_that_cannot_be_counted_are_said_so() -> None:
     model.train_step = lambda data, optim_wrapper: {}  # type: ignore[method-assign]
     with pytest.raises(TypeError, match=r"samples of a Graphs cannot be counted.*batch.num_graphs"):
         accumulated([Graphs()], Accumulate(steps=2), model=model)
+    assert accumulated([Graphs()], Accumulate(steps=1), model=model) == []  # no weight is needed
+
+
+class TimeFirst(Tagger):
+    """Takes inputs of shape (T, N, F) in a dict, beside labels of shape (N, T)."""
+
+    def forward(self, inputs: Any, labels: Tensor, mode: str = "loss", **_: Any) -> Any:
+        return super().forward(inputs["a"].transpose(0, 1), labels, mode)
+
+
+def test_the_samples_of_several_inputs_are_those_of_all_of_them() -> None:
+    class Two(Tagger):
+        def forward(self, inputs: Any, labels: Tensor, mode: str = "loss", **_: Any) -> Any:
+            return super().forward((inputs["a"] + inputs["b"]) / 2, labels, mode)
+
+    batches = sentences([5, 1, 3])
+    nested = [dict(inputs=dict(a=b["inputs"], b=b["inputs"]), labels=b["labels"]) for b in batches]
+    (mine,) = accumulated(nested, Accumulate(steps=3), model=Two())
+    assert_same(mine, big_batch(batches))
+
+
+def test_samples_that_the_tensors_do_not_tell_are_counted_by_the_model_or_the_dataloader() -> None:
+    class Counts(TimeFirst):
+        def count_samples(self, batch: Any) -> int:
+            return len(batch["labels"])
+
+    class Loader(Unsized):
+        def count_samples(self, batch: Any) -> int:
+            return len(batch["labels"])
+
+    batches = sentences([5, 1, 3])
+    turned = [
+        dict(inputs=dict(a=batch["inputs"].transpose(0, 1)), labels=batch["labels"])
+        for batch in batches
+    ]
+    with pytest.raises(
+        BatchSizeError, match=r"\['a'\]: \(4, 5, 5\).*count_samples.*weight='batch'"
+    ):
+        accumulated(turned, Accumulate(steps=3), model=TimeFirst())
+    for loader, model in ((turned, Counts()), (Loader(turned), TimeFirst())):
+        (mine,) = accumulated(loader, Accumulate(steps=3), model=model)
+        assert_same(mine, big_batch(batches))
 
 
 def test_several_losses_of_one_iteration_are_one_micro_batch() -> None:

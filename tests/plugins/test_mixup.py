@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -101,10 +103,11 @@ def test_some_batches_some_of_them_by_cutmix(make: MakeRunner) -> None:
     assert 15 < cutmixes < 65, "about a quarter of those"
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
 @pytest.mark.parametrize("labels", [None, "target", lambda batch: batch["target"]])
-def test_a_batch_may_be_a_dict(labels: Any) -> None:
+def test_a_batch_may_be_a_dict_or_any_mapping(labels: Any, kind: Any) -> None:
     key = "labels" if labels is None else "target"
-    batch = {"inputs": torch.rand(4, 1, 4, 4), key: torch.tensor([0, 1, 2, 0])}
+    batch = kind({"inputs": torch.rand(4, 1, 4, 4), key: torch.tensor([0, 1, 2, 0])})
     mixed = Mixup(num_classes=3, labels=labels).before_train_iter(batch)
     assert mixed.keys() == batch.keys()
     assert mixed[key].shape == (4, 3)

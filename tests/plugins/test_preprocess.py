@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -67,6 +69,45 @@ def test_any_nesting_is_moved(mover: BaseDataPreprocessor) -> None:
     assert batch["list"][0] is one
     assert mover(OrderedDict(x=one))["x"].device == META
     assert mover(one).device == META
+
+
+class Encoding(UserDict[str, Any]):
+    """As BatchEncoding of transformers."""
+
+    def to(self, device: Any) -> Encoding:
+        self.data = {key: value.to(device) for key, value in self.items()}
+        return self
+
+
+class InPlace(Encoding):
+    """Moves its tensors and returns nothing."""
+
+    def to(self, device: Any) -> None:  # type: ignore[override]
+        super().to(device)
+
+
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_a_mapping_is_moved_and_stays_one(non_blocking: bool) -> None:
+    mover = BaseDataPreprocessor(non_blocking=non_blocking).to(META)
+    for kind in (Encoding, InPlace, UserDict, OrderedDict, lambda **items: MappingProxyType(items)):
+        moved = mover({"nested": kind(x=torch.ones(2), y=torch.ones(2))})["nested"]
+        assert isinstance(moved, Mapping)
+        assert {name: value.device for name, value in moved.items()} == {"x": META, "y": META}
+    assert mover([Movable()])[0].device == META
+
+
+def test_a_field_called_to_is_no_method(mover: BaseDataPreprocessor) -> None:
+    edges = namedtuple("edges", "start to")
+    moved = mover(edges(torch.ones(1), torch.ones(1)))
+    assert moved.to.device == META
+
+
+@pytest.mark.parametrize("kind", [Encoding, UserDict, OrderedDict])
+def test_images_may_be_in_any_mapping(kind: Any) -> None:
+    images = torch.ones(2, 3, 4, 4)
+    batch = ImgDataPreprocessor()(kind(inputs=images.byte()))
+    assert torch.equal(batch["inputs"], images)
+    assert batch["data_samples"] is None
 
 
 def test_what_is_there_already_is_not_copied_but_its_containers_are() -> None:

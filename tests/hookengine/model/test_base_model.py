@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, defaultdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,13 +19,21 @@ from hookengine import (
 )
 from hookengine.events.dispatch import SILENT
 from hookengine.model import BaseDataPreprocessor
-from tests.fixtures import MakeData, MakeRunner, Toy
+from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy
 from tests.hookengine.model.blocks import tensors
 
 
 def test_forward_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         BaseModel()  # type: ignore[abstract]
+
+
+class Encoding(UserDict[str, Any]):
+    """As BatchEncoding of transformers: it moves its tensors itself."""
+
+    def to(self, device: Any) -> Encoding:
+        self.data = {key: getattr(v, "to", lambda _, v=v: v)(device) for key, v in self.items()}
+        return self
 
 
 class Modes(BaseModel):
@@ -41,6 +49,11 @@ class Modes(BaseModel):
         ((1, "a"), (1, "a"), {}),
         ([1, "a"], (1, "a"), {}),
         ({"x": 1, "y": None}, (), dict(x=1, y=None)),
+        (OrderedDict(x=1), (), dict(x=1)),
+        (defaultdict(int, x=1), (), dict(x=1)),
+        (MappingProxyType({"x": 1}), (), dict(x=1)),
+        (UserDict(x=1), (), dict(x=1)),
+        (Encoding(x=1), (), dict(x=1)),
     ],
 )
 def test_a_batch_becomes_the_arguments_of_forward(batch: Any, args: Any, kwargs: Any) -> None:
@@ -48,6 +61,35 @@ def test_a_batch_becomes_the_arguments_of_forward(batch: Any, args: Any, kwargs:
     assert model.val_step(batch) == (args, kwargs, "predict")
     assert model.test_step(batch) == (args, kwargs, "predict")
     assert model._run_forward(batch, "loss") == (args, kwargs, "loss")
+
+
+def test_a_mapping_reaches_forward_whatever_the_data_preprocessor_returns() -> None:
+    model = Modes(data_preprocessor=nn.Identity())
+    model.data_preprocessor.forward = lambda data, training: data  # type: ignore[method-assign]
+    for batch in (UserDict(x=1), Encoding(x=1), MappingProxyType({"x": 1})):
+        assert model.val_step(batch) == ((), dict(x=1), "predict")
+
+
+def test_an_encoding_of_a_tokenizer_trains_as_a_dict_does(make: MakeRunner, data: MakeData) -> None:
+    def weights(kind: Any) -> Tensor:
+        inputs, labels = data().tensors
+        batches = [kind(inputs=inputs[:8], labels=labels[:8]), kind(inputs=inputs, labels=labels)]
+        runner = make(train_dataloader=batches, val_dataloader=batches, val_evaluator=ToyAccuracy())
+        runner.train()
+        return cast(Tensor, runner.bare_model.net.weight)
+
+    expected = weights(dict)
+    for kind in (UserDict, Encoding, lambda **batch: MappingProxyType(batch)):
+        assert torch.equal(weights(kind), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_forward_that_does_not_take_nested_tensors_is_named(layout: Any) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 1), torch.ones(3, 1)], layout=layout)
+    with pytest.raises(TypeError) as caught:
+        Toy().val_step((nested, nested, nested))
+    assert caught.value.__notes__[0].startswith("Toy.forward got a batch of 3 (")
 
 
 def test_any_other_batch_is_a_type_error() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from hookengine import BaseMetric, BaseModel, Runner, dist
+from hookengine import BaseMetric, BaseModel, BatchSizeError, Runner, dist, read_records
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.ranks
@@ -217,3 +219,127 @@ def test_the_buffers_of_rank_0_are_evaluated_and_each_keeps_its_own(tmp_path: Pa
     kept = state["ranks"][1]["plugins"]["distributed"]["buffers"]["net.1.running_mean"]
     assert state["state_dict"]["net.1.running_mean"].tolist() == first["after"]
     assert kept.tolist() == second["after"]
+
+
+# -- the samples of all ranks ---------------------------------------------------------------------
+
+
+class Level(BaseModel):
+    """Its loss is the mean of the inputs, finite without any; above 1 it has a second loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def forward(self, x: Any, y: Tensor, mode: str = "tensor") -> Any:
+        x = x["x"] if isinstance(x, Mapping) else x
+        losses = {"loss": x.mean().nan_to_num(0.0) + 0 * self.net(x).sum()}
+        if x.numel() and x.flatten()[0] > 1:
+            losses["aux"] = 10 * x.mean()
+        return losses if mode == "loss" else [float(value) for value in y]
+
+
+class Values(BaseMetric):
+    """All results in a list."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        return {"values": results}
+
+
+class Counted(list[Any]):
+    """Batches whose samples it counts: twice those of the targets."""
+
+    def count_samples(self, batch: Any) -> int:
+        return 2 * len(batch[1])
+
+
+def batch(value: float, size: int) -> Any:
+    x = torch.full((size, 3), float(value))
+    return UserDict(y=x, x=x), x[:, 0]
+
+
+def time_first(value: float, size: int) -> Any:
+    return torch.full((12, size, 3), value), torch.full((size,), value)
+
+
+def numbers(dealt: bool = False) -> Any:
+    """Ten numbers, in batches whose tensors do not tell their size."""
+    data = TensorDataset(torch.arange(10.0))
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    return DataLoader(
+        data,
+        batch_size=4,
+        sampler=DistributedSampler(data, ranks, rank, shuffle=False) if dealt else None,
+        collate_fn=lambda items: (
+            torch.zeros(12, len(items), 3),
+            torch.stack([x for (x,) in items]),
+        ),
+    )
+
+
+def of_batches(folder: Path, batches: Any, name: str, **options: Any) -> Any:
+    distributed = dict(type="distributed", share_data=options.pop("share_data", True))
+    return Runner(
+        Level(),
+        folder,
+        plugins=[distributed, dict(type="logging", interval=5), "no:progress_bar", "no:checkpoint"],
+        device="cpu",
+        name=name,
+        **{f"{'train' if 'train_cfg' in options else 'val'}_dataloader": batches},
+        **options,
+    )
+
+
+SHARED = [(1.0, 8), (5.0, 0), (2.0, 2), (3.0, 4), (1.0, 3)]
+SGD = dict(type="SGD", lr=0.1)
+
+
+def count_on_ranks(folder: Path) -> list[Any]:
+    """Train on unequal batches, validate over partial losses, and over batches of unknown size."""
+    first = os.environ.get("RANK", "0") == "0"
+    own = [batch(1, 8), batch(1, 2)] if first else [batch(3, 4), batch(3, 0)]
+    with of_batches(
+        folder, own, "train", train_cfg=dict(max_epochs=1), optim_wrapper=dict(optimizer=SGD)
+    ) as runner:
+        runner.train()
+    unknown = [time_first(*each) for each in SHARED]
+    loss, values = dict(val_cfg=dict(loss=True)), dict(val_evaluator=Values())
+    found: list[Any] = []
+    for name, batches, options in (
+        ("partial", [batch(*each) for each in SHARED], loss),
+        ("counted", Counted(unknown), loss),
+        ("list", unknown, values),
+        ("shared", numbers(), values),
+        ("dealt", numbers(dealt=True), values),
+        ("unknown", unknown, loss),
+        ("unshared", numbers(), {**values, "share_data": False}),
+    ):
+        try:
+            with of_batches(folder, batches, name, **options) as runner:
+                found.append(runner.val())
+        except BatchSizeError as error:
+            found.append(str(error))
+    return found
+
+
+def test_losses_are_averaged_over_the_samples_of_all_ranks(tmp_path: Path) -> None:
+    one = count_on_ranks(tmp_path / "one")
+    partial, counted, listed, shared, dealt, unknown, unshared = one
+    assert partial["loss"] == pytest.approx((8 * 1 + 2 * 2 + 4 * 3 + 3 * 1) / 17)
+    assert partial["aux"] == pytest.approx((2 * 20 + 4 * 30) / 6)
+    assert counted == partial
+    assert listed == {"values": [1.0] * 8 + [2.0] * 2 + [3.0] * 4 + [1.0] * 3}
+    assert shared == dealt == unshared == {"values": [*range(10)]}
+    assert "count_samples" in unknown
+    for found in on_ranks(2, count_on_ranks, tmp_path / "two"):
+        assert found[:5] == one[:5]
+        assert "the losses cannot be averaged over the samples" in found[5]
+        assert "results of the ranks cannot be put in the order of the dataset" in found[6]
+    (record,) = read_records(tmp_path / "two" / "train")
+    assert record.scalars["loss"] == pytest.approx((10 * 1 + 4 * 3) / 14)
+    assert record.scalars["aux"] == pytest.approx(30)
+    samples = record.scalars["samples_per_second"] * record.scalars["time"] * 2
+    assert samples == pytest.approx(14)

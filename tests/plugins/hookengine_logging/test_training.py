@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookengine import Plugin
+from hookengine import BaseModel, Plugin
 from tests.fixtures import MakeData, MakeRunner
 from tests.plugins.hookengine_logging.runs import logging_runner, written
 
@@ -170,3 +170,208 @@ def test_losses_come_first_and_steps_are_shown_if_they_are_not_iterations(make: 
     keys = [[k for k in record if k in ("loss", "grad_norm", "lr")] for record in written(runner)]
     assert keys[1] == keys[3] == ["loss", "grad_norm", "lr"]
     assert "iter 4/10  step 2  loss" in (runner.run_dir / "run.log").read_text()
+
+
+# -- samples --------------------------------------------------------------------------------------
+
+
+class Level(BaseModel):
+    """Its loss is the mean of the inputs; where that is above 1, it has a second loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def forward(self, x: Any, y: Tensor, mode: str = "tensor") -> Any:
+        x = x["a"] if isinstance(x, dict) else x
+        losses = {"loss": x.mean() + 0 * self.net(x).sum()}
+        return {**losses, "aux": 10 * x.mean()} if len(x) and x.flatten()[0] > 1 else losses
+
+
+def levels(*sizes: int, wrap: Any = None) -> list[Any]:
+    """Batches of these sizes, with the values 1, 2, ... in them."""
+    inputs = [torch.full((size, 3), index + 1.0) for index, size in enumerate(sizes)]
+    return [(wrap(x) if wrap else x, x[:, 0]) for x in inputs]
+
+
+def samples(record: dict[str, Any], iterations: int) -> float:
+    """The number of samples that a record has counted."""
+    return record["samples_per_second"] * record["time"] * iterations
+
+
+def one_epoch(make: MakeRunner, batches: Any, **options: Any) -> list[dict[str, Any]]:
+    options = {"model": Level(), "train_cfg": dict(max_epochs=1), **options}
+    runner = logging_runner(make, train_dataloader=batches, **options)
+    runner.train()
+    return written(runner, "train")
+
+
+def test_samples_per_second_counts_the_samples_of_several_inputs(make: MakeRunner) -> None:
+    (record,) = one_epoch(make, levels(8, 2, wrap=lambda x: {"a": x, "b": x}))
+    assert samples(record, 2) == pytest.approx(10)
+
+
+def test_losses_are_averaged_over_the_samples_of_their_batches(make: MakeRunner) -> None:
+    first, second = one_epoch(make, levels(8, 2, 4), interval=2)
+    assert first["loss"] == pytest.approx((8 * 1 + 2 * 2) / 10)
+    assert first["aux"] == pytest.approx(20)
+    assert (second["loss"], second["aux"]) == (3, 30)
+    (record,) = one_epoch(make, levels(8, 2, 4), interval=5)
+    assert record["loss"] == pytest.approx((8 * 1 + 2 * 2 + 4 * 3) / 14)
+    assert record["aux"] == pytest.approx((2 * 20 + 4 * 30) / 6)
+    (same,) = one_epoch(
+        make, levels(8, 2, 4), interval=5, plugins=[dict(type="accumulate", steps=2)]
+    )
+    assert (same["loss"], same["aux"]) == (record["loss"], record["aux"])
+
+
+def test_training_and_validation_average_losses_alike(make: MakeRunner) -> None:
+    class Same(Level):
+        def forward(self, x: Any, y: Tensor, mode: str = "tensor") -> Any:
+            return super().forward(x, y, mode) if mode == "loss" else [0]
+
+    batches = levels(8, 2, 4)
+    runner = logging_runner(
+        make,
+        interval=5,
+        model=Same(),
+        train_dataloader=batches,
+        train_cfg=dict(max_epochs=1),
+        val_dataloader=batches,
+        val_cfg=dict(loss=True),
+    )
+    runner.train()
+    train, val = written(runner)
+    assert (train["loss"], train["aux"]) == pytest.approx((val["loss"], val["aux"]))
+
+
+def test_logged_values_are_averaged_over_iterations(make: MakeRunner) -> None:
+    class Logs(Plugin):
+        def after_train_iter(self, runner: Any) -> None:
+            runner.log({"mine": runner.progress.iter, "loss": 10.0})
+
+    (record,) = one_epoch(make, levels(8, 2), plugins=[Logs()])
+    assert record["mine"] == 1.5
+    assert record["loss"] == pytest.approx((1 + 2 + 10 + 10) / 4)  # logged and returned
+
+
+def time_first(x: Tensor) -> Tensor:
+    return x.expand(12, *x.shape)
+
+
+def test_an_unknown_number_of_samples_is_left_out_with_one_warning(make: MakeRunner) -> None:
+    runner = logging_runner(
+        make, model=Level(), train_dataloader=levels(8, 2, 4, 6, wrap=time_first)
+    )
+    runner.train()
+    records = written(runner, "train")
+    assert not any("samples_per_second" in record for record in records)
+    assert records[0]["loss"] == 1.5  # over iterations
+    log = (runner.run_dir / "run.log").read_text()
+    assert log.count("samples_per_second is left out") == 1
+    assert "batch[0]: (12, 8, 3), batch[1]: (8,)" in log
+    assert "count_samples" in log
+
+
+def test_only_the_records_of_unknown_batches_lack_the_number_of_samples(make: MakeRunner) -> None:
+    batches = [*levels(8, 2), *levels(4, wrap=time_first), *levels(6, 4, 4)]
+    records = one_epoch(make, batches)
+    assert [("samples_per_second" in record) for record in records] == [True, False, True]
+    assert samples(records[2], 2) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("where", ["model", "dataloader", "dict"])
+def test_who_counts_the_samples_is_asked(make: MakeRunner, where: str) -> None:
+    class Counts(Level):
+        def count_samples(self, batch: Any) -> int:
+            return len(batch[1])
+
+    def count(batch: Any) -> int:
+        return 2 * len(batch[1])
+
+    def collate(items: Any) -> Any:
+        return time_first(torch.ones(len(items), 3)), torch.ones(len(items))
+
+    arguments: dict[str, Any] = dict(dataset=range(6), batch_size=4, collate_fn=collate)
+    loader: Any = torch.utils.data.DataLoader(**arguments)
+    if where == "dataloader":
+        loader.count_samples = count
+    elif where == "dict":
+        loader = dict(**arguments, count_samples=count)
+    for defaults in (("logging",), ("logging", "seed", "distributed")):
+        runner = make(
+            model=Counts(),
+            train_dataloader=loader,
+            train_cfg=dict(max_epochs=1),
+            defaults=defaults,
+        )
+        runner.train()
+        (record,) = written(runner, "train")
+        assert samples(record, 2) == pytest.approx(6 if where == "model" else 12)
+
+
+def test_samples_that_were_not_recorded_yet_survive_a_resume(make: MakeRunner) -> None:
+    def runner(epochs: int, batches: Any) -> Any:
+        return logging_runner(
+            make, interval=3, train_dataloader=batches, model=Level(), train_cfg=dict(max_iters=3)
+        )
+
+    whole = runner(1, levels(8, 2, 4))
+    whole.train()
+    first, second = runner(1, levels(8, 2, 4)), runner(1, levels(8, 2, 4))
+    first.on("after_train_iter")(
+        lambda runner: runner.stop("cut") if runner.progress.iter == 2 else None
+    )
+    states: list[Any] = []
+
+    class Keeps(Plugin):
+        def safe_point(self, runner: Any) -> None:
+            if runner.progress.iter == 2:
+                states.append(runner.state_dict())
+
+    first.plugins.add(Keeps())
+    first.train()
+    second.load_state_dict(states[0])
+    second.train()
+    (expected,) = written(whole, "train")
+    found = written(second, "train")[-1]
+    assert (found["loss"], found["aux"]) == (expected["loss"], expected["aux"])
+    assert samples(found, 3) == pytest.approx(14)
+
+
+def test_a_training_batch_without_samples_does_not_count(make: MakeRunner) -> None:
+    class Finite(Level):
+        def forward(self, x: Any, y: Tensor, mode: str = "tensor") -> Any:
+            losses = super().forward(x, y, mode)
+            return {name: value.nan_to_num(0.0) for name, value in losses.items()}
+
+    (record,) = one_epoch(make, levels(8, 0, 2), interval=3, model=Finite())
+    assert record["loss"] == pytest.approx((8 * 1 + 2 * 3) / 10)
+    assert samples(record, 3) == pytest.approx(10)
+    (record,) = one_epoch(make, levels(0, 0), interval=3, model=Finite())
+    assert "loss" not in record
+    # accumulate gives such a micro-batch the loss 0
+    plugins = [dict(type="accumulate", steps=3)]
+    (record,) = one_epoch(make, levels(8, 0, 2), interval=3, plugins=plugins)
+    assert record["loss"] == pytest.approx((8 * 1 + 2 * 3) / 10)
+
+
+def test_the_nan_of_a_training_batch_without_samples_is_explained(make: MakeRunner) -> None:
+    message = (
+        r"iteration 2, epoch 1: loss nan, because its batch has no samples\. Leave batches without "
+        r"samples out of the dataloader"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        one_epoch(make, levels(8, 0, 2))
+    runner = make(
+        model=Level(),
+        train_dataloader=levels(8, 0, 2),
+        train_cfg=dict(max_epochs=1),
+        defaults=("logging",),
+        plugins=[dict(type="logging", nonfinite="warn")],
+    )
+    runner.train()
+    (record,) = written(runner, "train")
+    assert record["loss"] == pytest.approx((8 * 1 + 2 * 3) / 10)
+    log = (runner.run_dir / "run.log").read_text()
+    assert log.count("loss nan, because its batch has no samples") == 1
