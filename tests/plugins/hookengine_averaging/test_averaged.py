@@ -327,3 +327,200 @@ def test_an_avg_func_from_elsewhere_is_asked() -> None:
             nn.init.constant_(model.weight, value)
             averaged.update_parameters(model)
         assert averaged.module.weight.item() == 0.5
+
+
+# -- weights with a low precision ---------------------------------------------------------------
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+def constant(value: float, dtype: torch.dtype, **buffers: Tensor) -> nn.Module:
+    model = nn.Linear(2, 2).to(dtype)
+    nn.init.constant_(model.weight, value)
+    nn.init.constant_(model.bias, value)
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    return model
+
+
+def moving(averaged: BaseAveragedModel, model: Any, updates: int) -> None:
+    """Start at 1, then update with 2."""
+    averaged.update_parameters(model)
+    nn.init.constant_(model.weight, 2)
+    for _ in range(updates):
+        averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float8_e4m3fn, torch.float32, torch.float64])
+def test_small_movements_of_weights_with_a_low_precision_add_up(dtype: torch.dtype) -> None:
+    model = constant(1, torch.float32).to(dtype)
+    averaged = ExponentialMovingAverage(model)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        model.weight.copy_(torch.full((2, 2), 2.0))
+    for _ in range(3000):
+        averaged.update_parameters(model)
+    expected = torch.full((2, 2), 2 - (1 - 0.0002) ** 3000)
+    precise = averaged.state_dict()["module.weight"]
+    assert precise.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+    torch.testing.assert_close(precise.float(), expected, rtol=1e-4, atol=0)
+    weight: Any = averaged.module.weight
+    assert weight.dtype == dtype
+    assert torch.equal(weight.float(), precise.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_average_of_a_low_precision_is_that_of_float32(kind: str, dtype: torch.dtype) -> None:
+    low, high = net().to(dtype), net()
+    averages = [CLASSES[kind](model, update_buffers=True) for model in (low, high)]
+    for seed in range(300):
+        move(low, seed)
+        high.load_state_dict(low.state_dict())
+        for averaged, model in zip(averages, (low, high), strict=True):
+            averaged.update_parameters(model)
+    mine, expected = (averaged.state_dict() for averaged in averages)
+    for name, value in expected.items():
+        assert torch.equal(mine[name], value), name
+
+
+def test_an_avg_func_of_a_subclass_gets_the_precise_average() -> None:
+    class Slow(BaseAveragedModel):
+        def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+            assert averaged_param.dtype == source_param.dtype == torch.float32
+            averaged_param.lerp_(source_param, 0.001)
+
+    model = constant(1, torch.bfloat16)
+    averaged = Slow(model)
+    moving(averaged, model, 100)
+    assert averaged.state_dict()["module.weight"][0, 0].item() == pytest.approx(2 - 0.999**100)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_copy_of_a_low_precision_is_called_as_the_model_is(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    averaged = StochasticWeightAverage(model)
+    history(averaged, model, 3)
+    averaged.eval()
+    assert averaged(torch.ones(2, 3, dtype=dtype)).dtype == dtype
+    assert averaged.module(torch.ones(2, 3, dtype=dtype)).dtype == dtype
+
+
+def test_a_state_of_precise_averages_continues_exactly() -> None:
+    def states(cut: int) -> dict[str, Tensor]:
+        model = constant(1, torch.bfloat16)
+        averaged = ExponentialMovingAverage(model)
+        moving(averaged, model, cut)
+        other = ExponentialMovingAverage(model)
+        other.load_state_dict({n: v.clone() for n, v in averaged.state_dict().items()})
+        for _ in range(300 - cut):
+            other.update_parameters(model)
+        return other.state_dict()
+
+    straight, cut = states(300), states(111)
+    assert straight.keys() == cut.keys() == {"steps", "module.weight", "module.bias"}
+    for name, value in straight.items():
+        assert torch.equal(value, cut[name]), name
+
+
+def test_a_state_of_a_low_precision_can_be_loaded() -> None:
+    model = constant(1, torch.bfloat16)
+    averaged = ExponentialMovingAverage(model, momentum=0.001)
+    state = {n: v.clone() for n, v in averaged.state_dict().items()}
+    state["module.weight"] = torch.full((2, 2), 1.5, dtype=torch.bfloat16)
+    state["steps"].fill_(5)
+    averaged.load_state_dict(state)
+    assert averaged.state_dict()["module.weight"].dtype == torch.float32
+    averaged.update_parameters(model)
+    assert averaged.state_dict()["module.weight"][0, 0].item() == pytest.approx(1.4995)
+    assert state["module.weight"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
+
+
+def test_a_teacher_inside_a_model_keeps_its_precise_averages() -> None:
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = constant(1, torch.bfloat16)
+            self.teacher = ExponentialMovingAverage(self.net)
+
+    student, other = Student(), Student()
+    moving(student.teacher, student.net, 100)
+    other.load_state_dict({n: v.clone() for n, v in student.state_dict().items()})
+    for each in (student, other, copy.deepcopy(student)):
+        each.teacher.update_parameters(each.net)
+        value = each.state_dict()["teacher.module.weight"][0, 0].item()
+        assert value == pytest.approx(2 - 0.9998**101, rel=1e-6)
+
+
+def test_a_conversion_keeps_the_averages() -> None:
+    for before, after in (
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.float64),
+    ):
+        model = constant(1, before)
+        averaged = ExponentialMovingAverage(model)
+        moving(averaged, model, 100)
+        averaged.to(after)
+        assert averaged.module.weight.dtype == after
+        averaged.update_parameters(model)
+        value = averaged.state_dict()["module.weight"][0, 0].item()
+        assert value == pytest.approx(2 - 0.9998**101, rel=1e-6), (before, after)
+
+
+def test_what_other_code_writes_to_the_copy_is_where_the_average_continues() -> None:
+    model = constant(1, torch.bfloat16)
+    averaged = ExponentialMovingAverage(model, momentum=0.001)
+    moving(averaged, model, 10)
+
+    def write(value: float, how: str) -> None:
+        weight: Any = averaged.module.weight
+        if how == "in place":
+            nn.init.constant_(weight, value)
+        elif how == "data":
+            weight.data = torch.full((2, 2), value, dtype=torch.bfloat16)
+        else:
+            state = {**averaged.module.state_dict(), "weight": torch.full((2, 2), value)}
+            averaged.module.load_state_dict(state)
+
+    for value, how in ((4, "in place"), (6, "data"), (8, "state")):
+        write(value, how)
+        averaged.update_parameters(model)
+        now = averaged.state_dict()["module.weight"][0, 0].item()
+        assert now == pytest.approx(value - 0.001 * (value - 2)), how
+
+
+def test_tied_weights_of_a_low_precision_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).bfloat16()
+    model[1].weight = model[0].weight
+    averaged = ExponentialMovingAverage(model, momentum=0.001)
+    history(averaged, model, 50)
+    assert averaged.module[0].weight is averaged.module[1].weight
+    state = averaged.state_dict()
+    assert torch.equal(state["module.0.weight"], state["module.1.weight"])
+    assert state["module.1.weight"].dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_complex_weights_of_a_low_precision_are_averaged() -> None:
+    model: Any = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, dtype=torch.complex32))
+    averaged = ExponentialMovingAverage(model)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        model.weight.copy_(torch.full((2,), 1 + 1j))
+    for _ in range(1000):
+        averaged.update_parameters(model)
+    value = averaged.state_dict()["module.weight"][0].item()
+    assert value == pytest.approx(1 + (1 - 0.9998**1000) * 1j, rel=1e-5)
+
+
+def test_a_model_of_a_low_precision_may_have_a_precise_copy() -> None:
+    model = constant(1, torch.bfloat16)
+    averaged = ExponentialMovingAverage(model)
+    averaged.module.float()
+    pointers = [tensor.data_ptr() for tensor in averaged.state_dict().values()]
+    moving(averaged, model, 100)
+    assert [tensor.data_ptr() for tensor in averaged.state_dict().values()] == pointers
+    assert averaged.module.weight[0, 0].item() == pytest.approx(2 - 0.9998**100, rel=1e-6)
