@@ -44,7 +44,8 @@ class BaseAveragedModel(nn.Module):
         steps: The number of updates so far, an int64 scalar tensor; part of the state.
 
     Raises:
-        ValueError: ``interval`` is less than 1.
+        ValueError: ``interval`` is less than 1, or a layer of the model is lazy and has not been
+            called yet.
     """
 
     steps: Tensor
@@ -59,6 +60,12 @@ class BaseAveragedModel(nn.Module):
         super().__init__()
         if interval < 1:
             raise ValueError(f"interval must be 1 or more, got {interval}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"{name} has no shape yet, because its layer is lazy, and cannot be averaged. "
+                    "Call the model on a batch before it is copied"
+                )
         self.module = copy.deepcopy(model).requires_grad_(False)
         if device is not None:
             self.module = self.module.to(device)
@@ -109,7 +116,11 @@ class BaseAveragedModel(nn.Module):
                     for averages, sources in pairs.groups():
                         self._average(averages, sources, done)
                     pairs.store()
-                pairs.copy_rest()
+                try:
+                    pairs.copy_rest()
+                except RuntimeError:  # a buffer has got another shape in place
+                    pairs = self._pairs = self._pair(model)
+                    pairs.copy_rest()
             steps.add_(1)
         counter.set(steps, done + 1)
 
@@ -147,7 +158,7 @@ class BaseAveragedModel(nn.Module):
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor is not None and not is_lazy(tensor) and is_continuous(tensor)
+            if tensor is not None and is_continuous(tensor)
         }
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

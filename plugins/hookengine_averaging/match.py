@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from hookengine_averaging.changes import state_buffers
 from hookengine_averaging.memory import shared_memory
@@ -87,11 +86,7 @@ def _misfit(name: str, slot: Slot, source: Any) -> str:
     average = slot.tensor
     if (average is None) != (source is None):
         return f"it lacks {name}" if source is None else f"{name} is new"
-    if source is None or (is_lazy(average) and not is_lazy(source)):
-        return ""
-    if is_lazy(source):
-        return f"{name} has no shape before the first forward pass"
-    if average.shape != source.shape:
+    if source is not None and average.shape != source.shape:
         return f"{name} is {tuple(source.shape)}, averaged {tuple(average.shape)}"
     return ""
 
@@ -99,7 +94,7 @@ def _misfit(name: str, slot: Slot, source: Any) -> str:
 def pair(matches: Mapping[str, Match]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the tensors of the copy and of the model by name, each pair once.
 
-    The copy gets another tensor where its own cannot take the model's values: in an empty or lazy
+    The copy gets another tensor where its own cannot take the model's values: in an empty
     place, for another shape or kind of number, for tensors that the model no longer ties, and
     where several elements share memory. Where the model's place is empty, the copy's becomes empty.
     """
@@ -116,9 +111,10 @@ def pair(matches: Mapping[str, Match]) -> dict[str, tuple[Tensor, Tensor]]:
             continue
         if average is not None and sources.get(id(average)) is source:
             continue  # tied
-        if not _fits(average, source) or id(average) in sources:
+        fits = _fits(average, source)
+        if not fits or id(average) in sources:
             device = devices[source.device] if average is None else average.device
-            average = source.detach().clone().to(device)
+            average = (average if fits else source).detach().clone().to(device)
             if isinstance(source, nn.Parameter):
                 average = nn.Parameter(average, requires_grad=False)
             slot.held[slot.key] = average
@@ -137,7 +133,7 @@ def is_continuous(tensor: Tensor) -> bool:
 
 def _fits(average: Any, source: Any) -> bool:
     """Return whether the copy's tensor can take the values of the model's."""
-    if average is None or source is None or is_lazy(average) or average.shape != source.shape:
+    if average is None or source is None or average.shape != source.shape:
         return False
     alike = is_continuous(average) and average.is_complex() == source.is_complex()
     return average.dtype == source.dtype or (alike and is_continuous(source))

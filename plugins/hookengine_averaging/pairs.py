@@ -48,6 +48,7 @@ class Pairs:
         self._averages: list[Tensor] = []
         self._sources: list[Tensor] = []
         self._rest: tuple[list[Tensor], list[Tensor]] = [], []
+        self._averaged_buffers: list[tuple[Tensor, Tensor]] = []
         self._rounded: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (tensor, source) in pairs.items():
             if not is_continuous(tensor) or (name in buffers and not average_buffers):
@@ -57,6 +58,8 @@ class Pairs:
             value = precise.of(name, tensor)
             if value is not tensor:
                 self._rounded[name] = local(tensor), local(value)
+            if name in buffers:
+                self._averaged_buffers.append((tensor, source))
             self._averages.append(local(value))
             self._sources.append(local(source))
         both = zip(self._averages, self._sources, strict=True)
@@ -65,7 +68,7 @@ class Pairs:
 
     def are_of(self, model: nn.Module) -> bool:
         """Return whether these are still the tensors of the copy and of ``model``."""
-        if model is not self._model:
+        if model is not self._model or any(a.shape != s.shape for a, s in self._averaged_buffers):
             return False
         self._asked += 1
         told = any(tree.changed for tree in self._trees)

@@ -524,3 +524,202 @@ def test_a_model_of_a_low_precision_may_have_a_precise_copy() -> None:
     moving(averaged, model, 100)
     assert [tensor.data_ptr() for tensor in averaged.state_dict().values()] == pointers
     assert averaged.module.weight[0, 0].item() == pytest.approx(2 - 0.9998**100, rel=1e-6)
+
+
+# -- buffers that change ------------------------------------------------------------------------
+
+
+class Caches(nn.Module):
+    """A layer with the buffers that a test gives it."""
+
+    def __init__(self, persistent: bool = True, **buffers: Tensor | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=persistent)
+
+
+def after_two_updates(model: nn.Module, change: Any, **options: Any) -> Any:
+    """The copy, after an update before and one after the change."""
+    averaged = ExponentialMovingAverage(model, momentum=0.5, **options)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        change(model)
+    averaged.update_parameters(model)
+    return averaged.module
+
+
+def grow(model: Any) -> None:
+    model.cache = torch.arange(8.0)
+
+
+def grow_in_place(model: Any) -> None:
+    model.cache.data = torch.arange(8.0)
+
+
+def shrink(model: Any) -> None:
+    model.cache = torch.arange(1.0)
+
+
+def clear(model: Any) -> None:
+    model.cache = None
+
+
+def expand(model: Any) -> None:
+    model.cache = torch.arange(4.0).expand(3, 4)
+
+
+def count(model: Any) -> None:
+    model.cache = torch.arange(4)
+
+
+def mask(model: Any) -> None:
+    model.cache = torch.arange(4) > 1
+
+
+def register(model: Any) -> None:
+    model.register_buffer("later", torch.ones(3), persistent=False)
+
+
+CHANGES = [grow, grow_in_place, shrink, clear, expand, count, mask, register]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("first", [torch.zeros(4), None])
+def test_buffers_outside_the_state_dict_are_left_alone(change: Any, first: Tensor | None) -> None:
+    if first is None and change is grow_in_place:
+        return
+    model = Caches(persistent=False, cache=None if first is None else first.clone())
+    module = after_two_updates(model, change, update_buffers=True)
+    assert module.cache is None if first is None else torch.equal(module.cache, first)
+    assert not hasattr(module, "later")
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize("change", CHANGES[:-1])
+@pytest.mark.parametrize("first", [torch.zeros(4), None, torch.zeros(1).expand(4)])
+def test_buffers_of_the_state_dict_follow_the_model(
+    change: Any, first: Tensor | None, update_buffers: bool
+) -> None:
+    if first is None and change is grow_in_place:
+        return
+    model: Any = Caches(cache=None if first is None else copy.deepcopy(first))
+    module = after_two_updates(model, change, update_buffers=update_buffers)
+    if model.cache is None:
+        assert module.cache is None
+    else:
+        assert torch.equal(module.cache, model.cache)
+        assert module.cache.dtype == model.cache.dtype
+        assert module.cache.data_ptr() != model.cache.data_ptr()
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_a_buffer_that_grows_in_every_step_is_followed(update_buffers: bool) -> None:
+    model: Any = Caches(bank=torch.zeros(0, 2))
+    averaged: Any = ExponentialMovingAverage(model, momentum=0.5, update_buffers=update_buffers)
+    for step in range(5):
+        model.bank = torch.cat([model.bank, torch.full((1, 2), float(step))])
+        averaged.update_parameters(model)
+        assert torch.equal(averaged.module.bank, model.bank)
+    other: Any = ExponentialMovingAverage(Caches(bank=model.bank.clone()), momentum=0.5)
+    other.load_state_dict(averaged.state_dict())
+    assert torch.equal(other.module.bank, model.bank)
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_expanded_buffers_are_copied_or_averaged(update_buffers: bool) -> None:
+    def change(model: Any) -> None:
+        model.mask = torch.arange(3.0, 7.0).expand(3, 4)
+        model.windows = torch.arange(8.0).unfold(0, 4, 1)
+
+    mask, windows = torch.ones(4).expand(3, 4), torch.zeros(8).unfold(0, 4, 1)
+    module = after_two_updates(
+        Caches(mask=mask, windows=windows), change, update_buffers=update_buffers
+    )
+    after = torch.arange(3.0, 7.0).expand(3, 4)
+    assert torch.equal(module.mask, (after + 1) / 2 if update_buffers else after)
+    after = torch.arange(8.0).unfold(0, 4, 1)
+    assert torch.equal(module.windows, after / 2 if update_buffers else after)
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize(
+    "view", [lambda t: t, lambda t: t[:], lambda t: t[1:], lambda t: t.view(2, 2)]
+)
+def test_buffers_that_share_memory_are_averaged_once(view: Any, update_buffers: bool) -> None:
+    one = torch.zeros(4)
+    model: Any = Caches(one=one, other=view(one))
+    module = after_two_updates(
+        model, lambda model: model.one.fill_(2), update_buffers=update_buffers
+    )
+    expected = torch.full((4,), 1.0 if update_buffers else 2.0)
+    assert torch.equal(module.one, expected)
+    assert torch.equal(module.other, view(expected))
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_buffers_that_no_longer_share_memory_keep_apart(update_buffers: bool) -> None:
+    one = torch.zeros(4)
+    for other in (one, one[:]):
+        model: Any = Caches(one=one.fill_(0), other=other)
+
+        def change(model: Any) -> None:
+            model.one, model.other = torch.full((4,), 2.0), torch.full((4,), 4.0)
+
+        module = after_two_updates(model, change, update_buffers=update_buffers)
+        assert module.one.tolist() == [1.0 if update_buffers else 2.0] * 4
+        assert module.other.tolist() == [2.0 if update_buffers else 4.0] * 4
+
+
+def test_parameters_that_share_memory_are_averaged_once() -> None:
+    model: Any = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2, 3))
+    model.transposed = nn.Parameter(model.weight.data.t())
+    module = after_two_updates(model, lambda model: model.weight.fill_(2))
+    assert torch.equal(module.weight, torch.ones(2, 3))
+    assert torch.equal(module.transposed, torch.ones(3, 2))
+
+
+def test_weights_that_are_no_longer_tied_keep_apart() -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    nn.init.zeros_(model[0].weight)
+
+    def change(model: Any) -> None:
+        model[1].weight = nn.Parameter(torch.full((2, 2), 4.0))
+
+    module = after_two_updates(model, change)
+    assert torch.equal(module[0].weight, torch.zeros(2, 2))
+    assert torch.equal(module[1].weight, torch.full((2, 2), 2.0))
+    assert not module[1].weight.requires_grad
+
+
+def test_a_buffer_of_another_device_or_precision_goes_into_the_copys() -> None:
+    def change(model: Any) -> None:
+        model.cache = torch.arange(4.0, dtype=torch.float64)
+
+    module = after_two_updates(Caches(cache=torch.zeros(4)), change)
+    assert module.cache.dtype == torch.float32
+    assert module.cache.tolist() == [0, 1, 2, 3]
+
+
+def test_a_new_buffer_of_the_state_dict_is_named_and_nothing_changes() -> None:
+    model: Any = Caches(cache=None)
+    averaged: Any = ExponentialMovingAverage(model)
+    averaged.update_parameters(model)
+    model.cache = torch.ones(2)
+    model.register_buffer("later", torch.ones(2))
+    with pytest.raises(ValueError, match=r"different buffers: later is new\. Pass a model"):
+        averaged.update_parameters(model)
+    assert averaged.module.cache is None
+
+
+def test_lazy_layers_are_refused_before_their_first_forward_pass() -> None:
+    for lazy in (nn.LazyLinear(3), nn.LazyBatchNorm1d()):
+        model = nn.Sequential(lazy)
+        with pytest.raises(ValueError, match=r"0\.\w+ has no shape yet.*Call the model on a batch"):
+            ExponentialMovingAverage(model)
+        model(torch.randn(5, 2))
+        averaged = ExponentialMovingAverage(model)
+        averaged.update_parameters(model)
+        assert averaged.eval()(torch.ones(5, 2)).shape == model(torch.ones(5, 2)).shape

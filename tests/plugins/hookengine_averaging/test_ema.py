@@ -504,3 +504,55 @@ def test_a_checkpoint_with_rounded_averages_can_be_resumed(make: MakeRunner) -> 
     averages = second.state_dict()["ema_state_dict"]
     assert averages["module.0.weight"].dtype == torch.float32
     assert averages["steps"] == 200
+
+
+class Rotary(nn.Module):
+    """Keeps caches as language models do: of positions, a mask, and a table that is saved."""
+
+    positions: Tensor
+    mask: Tensor | None
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(2.0).expand(1, -1), persistent=False)
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("table", torch.arange(2.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        length = inputs.shape[1]
+        if length > self.positions.shape[1]:
+            self.positions = torch.arange(float(length)).expand(1, -1)
+        if length > len(self.table):
+            self.table = torch.arange(float(length))
+        if self.mask is None or len(self.mask) != length:
+            self.mask = torch.ones(length, length).tril()
+        return (inputs + self.positions[:, :length] + self.table[:length]) @ self.mask[:, :2]
+
+
+@pytest.mark.parametrize("plugin", ["ema", dict(type="swa", begin=1)])
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_caches_that_grow_while_training_are_no_trouble(
+    make: MakeRunner, plugin: Any, update_buffers: bool
+) -> None:
+    def batches(*lengths: int) -> list[Any]:
+        return [(torch.ones(3, length), torch.zeros(3, 3)) for length in lengths]
+
+    if plugin == "ema":
+        plugin = Ema(update_buffers=update_buffers, momentum=0.1)
+    runner = make(
+        model=nn.Sequential(Rotary(), nn.Linear(2, 3)),
+        loss=nn.functional.mse_loss,
+        train_dataloader=batches(2, 5, 3, 8),
+        val_dataloader=batches(3, 11, 4),
+        val_cfg=dict(loss=True),
+        plugins=[plugin],
+    )
+    metrics = runner.train()
+    name = "loss" if isinstance(plugin, Ema) else "swa/loss"
+    averaged = runner.plugins["ema" if name == "loss" else "swa"].averaged.module
+    fresh = nn.Sequential(Rotary(), nn.Linear(2, 3))
+    fresh[1].load_state_dict(averaged[1].state_dict())
+    with torch.no_grad():
+        losses = [nn.functional.mse_loss(fresh(x), y).item() for x, y in batches(3, 11, 4)]
+    assert metrics[name] == pytest.approx(sum(losses) / 3, rel=1e-5)
