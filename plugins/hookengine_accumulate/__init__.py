@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hookengine import OptimWrapper, Plugin, Runner, SampleCounter, dist, hookimpl
 from hookengine_accumulate.count import count_samples, count_tokens
-from hookengine_accumulate.window import Weight, Window, micro_batches_left
+from hookengine_accumulate.sums import Weight
+from hookengine_accumulate.window import Window, micro_batches_left
 
 __all__ = ["Accumulate"]
 
@@ -86,6 +87,13 @@ class Accumulate(Plugin, name="accumulate"):
         if self.steps > 1:
             self._windows[optim_wrapper.name] = Window(self.steps)
 
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Find the parameters whose gradients are summed in float32."""
+        for name, window in self._windows.items():
+            # Those of several ranks are exchanged while autograd sums them.
+            alone = dist.get_world_size() == 1
+            window.sums.use(runner.optim_wrappers[name].parameters() if alone else ())
+
     def unconfigure(self, runner: Runner) -> None:
         """Reset the window lengths, so that every iteration steps again."""
         for name in self._windows:
@@ -150,6 +158,8 @@ class Accumulate(Plugin, name="accumulate"):
             return None
         if not optim_wrapper.window_open and not optim_wrapper.stepping:
             window.open()
+        else:
+            window.sums.take()
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
             window.add(self._weight, runner.progress.iter)
         if window.expected is None:
@@ -183,9 +193,11 @@ class Accumulate(Plugin, name="accumulate"):
                     "micro-batches. Pass all of them, each as before_train_iter returned it"
                 )
         window.stepped = held
+        given = window.sums.give(correction)
         if isinstance(correction, float) and correction == 1.0:
             return
-        grads = [p.grad for p in optim_wrapper.parameters() if p.grad is not None]
+        others = [p for p in optim_wrapper.parameters() if p not in given]
+        grads = [p.grad for p in others if p.grad is not None]
         if isinstance(correction, Tensor):
             for grad in grads:
                 grad.mul_(correction.to(grad.device))

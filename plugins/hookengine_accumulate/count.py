@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookengine import BatchSizeError, SampleCounter, did_you_mean
-from hookengine_accumulate.window import Weight
+from hookengine_accumulate.sums import Weight
 
 
 def count_samples(counter: SampleCounter, batch: Any) -> float:
@@ -72,6 +72,8 @@ def _as_weight(count: Any, tokens: Any) -> Weight:
                 f"accumulate: tokens={tokens!r} gave {count!r}; expected a number or a tensor"
             ) from None
     elif count.device.type != "cpu":
+        if count.is_floating_point():  # a sum in bfloat16 is rounded
+            return count.sum(dtype=torch.float32 if count.device.type == "mps" else torch.float64)
         return count.sum().double() if count.device.type != "mps" else count.sum().float()
     elif count.dtype != torch.bool and (
         bool((count < 0).any()) or (count.squeeze().dim() > 1 and bool((count > 1).any()))
@@ -83,7 +85,7 @@ def _as_weight(count: Any, tokens: Any) -> Weight:
             "ignore_index=-100"
         )
     else:
-        count = count.sum().item()
+        count = count.sum(dtype=torch.float64 if count.is_floating_point() else None).item()
     if not count >= 0:
         raise ValueError(f"accumulate: tokens={tokens!r} gave {count}; expected 0 or more")
     return float(count)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from hookengine import Progress, dist
-
-Weight = float | Tensor
-"""A number, or a scalar tensor on the device whose value the host never reads."""
+from hookengine_accumulate.sums import GradientSums, Weight
 
 
 class Window:
@@ -25,6 +23,7 @@ class Window:
             loss belongs to another micro-batch. Losses without such a call between them belong to
             the same one.
         iteration: The iteration of the last micro-batch.
+        sums: The sums of gradients with a low precision.
     """
 
     def __init__(self, steps: int) -> None:
@@ -33,6 +32,7 @@ class Window:
         self.expected: Weight | None = None
         self.asked = False
         self.iteration = -1
+        self.sums = GradientSums()
         self._total: Weight = 0.0
 
     def open(self, expected: Weight | None = None) -> None:
@@ -42,6 +42,7 @@ class Window:
             expected: The expected total weight, if it is known.
         """
         self.held = 0
+        self.sums.clear()
         self._total = 0.0
         self.expected = expected
 

@@ -6,12 +6,16 @@ import copy
 import functools
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from hookengine_averaging.match import buffers_of, is_continuous, parameters_of
 from hookengine_averaging.pairs import Pairs
+from hookengine_averaging.precise import PreciseValues, wide
 
 
 class BaseAveragedModel(nn.Module):
@@ -22,19 +26,26 @@ class BaseAveragedModel(nn.Module):
     of tensors are averaged at once, in place and without synchronizing the device: if the copy has
     the model's device and dtype, no extra memory is needed.
 
+    Averages of bfloat16, float16 and float8 weights are kept in float32 beside the copy, which
+    takes 4 bytes per weight: each update moves an average by less than these dtypes can hold. The
+    copy holds the averages in the model's dtype, so it is called as the model is. ``state_dict``
+    has them in float32. A state with lower precision can be loaded.
+
     Args:
         model: The model to average; it is copied.
         interval: The number of updates from one average to the next.
         device: The device of the copy; by default the model's.
         update_buffers: Average the floating-point buffers too, instead of copying them. Integer
-            buffers (``num_batches_tracked``) are always copied.
+            buffers (``num_batches_tracked``) are always copied. Buffers outside the state dict
+            (``persistent=False``) are neither: the copy keeps and computes its own.
 
     Attributes:
         module: The averaged copy; its parameters require no gradient.
         steps: The number of updates so far, an int64 scalar tensor; part of the state.
 
     Raises:
-        ValueError: ``interval`` is less than 1.
+        ValueError: ``interval`` is less than 1, or a layer of the model is lazy and has not been
+            called yet.
     """
 
     steps: Tensor
@@ -49,6 +60,12 @@ class BaseAveragedModel(nn.Module):
         super().__init__()
         if interval < 1:
             raise ValueError(f"interval must be 1 or more, got {interval}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"{name} has no shape yet, because its layer is lazy, and cannot be averaged. "
+                    "Call the model on a batch before it is copied"
+                )
         self.module = copy.deepcopy(model).requires_grad_(False)
         if device is not None:
             self.module = self.module.to(device)
@@ -56,14 +73,16 @@ class BaseAveragedModel(nn.Module):
         self.interval = interval
         self.update_buffers = update_buffers
         self._pairs: Pairs | None = None
+        self._precise = PreciseValues()
         self._counter = _Counter()
+        self.register_state_dict_post_hook(_add_precise_values)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
         """Move an averaged tensor, in place, toward the tensor of the model.
 
         Args:
-            averaged_param: The average so far.
+            averaged_param: The average so far, in float32 or a wider dtype.
             source_param: The model's current value, on the same device and of the same dtype.
             steps: The number of updates before this one.
         """
@@ -85,7 +104,7 @@ class BaseAveragedModel(nn.Module):
         pairs = self._pairs
         if pairs is None or not pairs.are_of(model):
             self._pairs = None  # if the next line raises, it raises at the next update, too
-            pairs = self._pairs = Pairs(self.module, model, self.update_buffers)
+            pairs = self._pairs = self._pair(model)
         counter = self._counter
         steps: Any = self._buffers["steps"]  # faster than self.steps
         done = counter.read(steps)
@@ -94,10 +113,20 @@ class BaseAveragedModel(nn.Module):
                 pairs.copy_all()
             else:
                 if done % self.interval == 0:
-                    self._average(pairs.averaged, pairs.sources(), done)
-                pairs.copy_rest()
+                    for averages, sources in pairs.groups():
+                        self._average(averages, sources, done)
+                    pairs.store()
+                try:
+                    pairs.copy_rest()
+                except RuntimeError:  # a buffer has got another shape in place
+                    pairs = self._pairs = self._pair(model)
+                    pairs.copy_rest()
             steps.add_(1)
         counter.set(steps, done + 1)
+
+    def _pair(self, model: nn.Module) -> Pairs:
+        with torch.no_grad():
+            return Pairs(self.module, model, self.update_buffers, self._precise)
 
     def _average(self, averaged: list[Tensor], sources: list[Tensor], steps: int) -> None:
         if self._lerps():
@@ -117,17 +146,52 @@ class BaseAveragedModel(nn.Module):
         """
         return "avg_func" not in self.__dict__ and _weight_belongs_to_avg_func(type(self))  # type: ignore[arg-type]
 
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the tensors of the copy that are averaged, by their names; tied ones have several.
+
+        ``Pairs`` uses the first name of each.
+        """
+        slots = parameters_of(self.module)
+        if self.update_buffers:
+            slots |= buffers_of(self.module)
+        tensors = {name: slot.tensor for name, slot in slots.items()}
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor is not None and is_continuous(tensor)
+        }
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._pairs = None  # moving a module replaces its buffers
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            before = self._precise.before_conversion(self._averages())
+            moved = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+            self._precise.after_conversion(self._averages(), before)
+        return moved
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         self._pairs = None  # load_state_dict(assign=True) replaces all tensors
-        super()._load_from_state_dict(*args, **kwargs)
+        for name, tensor in self._averages().items():
+            self._precise.load(name, tensor, state_dict.get(f"{prefix}module.{name}"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_pairs": None, "_counter": _Counter()}
+
+
+def _add_precise_values(
+    averaged: BaseAveragedModel, state: dict[str, Any], prefix: str, _: Any
+) -> None:
+    """Put the precise averages into a state dict, in place of the rounded ones."""
+    with torch.no_grad():
+        firsts: dict[int, str] = {}
+        for name, tensor in averaged._averages().items():
+            first = firsts.setdefault(id(tensor), name)
+            if wide(tensor.dtype) != tensor.dtype and (key := f"{prefix}module.{name}") in state:
+                state[key] = averaged._precise.of(first, tensor)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ def export_weights(
     Args:
         checkpoint: A checkpoint or the folder of a run, as for ``Runner(resume=...)``.
         path: The file to write.
-        weights: ``state_dict``; or averaged weights, which are written under the names of the raw
-            ones: ``ema_state_dict`` or ``swa_state_dict``.
+        weights: ``state_dict``; or averaged weights, which are written under the names and with the
+            dtypes of the raw ones: ``ema_state_dict`` or ``swa_state_dict``.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: The suffix is another one, or the checkpoint is damaged.
+        ValueError: The suffix is another one, the checkpoint is damaged, or the average of these
+            weights has not begun.
         KeyError: The checkpoint has no such weights.
         FileNotFoundError: There is no checkpoint.
         OSError: The file cannot be written.
@@ -41,11 +43,11 @@ def export_weights(
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"weights are exported as .safetensors or .pth, not as {path.name!r}")
-    state = read_weights(at(Path(checkpoint), print), weights)
+    found = at(Path(checkpoint), print)
+    state = read_weights(found, weights)
+    if weights != "state_dict":
+        state = _averages(state, read_weights(found), f"{weights} of {found.path}")
     tensors = {n: v.clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
-    if weights != "state_dict":  # an averaged model has the weights as module.*, and a count
-        inner = {n.removeprefix("module."): v for n, v in tensors.items() if n[:7] == "module."}
-        tensors = inner or tensors
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
@@ -55,6 +57,27 @@ def export_weights(
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def _averages(state: Mapping[str, Any], raw: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return averaged weights with the names and the dtypes of the raw ones.
+
+    An averaged model has its weights as ``module.*``, in float32 if the model's dtype is shorter,
+    and counts its updates.
+    """
+    steps = state.get("steps")
+    if isinstance(steps, Tensor) and not steps.any():
+        raise ValueError(
+            f"{what} has averaged nothing yet: it holds the initial weights. Export a later "
+            "checkpoint, or the raw weights (state_dict)"
+        )
+    inner = {name[7:]: value for name, value in state.items() if name[:7] == "module."}
+    inner = inner or dict(state)
+    for name, value in inner.items():
+        like = raw.get(name)
+        if isinstance(like, Tensor) and like.is_floating_point() and value.is_floating_point():
+            inner[name] = value.to(like.dtype)
+    return inner
 
 
 def read_weights(found: Found, weights: str = "state_dict") -> Any:

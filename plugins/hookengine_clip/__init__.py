@@ -78,7 +78,7 @@ class Clip(Plugin, name="clip"):
             return
         parameters = [*optim_wrapper.parameters()]
         grads = [p.grad for p in parameters if p.grad is not None]
-        norm = get_total_norm(grads, self.norm_type)
+        norm = total_norm(grads, self.norm_type)
         if hasattr(norm, "full_tensor"):  # each rank has the norm of its shards
             norm = norm.full_tensor()
         self._norms[name] = norm
@@ -108,3 +108,21 @@ class Clip(Plugin, name="clip"):
                     "or a gradient is not finite. The step was not taken, so the weights are those "
                     "of the last good step (error_if_nonfinite=False continues)"
                 )
+
+
+_SMALL_RANGE = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+"""Dtypes in which the norm of finite gradients may be infinite."""
+
+
+def total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of all gradients; that of float16 ones is computed in float32.
+
+    In float16, it would be infinite from 65,520 on, and clipping would set the gradients to 0.
+    """
+    if _SMALL_RANGE.isdisjoint([grad.dtype for grad in grads]):
+        return get_total_norm(grads, norm_type)
+    short = [grad for grad in grads if grad.dtype in _SMALL_RANGE]
+    norms = [torch.linalg.vector_norm(g, norm_type, dtype=torch.float32) for g in short]
+    if others := [grad for grad in grads if grad.dtype not in _SMALL_RANGE]:
+        norms.append(get_total_norm(others, norm_type))
+    return get_total_norm(norms, norm_type)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
 from hookengine_accumulate import Accumulate
+from hookengine_accumulate.count import count_tokens
 from hookengine_amp import Amp
 from hookengine_clip import Clip
 from hypothesis import given, settings
@@ -905,3 +906,39 @@ def _all_valid(batch: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.ranks
 def test_over_unequal_ranks_it_is_the_gradient_of_all_their_batches(tmp_path: Path) -> None:
     spawn(2, on_rank, tmp_path)
+
+
+# -- low precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [[4] * 600, [1, 7, 4] * 200])
+def test_in_a_low_precision_many_micro_batches_give_the_gradient_of_one(
+    dtype: torch.dtype, sizes: list[int]
+) -> None:
+    def model(of: torch.dtype) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype).to(of)
+
+    torch.manual_seed(1)
+    micro = [(torch.randn(n, 8).add(1).to(dtype), torch.randint(3, (n,))) for n in sizes]
+    big = [tuple(torch.cat(parts) for parts in zip(*micro, strict=True))]
+    precise = model(torch.float64)
+    F.cross_entropy(precise(big[0][0].double()), big[0][1]).backward()
+    expected = torch.cat([cast(Tensor, p.grad).flatten() for p in precise.parameters()])
+    errors = []
+    for batches in (micro, big):
+        low = model(dtype)
+        (found,) = accumulated(
+            batches, Accumulate(steps=len(sizes)), model=low, loss=F.cross_entropy
+        )
+        gradient = torch.cat([part.flatten() for part in found])
+        assert gradient.dtype == dtype
+        errors.append(((gradient.double() - expected).norm() / expected.norm()).item())
+    assert errors[0] < 2 * errors[1]
+
+
+def test_a_count_in_a_low_precision_is_not_rounded() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        mask = torch.ones(3, 50_001, dtype=dtype)
+        assert count_tokens({"mask": mask}, "mask", None) == 150_003

@@ -177,3 +177,33 @@ def test_a_second_one_for_the_same_optimizer_is_refused(make: MakeRunner) -> Non
 def test_an_unknown_optimizer_is_refused(make: MakeRunner) -> None:
     with pytest.raises(KeyError, match="unknown optimizer 'critic'"):
         make(plugins=[Clip(max_norm=1, optimizer="critic")])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_the_norm_of_finite_float16_gradients_is_finite(
+    make: MakeRunner, mixed: bool, norm_type: float
+) -> None:
+    class Large(Plugin):
+        def before_optim_step(self, optim_wrapper: Any) -> None:
+            for parameter in optim_wrapper.parameters():
+                parameter.grad = torch.full_like(parameter, 30_000)
+
+    model: Any = nn.Sequential(nn.Linear(4, 30), nn.Linear(30, 3)).half()
+    if mixed:
+        model[1].float()
+    model.forward = lambda inputs: model[1](
+        model[0](inputs.half()).to(model[1].weight.dtype)
+    ).float()
+    seen = Seen()
+    runner = make(
+        model=model,
+        loss=F.cross_entropy,
+        plugins=[Large(), Clip(max_norm=3.0, norm_type=norm_type), seen],
+    )
+    runner.train()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    norm = 30_000 * {2.0: count**0.5, 1.0: count, float("inf"): 1}[norm_type]
+    assert seen.logged[0]["grad_norm"].item() == pytest.approx(norm, rel=1e-3)
+    clipped = torch.cat([g.flatten().double() for g in seen.gradients[0]])
+    assert clipped.norm(norm_type).item() == pytest.approx(3.0, rel=1e-2)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookengine import Plugin, Runner
 from hookengine.model import ExponentialMovingAverage, StochasticWeightAverage, load_weights
-from tests.fixtures import MakeRunner, Toy
+from tests.fixtures import MakeRunner, Toy, toy_data
 from tests.ranks import spawn
 
 
@@ -422,3 +422,137 @@ class DDPStates(Plugin):
 @pytest.mark.ranks
 def test_over_ranks_the_averages_are_the_same(tmp_path: Path) -> None:
     spawn(2, on_rank, tmp_path, str(tmp_path))
+
+
+# -- models with a low precision ----------------------------------------------------------------
+
+
+def low(make: MakeRunner, *plugins: Any, **options: Any) -> Any:
+    """A run of 200 steps in bfloat16, whose weights move away from where they began."""
+    data = toy_data(20)
+    batches = [(data.tensors[0].bfloat16(), data.tensors[1])] * 20
+    return make(
+        model=nn.Sequential(nn.Linear(4, 3)).bfloat16(),
+        loss=nn.functional.cross_entropy,
+        train_dataloader=batches,
+        train_cfg=dict(max_epochs=10),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.5)),
+        plugins=plugins,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_a_low_precision_is_averaged_in_float32(
+    make: MakeRunner, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    seen: list[Tensor] = []
+    runner = low(make, Ema(momentum=0.002))
+    runner.bare_model.to(dtype)
+    runner.plugins["ema"].averaged.module.to(dtype)
+    runner.on("before_train_iter")(lambda data_batch: (data_batch[0].to(dtype), data_batch[1]))
+    runner.on("after_train_iter")(
+        lambda runner: seen.append(runner.bare_model[0].weight.detach().float())
+    )
+    runner.train()
+    expected = ema_of(seen, 0.002)
+    ema = runner.plugins["ema"]
+    state = runner.state_dict()["ema_state_dict"]
+    assert torch.equal(state["module.0.weight"], expected)
+    assert ema.averaged.module[0].weight.dtype == dtype
+    assert torch.equal(ema.averaged.module[0].weight, expected.to(dtype))
+    moved = (expected - seen[0]).norm() / (seen[-1] - seen[0]).norm()
+    assert 0.1 < moved < 0.9
+    for name in ("average.pth", "average.safetensors"):
+        model: Any = nn.Sequential(nn.Linear(4, 3)).to(dtype)
+        load_weights(model, ema.export(tmp_path / name))
+        assert torch.equal(model[0].weight, expected.to(dtype))
+    load_weights(model, {name: value for name, value in state.items() if name != "steps"})
+    assert torch.equal(model[0].weight, expected.to(dtype))
+
+
+@pytest.mark.parametrize("plugin", ["ema", dict(type="swa", begin=3)])
+def test_a_run_of_a_low_precision_is_resumed_exactly(
+    make: MakeRunner, tmp_path: Path, plugin: Any
+) -> None:
+    straight, first, second = (low(make, plugin) for _ in range(3))
+    straight.train()
+    first.on("after_train_iter")(
+        lambda runner: runner.stop("cut") if runner.progress.iter == 97 else None
+    )
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    key = "ema_state_dict" if plugin == "ema" else "swa_state_dict"
+    expected = straight.state_dict()[key]
+    assert expected["module.0.weight"].dtype == torch.float32
+    for name, value in second.state_dict()[key].items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_checkpoint_with_rounded_averages_can_be_resumed(make: MakeRunner) -> None:
+    first, second = low(make, "ema"), low(make, "ema")
+    first.train(max_epochs=2)
+    state = first.state_dict()
+    state["ema_state_dict"] = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in state["ema_state_dict"].items()
+    }
+    second.load_state_dict(state)
+    second.train()
+    averages = second.state_dict()["ema_state_dict"]
+    assert averages["module.0.weight"].dtype == torch.float32
+    assert averages["steps"] == 200
+
+
+class Rotary(nn.Module):
+    """Keeps caches as language models do: of positions, a mask, and a table that is saved."""
+
+    positions: Tensor
+    mask: Tensor | None
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(2.0).expand(1, -1), persistent=False)
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("table", torch.arange(2.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        length = inputs.shape[1]
+        if length > self.positions.shape[1]:
+            self.positions = torch.arange(float(length)).expand(1, -1)
+        if length > len(self.table):
+            self.table = torch.arange(float(length))
+        if self.mask is None or len(self.mask) != length:
+            self.mask = torch.ones(length, length).tril()
+        return (inputs + self.positions[:, :length] + self.table[:length]) @ self.mask[:, :2]
+
+
+@pytest.mark.parametrize("plugin", ["ema", dict(type="swa", begin=1)])
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_caches_that_grow_while_training_are_no_trouble(
+    make: MakeRunner, plugin: Any, update_buffers: bool
+) -> None:
+    def batches(*lengths: int) -> list[Any]:
+        return [(torch.ones(3, length), torch.zeros(3, 3)) for length in lengths]
+
+    if plugin == "ema":
+        plugin = Ema(update_buffers=update_buffers, momentum=0.1)
+    runner = make(
+        model=nn.Sequential(Rotary(), nn.Linear(2, 3)),
+        loss=nn.functional.mse_loss,
+        train_dataloader=batches(2, 5, 3, 8),
+        val_dataloader=batches(3, 11, 4),
+        val_cfg=dict(loss=True),
+        plugins=[plugin],
+    )
+    metrics = runner.train()
+    name = "loss" if isinstance(plugin, Ema) else "swa/loss"
+    averaged = runner.plugins["ema" if name == "loss" else "swa"].averaged.module
+    fresh = nn.Sequential(Rotary(), nn.Linear(2, 3))
+    fresh[1].load_state_dict(averaged[1].state_dict())
+    with torch.no_grad():
+        losses = [nn.functional.mse_loss(fresh(x), y).item() for x, y in batches(3, 11, 4)]
+    assert metrics[name] == pytest.approx(sum(losses) / 3, rel=1e-5)

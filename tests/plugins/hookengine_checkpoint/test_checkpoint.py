@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hookengine_checkpoint import export_weights
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -848,3 +850,30 @@ def test_a_run_that_stops_now_is_saved(make: MakeRunner, event: str) -> None:
     assert runner.progress.iter == 4
     state = load(runner.run_dir / "checkpoints" / "latest")
     assert state["progress"]["iter"] == 4
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_averages_are_exported_with_the_dtype_of_the_model(
+    make: MakeRunner, tmp_path: Path, suffix: str
+) -> None:
+    batches = [(torch.randn(4, 4).bfloat16(), torch.randint(3, (4,)))] * 5
+    runner = make(
+        model=nn.Linear(4, 3).bfloat16(),
+        loss=nn.functional.cross_entropy,
+        train_dataloader=batches,
+        plugins=["checkpoint", dict(type="ema", momentum=0.1)],
+    )
+    runner.train()
+    saved = load(runner.run_dir / "checkpoints" / "latest")["ema_state_dict"]
+    assert saved["module.weight"].dtype == torch.float32
+    path = export_weights(runner.run_dir, tmp_path / f"ema.{suffix}", "ema_state_dict")
+    read = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
+    assert torch.equal(read["weight"], saved["module.weight"].bfloat16())
+
+
+def test_averages_that_have_not_begun_are_not_exported(make: MakeRunner, tmp_path: Path) -> None:
+    runner = make(plugins=["checkpoint", dict(type="ema", begin_epoch=1)])
+    runner.train(max_epochs=1)
+    with pytest.raises(ValueError, match=r"ema_state_dict of .* has averaged nothing yet"):
+        export_weights(runner.run_dir, tmp_path / "ema.pth", "ema_state_dict")
+    assert export_weights(runner.run_dir, tmp_path / "raw.pth").exists()
