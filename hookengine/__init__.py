@@ -20,6 +20,7 @@ from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.model.base_model import BaseModel
+from hookengine.model.compiled import names_as_in, original_names
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
@@ -90,8 +91,10 @@ __all__ = [
     "length_of",
     "log_context",
     "metric_value",
+    "names_as_in",
     "not_plain",
     "options_of",
+    "original_names",
     "preserved_random_state",
     "read_records",
     "samplers_of",

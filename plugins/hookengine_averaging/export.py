@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hookengine import dist
+from hookengine import dist, original_names
 
 
 def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -25,7 +25,7 @@ def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"weights can be exported as .pth or .safetensors, not as {path.name!r}")
     state = {
         name: _whole(value).detach().cpu().clone().contiguous()
-        for name, value in module.state_dict().items()
+        for name, value in original_names(module.state_dict()).items()
         if isinstance(value, Tensor)
     }
     if not dist.is_main_process():

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hookengine import did_you_mean
+from hookengine import did_you_mean, original_names
 from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at
 
@@ -41,7 +41,7 @@ def export_weights(
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"weights are exported as .safetensors or .pth, not as {path.name!r}")
-    state = read_weights(at(Path(checkpoint), print), weights)
+    state = original_names(read_weights(at(Path(checkpoint), print), weights))
     tensors = {n: v.clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
     if weights != "state_dict":  # an averaged model has the weights as module.*, and a count
         inner = {n.removeprefix("module."): v for n, v in tensors.items() if n[:7] == "module."}

@@ -64,6 +64,26 @@ def test_wrapped_and_prefixed_checkpoints_load(
     assert same(net, source)
 
 
+def test_compiled_parts_load_from_uncompiled_ones_and_back(tmp_path: Path, source: Net) -> None:
+    compiled = filled(3)
+    compiled.backbone = torch.compile(compiled.backbone, backend="eager")  # type: ignore[assignment]
+    assert "backbone._orig_mod.0.weight" in compiled.state_dict()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "plain.pth")
+    torch.save(compiled.state_dict(), tmp_path / "compiled.pth")
+    net = Net()
+    assert not any(load_weights(net, tmp_path / "compiled.pth"))
+    assert all((tensor == 3).all() for tensor in net.state_dict().values())
+    assert not any(load_weights(compiled, tmp_path / "plain.pth"))
+    assert all((tensor == 2).all() for tensor in compiled.state_dict().values())
+    for prefix in ("backbone", "backbone._orig_mod"):
+        body = Net().backbone
+        load_weights(body, tmp_path / "compiled.pth", prefix=prefix)
+        assert (body[0].weight == 3).all()
+    whole: Any = torch.compile(Net(), backend="eager")
+    load_weights(whole, tmp_path / "compiled.pth")
+    assert (whole.head.weight == 3).all()
+
+
 def test_the_file_of_before_torch_1_6_loads(tmp_path: Path, source: Net) -> None:
     path = tmp_path / "net.pth"
     torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
