@@ -40,6 +40,7 @@ from hookengine.setup.dataloaders import copy_dataloader, samplers_of
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
 from hookengine.setup.plain import not_plain
+from hookengine.setup.weights_file import load_safetensors, save_weights
 
 __version__ = "0.1.0"
 
@@ -89,6 +90,7 @@ __all__ = [
     "is_consecutive",
     "is_seekable",
     "length_of",
+    "load_safetensors",
     "log_context",
     "metric_value",
     "names_as_in",
@@ -98,5 +100,6 @@ __all__ = [
     "preserved_random_state",
     "read_records",
     "samplers_of",
+    "save_weights",
     "set_random_state",
 ]

@@ -6,12 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
-from hookengine import did_you_mean, original_names
+from hookengine import did_you_mean, original_names, save_weights
 from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at
 
@@ -38,23 +35,13 @@ def export_weights(
         FileNotFoundError: There is no checkpoint.
         OSError: The file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"weights are exported as .safetensors or .pth, not as {path.name!r}")
-    state = original_names(read_weights(at(Path(checkpoint), print), weights))
-    tensors = {n: v.clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
+    path = save_weights({}, path, write=False)
+    state = original_names(read_weights(at(Path(checkpoint).expanduser(), print), weights))
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if weights != "state_dict":  # an averaged model has the weights as module.*, and a count
         inner = {n.removeprefix("module."): v for n, v in tensors.items() if n[:7] == "module."}
         tensors = inner or tensors
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, path)
-        else:
-            torch.save(tensors, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    return path
+    return save_weights(tensors, path)
 
 
 def read_weights(found: Found, weights: str = "state_dict") -> Any:
