@@ -18,6 +18,7 @@ from hookengine.loop.data import (
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.model.base_model import BaseModel
+from hookengine.model.compiled import names_as_in, original_names
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
@@ -39,6 +40,7 @@ from hookengine.setup.dataloaders import copy_dataloader, samplers_of
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
 from hookengine.setup.plain import not_plain
+from hookengine.setup.weights_file import load_safetensors, save_weights
 
 __version__ = "0.1.0"
 
@@ -90,12 +92,16 @@ __all__ = [
     "is_consecutive",
     "is_seekable",
     "length_of",
+    "load_safetensors",
     "log_context",
     "metric_value",
+    "names_as_in",
     "not_plain",
     "options_of",
+    "original_names",
     "preserved_random_state",
     "read_records",
     "samplers_of",
+    "save_weights",
     "set_random_state",
 ]

@@ -22,7 +22,7 @@ from hookengine.loop.life import Life
 from hookengine.loop.loops import EvalLoop, TrainLoop
 from hookengine.loop.optim import OptimWrapper, repeat
 from hookengine.loop.progress import Progress
-from hookengine.model.base_model import BaseModel, SupervisedModel
+from hookengine.model.base_model import BaseModel, SupervisedModel, connect
 from hookengine.records.log_context import make_logger
 from hookengine.records.record import check_logged
 from hookengine.records.run_folder import check_name, make_folder
@@ -179,8 +179,8 @@ class Runner(Life):
         """
         if self.loss is not None and not isinstance(model, BaseModel):
             model = SupervisedModel(model, self.loss)
-        if isinstance(model, BaseModel) and role == "train":
-            model._hooks = self.hooks
+        if role == "train":
+            connect(model, self.hooks)
         return self.hooks.wrap_model(self, model.to(self.device), role)
 
     def _build_optimizers(self, cfg: Any) -> None:

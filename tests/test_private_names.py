@@ -137,9 +137,21 @@ def _engine() -> None:
     assert called == ["end"]
 
 
+def _own_hooks() -> None:
+    compiled: Any = torch.compile(nn.Linear(1, 1), backend="eager")
+    compiled.register_forward_hook(lambda *_: None)
+    compiled.register_forward_pre_hook(lambda *_: None)
+    assert len(compiled._forward_hooks) == len(compiled._forward_pre_hooks) == 1
+    assert not compiled._orig_mod._forward_hooks
+
+
 def _compiled() -> None:
     module = nn.Linear(1, 1)
-    assert torch.compile(module)._orig_mod is module  # type: ignore[attr-defined]
+    compiled: Any = torch.compile(module, backend="eager")
+    assert compiled._orig_mod is module
+    assert "dynamo_ctx" in vars(compiled)
+    assert callable(compiled.dynamo_ctx(module._call_impl))
+    assert module._compiled_call_impl is None
 
 
 def _store() -> None:
@@ -218,6 +230,7 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_non_persistent_buffers_set",): _non_persistent,
     ("_hooks_with_kwargs", "_hooks_always_called"): _hooks,
     ("_load_from_state_dict", "_load_state_dict_pre_hooks", "_metadata"): _loading,
+    ("_forward_hooks", "_forward_pre_hooks"): _own_hooks,
     ("_apply",): _apply,
     ("_call_impl", "_compiled_call_impl"): _call,
     ("_version",): _version,

@@ -15,6 +15,9 @@ from hookengine_averaging import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
+from hookengine_checkpoint import (
+    find_weights,
+)
 from hookengine_distributed import (
     MMDistributedDataParallel,
     MMFullyShardedDataParallel,
@@ -90,6 +93,7 @@ __all__ = [
     "constant_init",
     "convert_sync_batchnorm",
     "detect_anomalous_params",
+    "find_weights",
     "init_weights",
     "initialize",
     "is_model_wrapper",

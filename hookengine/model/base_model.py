@@ -187,6 +187,14 @@ class SupervisedModel(BaseModel):
         return (output, target) if mode == "predict" else output
 
 
+def connect(model: nn.Module, hooks: HookSpecs) -> None:
+    """Make a BaseModel emit ``after_forward``; in another model, every BaseModel in it."""
+    parts = [model] if isinstance(model, BaseModel) else model.modules()
+    for part in parts:
+        if isinstance(part, BaseModel):
+            part._hooks = hooks
+
+
 def _describe(data: Any) -> str:
     """Describe a batch in a few words, for a note on an error."""
     if isinstance(data, Mapping):

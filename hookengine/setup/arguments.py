@@ -18,7 +18,8 @@ from hookengine.evaluator import Evaluator
 from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
-from hookengine.registry import MODELS, unknown
+from hookengine.model.compiled import compile_in_place
+from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
 from hookengine.setup.config import EvalCfg
 
@@ -32,16 +33,19 @@ _SOURCES = (Mapping, Optimizer, OptimWrapper)
 def build_model(model: Any) -> nn.Module:
     """Build a module from a module, ``dict(type=NAME, ...)``, or a function that returns either.
 
+    What ``torch.compile`` returned is replaced by the module in it, compiled in place.
+
     Raises:
         TypeError: The result is not a module.
     """
-    if callable(model) and not isinstance(model, nn.Module):
+    proxy = hasattr(model, "state_dict") and not isinstance(model, type)
+    if callable(model) and not isinstance(model, nn.Module) and not proxy:
         model = model()
     if isinstance(model, Mapping):
         model = MODELS.build(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return model
+    return compile_in_place(model)
 
 
 def parse(model: type[Cfg], cfg: Mapping[str, Any] | Cfg, name: str) -> Cfg:
@@ -109,9 +113,18 @@ def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Seque
         phases: The phases of the Runner: ``"train"``, ``"val"``, ``"test"``.
 
     Raises:
-        TypeError: A plain module comes without a loss, or a BaseModel with one, or the loss has
-            parameters.
+        TypeError: A plain module comes without a loss, or a BaseModel with one or in a wrapper, or
+            the loss has parameters.
     """
+    inner = None if isinstance(model, BaseModel) else _wrapped(model, phases, loss is not None)
+    if inner is not None:
+        inside, wrapper = type(inner).__name__, type(model).__name__
+        raise TypeError(
+            f"the model is already wrapped in {wrapper}. Pass the model itself to the Runner: the "
+            f"train_step of the {inside} bypasses the wrapper. For several processes, the plugin "
+            "'distributed' wraps the model, as in dict(type='distributed', wrapper=..., options="
+            f"dict(...)); to change parts of it, use {wrapper} within the {inside}"
+        )
     if loss is not None:
         if isinstance(model, BaseModel):
             raise TypeError(
@@ -130,6 +143,23 @@ def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Seque
             "hookengine.BaseModel, or pass a plain module together with a loss, as in "
             "Runner(model, loss=F.cross_entropy, ...)"
         )
+
+
+def _wrapped(model: nn.Module, phases: Sequence[str], has_loss: bool) -> nn.Module | None:
+    """Return the model in a wrapper that borrows its methods, or wraps a BaseModel without them."""
+    steps = [f"{phase}_step" for phase in phases]
+    for name in steps:
+        owner = getattr(getattr(model, name, None), "__self__", model)
+        borrowed = name not in vars(model) and not hasattr(type(model), name)
+        if borrowed and isinstance(owner, nn.Module) and owner is not model:
+            return owner
+    inner = getattr(model, "module", None)
+    while isinstance(inner, nn.Module) and not isinstance(inner, BaseModel):
+        inner = getattr(inner, "module", inner._modules.get("_orig_mod"))
+    if not isinstance(inner, BaseModel):
+        return None
+    usable = has_loss or all(hasattr(model, name) for name in steps)
+    return None if usable and not isinstance(model, tuple(MODEL_WRAPPERS.objects())) else inner
 
 
 def build_optimizer(cfg: Any, model: nn.Module, where: str, paramwise: Any = None) -> Optimizer:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hookengine import dist
 from hookengine.loop.data import dataset_size, length_of
+from hookengine.model.compiled import without_inner
 from hookengine.setup.environment import describe_environment
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _options(wrapper: OptimWrapper) -> dict[str, Any]:
 
 def _parameter_names(model: nn.Module, wrapper: OptimWrapper) -> list[list[str]]:
     """Return the names of an optimizer's parameters, one list per group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): without_inner(name) for name, parameter in model.named_parameters()}
     return [[names.get(id(p), "?") for p in group["params"]] for group in wrapper.param_groups]
 
 

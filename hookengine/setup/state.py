@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from hookengine import dist
 from hookengine.events.blame import note
 from hookengine.loop.data import length_of
+from hookengine.model.compiled import names_as_in, original_names, without_inner
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
 
@@ -27,7 +28,7 @@ def collect(runner: Runner) -> dict[str, Any]:
     with _raised_by("the model, method 'state_dict'"):
         weights = runner.bare_model.state_dict()
     checkpoint: dict[str, Any] = {
-        "state_dict": weights,
+        "state_dict": original_names(weights),
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
         "meta": describe_state(runner),
@@ -94,8 +95,9 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     refused = [(name, text) for name, text in found if name not in allowed]
     if refused:
         raise ValueError(_report(refused))
+    weights = names_as_in(runner.bare_model, checkpoint["state_dict"])
     with _raised_by("the model, method 'load_state_dict'"):
-        runner.bare_model.load_state_dict(checkpoint["state_dict"])
+        runner.bare_model.load_state_dict(weights)
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _warn_of_rates(runner, checkpoint["optimizer"])
@@ -198,7 +200,7 @@ def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
     """Compare names and shapes; return "" if a module loads its state in its own way."""
     if any(_adapts(part) for part in model.modules()):
         return ""
-    own = model.state_dict()
+    own, saved = original_names(model.state_dict()), original_names(saved)
     missing = [name for name in own if name not in saved]
     unexpected = [name for name in saved if name not in own]
     misshapen = [
@@ -258,6 +260,7 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
         others = [len(group["params"]) for group in saved[name]["param_groups"]]
         if sizes != others:
             return f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint"
-        if then["parameters"] != now["parameters"]:
+        groups = [[without_inner(n) for n in group] for group in then["parameters"]]
+        if groups != now["parameters"]:
             return f"{label}has different parameters in its groups, or in a different order"
     return ""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from hookengine import MODELS, Plugin, Runner, hookimpl
+from hookengine import MODELS, Plugin, Runner, hookimpl, names_as_in, original_names
 from hookengine_averaging.averaged import (
     BaseAveragedModel,
     ExponentialMovingAverage,
@@ -158,13 +158,13 @@ class Ema(Plugin, name="ema"):
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights."""
-        checkpoint[self._key] = self.averaged.state_dict()
+        checkpoint[self._key] = original_names(self.averaged.state_dict())
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Load the averaged weights, or start over if they are missing and that was allowed."""
         loaded, self._loaded = self._loaded, False
         if self._key in checkpoint:
-            self.averaged.load_state_dict(checkpoint[self._key])
+            self.averaged.load_state_dict(names_as_in(self.averaged, checkpoint[self._key]))
         elif loaded:
             raise ValueError(
                 f"the checkpoint has a state of {self.plugin_name!r} but no averaged weights "

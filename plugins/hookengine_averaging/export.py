@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from hookengine import dist
+from hookengine import dist, original_names, save_weights
 
 
 def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -19,23 +17,15 @@ def export_weights(module: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: ``path`` has another suffix.
+        OSError: The file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"weights can be exported as .pth or .safetensors, not as {path.name!r}")
+    path = save_weights({}, path, write=False)
     state = {
-        name: _whole(value).detach().cpu().clone().contiguous()
-        for name, value in module.state_dict().items()
+        name: _whole(value)
+        for name, value in original_names(module.state_dict()).items()
         if isinstance(value, Tensor)
     }
-    if not dist.is_main_process():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save(state, path)
-    return path
+    return save_weights(state, path, write=dist.is_main_process())
 
 
 def _whole(tensor: Tensor) -> Tensor:

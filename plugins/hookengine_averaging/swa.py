@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import SWALR
 
-from hookengine import OptimWrapper, Plugin, Runner, hookimpl
+from hookengine import OptimWrapper, Plugin, Runner, hookimpl, names_as_in, original_names
 from hookengine_averaging.averaged import StochasticWeightAverage
 from hookengine_averaging.batch_norm import batch_norms, compute_statistics
 from hookengine_averaging.ema import Ema
@@ -195,14 +195,15 @@ class Swa(Plugin, name="swa"):
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights."""
-        checkpoint["swa_state_dict"] = self.averaged.state_dict()
+        checkpoint["swa_state_dict"] = original_names(self.averaged.state_dict())
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Load the averaged weights, or start over if they are missing and that was allowed."""
         self._rates.clear()
         loaded, self._loaded = self._loaded, False
         if "swa_state_dict" in checkpoint:
-            self.averaged.load_state_dict(checkpoint["swa_state_dict"])
+            saved = names_as_in(self.averaged, checkpoint["swa_state_dict"])
+            self.averaged.load_state_dict(saved)
         elif loaded:
             raise ValueError(
                 "the checkpoint has a state of 'swa' but no averaged weights (swa_state_dict): it "

@@ -18,8 +18,9 @@ from hookengine_checkpoint.preemption import EXIT_CODE, Preemption
 from hookengine_checkpoint.resuming import find_on_all_ranks, load_initial_weights, load_run
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.saving import Saver, numbers
+from hookengine_checkpoint.weights import find_weights
 
-__all__ = ["EXIT_CODE", "Checkpoint", "export_weights"]
+__all__ = ["EXIT_CODE", "Checkpoint", "export_weights", "find_weights"]
 
 
 class Checkpoint(Plugin, name="checkpoint"):

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
-from hookengine import did_you_mean
+from hookengine import did_you_mean, original_names, save_weights
 from hookengine_checkpoint.files import read_state
 from hookengine_checkpoint.find import Found, at
 
@@ -40,23 +37,13 @@ def export_weights(
         FileNotFoundError: There is no checkpoint.
         OSError: The file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"weights are exported as .safetensors or .pth, not as {path.name!r}")
-    found = at(Path(checkpoint), print)
-    state = read_weights(found, weights)
+    path = save_weights({}, path, write=False)
+    found = at(Path(checkpoint).expanduser(), print)
+    state = original_names(read_weights(found, weights))
     if weights != "state_dict":
-        state = _averages(state, read_weights(found), f"{weights} of {found.path}")
-    tensors = {n: v.clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, path)
-        else:
-            torch.save(tensors, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    return path
+        raw = original_names(read_weights(found))
+        state = _averages(state, raw, f"{weights} of {found.path}")
+    return save_weights({n: v for n, v in state.items() if isinstance(v, Tensor)}, path)
 
 
 def _averages(state: Mapping[str, Any], raw: Mapping[str, Any], what: str) -> dict[str, Any]:

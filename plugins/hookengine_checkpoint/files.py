@@ -76,6 +76,21 @@ def published(folder: Path, damaged: Callable[[str], None] | None = None) -> lis
     return sorted(found, key=lambda saved: saved.number)
 
 
+def has_manifest(path: Path) -> bool:
+    """Return whether a folder has the manifest of a checkpoint, intact or damaged.
+
+    Other projects write files of that name, too.
+    """
+    file = RunFolder.manifest(path)
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:  # damaged
+        return True
+    except OSError:
+        return file.exists()
+    return isinstance(content, dict) and not {"files", "checksum"}.isdisjoint(content)
+
+
 def read_manifest(path: Path) -> Saved:
     """Read the manifest of the checkpoint in a folder.
 

@@ -12,6 +12,7 @@ from hookengine_checkpoint.files import (
     METADATA,
     STATE,
     Saved,
+    has_manifest,
     is_checkpoint_folder,
     published,
     read_manifest,
@@ -140,7 +141,7 @@ def at(path: Path, log: Callable[[str], None]) -> Found:
     if path.is_symlink():  # such as best, a link to a checkpoint beside it
         target = path.resolve()
         path = path.parent / target.name if target.parent == path.parent.resolve() else target
-    if path.is_file() and path.name == STATE and RunFolder.manifest(path.parent).exists():
+    if path.is_file() and path.name == STATE and has_manifest(path.parent):
         path = path.parent
     if path.is_file():
         verify_archive(path)

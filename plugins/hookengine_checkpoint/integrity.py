@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import struct
@@ -22,7 +23,8 @@ def checksum(path: Path) -> dict[str, Any]:
 
     A file of ``torch.save`` is a zip archive, which already has a CRC-32 of each record. Its
     checksum is a digest of these CRC-32s and of all bytes between the records, so that the data is
-    not read again. The checksum of any other file is its CRC-32.
+    not read again. The checksum of any other file is its CRC-32, also if torch has left out those
+    of the records (``torch.serialization.set_crc32_options(False)``).
 
     Raises:
         DamagedError: The archive cannot be read.
@@ -31,7 +33,13 @@ def checksum(path: Path) -> dict[str, Any]:
     if path.suffix != ".pth":
         return {"size": size, "crc32": crc32(path)}
     with archive_at(path) as archive:
-        return {"size": size, "records": records(archive, path)}
+        if _has_checksums(archive):
+            return {"size": size, "records": records(archive, path)}
+    return {"size": size, "crc32": crc32(path)}
+
+
+def _has_checksums(archive: zipfile.ZipFile) -> bool:
+    return any(record.CRC for record in archive.infolist())
 
 
 def records(archive: zipfile.ZipFile, path: Path) -> str:
@@ -66,24 +74,41 @@ def crc32(path: Path) -> str:
     return f"{value:08x}"
 
 
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    OSError,
+)
+
+
 @contextmanager
 def archive_at(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file of ``torch.save``; errors in reading it are raised as DamagedError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a damaged offset
+            raise
+        raise DamagedError(f"{path} is damaged: {error}. Copy or download it again") from error
 
 
 def verify_archive(path: Path) -> None:
-    """Compare the records of a file of ``torch.save`` with their CRC-32s.
+    """Compare the records of a file of ``torch.save`` with their CRC-32s, if it has any.
 
     Raises:
         DamagedError: A record differs.
     """
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"  # as torch tells it
+    if is_archive:
         with archive_at(path) as archive:
-            bad = archive.testzip()
+            bad = archive.testzip() if _has_checksums(archive) else None
         if bad is not None:
-            raise DamagedError(f"{path} is damaged: the checksum of {bad} differs")
+            raise DamagedError(
+                f"{path} is damaged: the checksum of {bad} differs. Copy or download it again"
+            )

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from hookengine import MODELS, RunFolder, Runner, dist
-from hookengine_checkpoint.export import read_weights
+from hookengine import MODELS, Runner, dist
 from hookengine_checkpoint.files import read_state
-from hookengine_checkpoint.find import Found, at, find
+from hookengine_checkpoint.find import Found, find
 
 
 def find_on_all_ranks(runner: Runner, log: Callable[[str], None]) -> Found | None:
@@ -91,8 +90,8 @@ def load_initial_weights(
 
     Args:
         model: The model.
-        load_from: A checkpoint, a run, or whatever ``load_weights`` takes: a file, a URL, or a dict
-            of its options.
+        load_from: What ``load_weights`` takes: a checkpoint, a run, a file, a URL; or a dict of its
+            options.
         log: Called with texts for the log.
 
     Raises:
@@ -100,14 +99,5 @@ def load_initial_weights(
         ValueError: The weights do not fit the model, or the checkpoint is damaged.
     """
     options = dict(load_from) if isinstance(load_from, Mapping) else {"checkpoint": load_from}
-    path = options.get("checkpoint")
-    if isinstance(path, (str, Path)) and _is_checkpoint(Path(path)):
-        found = at(Path(path), log)
-        options["checkpoint"] = read_weights(found) if found.is_sharded else found.state
     MODELS.own("load_weights")(model, **options)
-    log(f"starting with the weights of {path}")
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Return whether a path is one of our checkpoints, or a folder of them."""
-    return path.is_dir() or RunFolder.manifest(path.parent).is_file()
+    log(f"starting with the weights of {options.get('checkpoint')}")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hookengine import RunFolder, Runner, describe_environment, dist
+from hookengine import RunFolder, Runner, describe_environment, dist, original_names
 from hookengine_checkpoint import writing
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best
@@ -175,7 +175,7 @@ class Saver:
 
 
 def _parameters(runner: Runner) -> list[str]:
-    return [name for name, _ in runner.bare_model.named_parameters()]
+    return [*original_names(dict(runner.bare_model.named_parameters()))]
 
 
 def _name(progress: Any) -> str:

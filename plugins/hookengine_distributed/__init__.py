@@ -177,9 +177,11 @@ class Distributed(Plugin, name="distributed"):
         """Give all ranks the weights of rank 0, and wrap the model."""
         if self._ranks == 1:
             return None
-        if isinstance(model, tuple(MODEL_WRAPPERS.objects())):
+        wrappers = tuple(MODEL_WRAPPERS.objects())
+        given = next((m for m in (model, runner.bare_model) if isinstance(m, wrappers)), None)
+        if given is not None:  # a plain module and its loss are put around it
             raise TypeError(
-                f"distributed: the model is already wrapped in {type(model).__name__}. Pass the "
+                f"distributed: the model is already wrapped in {type(given).__name__}. Pass the "
                 "model itself to the Runner; to choose how it is wrapped, use "
                 "dict(type='distributed', wrapper=..., options=dict(...))"
             )

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookengine import did_you_mean
+from hookengine import MODELS, did_you_mean, load_safetensors
+from hookengine_init.record import console
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys that hold weights in checkpoints of hookengine, MMEngine, torchvision, timm and others."""
@@ -24,28 +25,32 @@ SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".safetensors")
 def read_weights(
     checkpoint: str | os.PathLike[str], map_location: Any = "cpu"
 ) -> Mapping[str, Any]:
-    """Read the weights in a file, by name, without executing anything in it.
+    """Read the weights in a file or a checkpoint, by name, without executing anything in it.
 
     Args:
         checkpoint: A file written by ``torch.save`` or a ``.safetensors`` file, distinguished by
             content; a URL of one (``https://``), which is downloaded once; or
             ``torchvision://resnet50``. The weights may be the whole content, or be stored under
-            one of the keys in ``CONTAINERS``.
+            one of the keys in ``CONTAINERS``. Or the folder of a checkpoint or of a run.
         map_location: Where to load the tensors.
 
     Raises:
-        FileNotFoundError: The file does not exist.
+        FileNotFoundError: The file does not exist, or the folder holds no checkpoint.
         ValueError: The file is damaged, holds no weights, or holds objects that only code could
             restore; or the device does not exist.
     """
     _check_device(map_location)
     path, url = _local(checkpoint)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder. Pass the path of the weights file")
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist{_neighbours(path)}")
     try:
-        return weights_in(_read(path, map_location), str(path))
+        found = MODELS.get("find_weights")(path, console().info)
+        if isinstance(found, Mapping):
+            return found
+        _compare_with_name(found, url)
+        return weights_in(_read(found, map_location), str(found))
+    except FileNotFoundError as error:
+        if path.is_dir():
+            raise FileNotFoundError(f"{error}{_contents(path)}") from error
+        raise FileNotFoundError(f"checkpoint {path} does not exist{_neighbours(path)}") from error
     except ValueError as error:
         if url is not None:  # so that the next call downloads it again
             path.unlink()
@@ -110,14 +115,39 @@ def _read(path: Path, map_location: Any) -> Any:
     return _read_torch(path, map_location, head)
 
 
-def _read_safetensors(path: Path, map_location: Any) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _compare_with_name(path: Path, url: str | None) -> None:
+    """Compare a file with the hash in its name, ``NAME-HASH.pth``, as ``torch.hub`` does.
 
+    A zip archive has its own checksums, so this is for other formats.
+
+    Raises:
+        ValueError: A download has another SHA-256. For other files, which may have been renamed,
+            this is a warning.
+    """
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
+    if named is None or named[1].isdecimal():  # rather a date
+        return
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest.startswith(named[1]):
+        return
+    text = (
+        f"{path} is damaged, or {named[1]} in its name is no hash: its SHA-256 is {digest[:16]}..."
+    )
+    if url is None:
+        console().warning(text)
+        return
+    raise ValueError(f"{text}. If it is no hash, download the file yourself and pass its path")
+
+
+def _read_safetensors(path: Path, map_location: Any) -> Any:
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(_damaged(path, error)) from error
+        tensors = load_safetensors(path)
+    except ValueError as error:
+        raise ValueError(_damaged(path, error.__cause__ or error)) from error
     if isinstance(map_location, (str, torch.device)):
         tensors = {name: tensor.to(map_location) for name, tensor in tensors.items()}
     return tensors
@@ -150,7 +180,7 @@ def _read_torch(path: Path, map_location: Any, head: bytes) -> Any:
         raise ValueError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path, error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0].split('. ')[0]}".rstrip(": .")
     size = path.stat().st_size
@@ -246,6 +276,15 @@ def _neighbours(path: Path) -> str:
     """Describe what a user may have meant by a file that does not exist."""
     if not path.parent.is_dir():
         return f", nor does its folder {path.parent}"
-    there = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES]
-    near = difflib.get_close_matches(path.name, there, n=5, cutoff=0)
+    near = difflib.get_close_matches(path.name, _weights_files(path.parent), n=5, cutoff=0)
     return f". Its folder contains {', '.join(near)}" if near else ""
+
+
+def _contents(folder: Path) -> str:
+    """Describe what a user may have meant by a folder without a checkpoint."""
+    files = sorted(_weights_files(folder))
+    return f". Pass one of the files in it: {', '.join(files[:5])}" if files else ""
+
+
+def _weights_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix in SUFFIXES]

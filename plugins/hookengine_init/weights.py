@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine import BaseModule
+from hookengine import BaseModule, names_as_in, original_names
 from hookengine_init.files import read_weights, weights_in
 from hookengine_init.record import console, version_of
 
-LEADING = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-"""Prefixes that DistributedDataParallel and torch.compile add to the names of all weights."""
+LEADING = ("", "module.")
+"""Prefixes that DistributedDataParallel adds to the names of all weights."""
 
 
 class Mismatch(NamedTuple):
@@ -82,8 +82,9 @@ def load_weights(
         source, weights = "the state dict", weights_in(checkpoint, "the state dict")
     else:
         source, weights = str(checkpoint), read_weights(checkpoint, map_location)
+    weights = original_names(weights)
     own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    state = _named_as(own, weights, prefix, source)
+    state = names_as_in(module, _named_as(original_names(own), weights, prefix, source))
     if any(tensor.is_meta for name, tensor in own.items() if name in state):
         raise ValueError(
             f"{type(module).__name__} is on the meta device and has no memory to load into. Call "
@@ -94,7 +95,7 @@ def load_weights(
     try:
         mismatch, loaded = _load(module, own, state, ignore_mismatched_sizes)
         if not loaded:
-            raise _MisfitError(_where_it_fits(own, weights), mismatch)
+            raise _MisfitError(_where_it_fits(original_names(own), weights), mismatch)
         if strict and (mismatch.missing or mismatch.unexpected):
             raise _MisfitError("strict=False loads the tensors that both have.", mismatch)
     except BaseException as error:
@@ -238,7 +239,8 @@ def _named_as(
     own: Mapping[str, Tensor], weights: Mapping[str, Any], prefix: str | None, source: str
 ) -> dict[str, Any]:
     """Return the weights below ``prefix`` under the module's names, without wrappers' prefixes."""
-    below = "" if not prefix else prefix.rstrip(".") + "."
+    (wanted,) = original_names({(prefix or "").rstrip("."): None})
+    below = f"{wanted}." if wanted else ""
     found = None
     for leading in LEADING:
         candidate = _below(weights, leading + below)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
+from hookengine.model import initialize, load_weights
 from tests.fixtures import MakeData, MakeRunner, Toy
 
 
@@ -504,6 +505,47 @@ def test_weights_alone(make: MakeRunner) -> None:
     assert runner.progress.epoch == 2  # beside resume='auto' they are for the first start
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         make(plugins=["checkpoint"], load_from="nowhere.pth")
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "state.pth", "latest", "checkpoints", "run", "~"])
+def test_weights_alone_are_loaded_from_all_that_load_from_takes(
+    make: MakeRunner, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(plugins=["checkpoint"])
+    first.train()
+    monkeypatch.setenv("HOME", str(first.work_dir))
+    folder = first.run_dir / "checkpoints"
+    paths: dict[str, Any] = {
+        "checkpoint": folder / "epoch_2",
+        "state.pth": folder / "epoch_2" / "state.pth",
+        "latest": folder / "latest",
+        "checkpoints": folder,
+        "run": first.run_dir,
+        "~": f"~/{first.name}",
+    }
+    for path in (paths[form], str(paths[form])):
+        toy = Toy()
+        assert not load_weights(toy, path)
+        assert torch.equal(toy.net.weight, first.bare_model.net.weight)
+        pretrained = Toy()
+        pretrained.init_cfg = dict(type="Pretrained", checkpoint=path)
+        pretrained.init_weights()
+        assert torch.equal(pretrained.net.weight, first.bare_model.net.weight)
+        runner = make(plugins=["checkpoint"], load_from=path)
+        assert torch.equal(runner.bare_model.net.weight, first.bare_model.net.weight)
+
+
+def test_a_folder_without_a_checkpoint_is_the_same_error_everywhere(
+    make: MakeRunner, tmp_path: Path
+) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "net.pth")
+    text = r"there is no checkpoint .*; the checkpoints in .*: none. Pass one of .*: net\.pth"
+    with pytest.raises(FileNotFoundError, match=text):
+        load_weights(Toy(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=text):
+        make(plugins=["checkpoint"], load_from=tmp_path)
+    with pytest.raises(FileNotFoundError, match=text):
+        initialize(Toy(), dict(type="Pretrained", checkpoint=tmp_path))
 
 
 def test_all_that_differs_is_said_at_once_and_can_be_allowed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -20,7 +21,8 @@ from hookengine_checkpoint.integrity import DamagedError
 from hookengine_checkpoint.writing import publishing
 from torch import nn
 
-from tests.fixtures import MakeRunner, ToyRunner
+from hookengine.model import initialize, load_weights
+from tests.fixtures import MakeRunner, Toy, ToyRunner
 
 
 @contextmanager
@@ -266,6 +268,87 @@ def test_a_damaged_one_that_is_asked_for_is_refused(
     with pytest.raises(ValueError, match="epoch_2"):
         make(plugins=["checkpoint", "seed"], load_from=path)
     assert not [*path.parent.rglob("pwned")]
+
+
+@pytest.mark.parametrize("what", sorted({*DAMAGE} - {"missing", "no manifest"}))
+def test_the_weights_of_a_damaged_one_are_refused(trained: ToyRunner, what: str) -> None:
+    path = trained.run_dir / "checkpoints" / "epoch_2"
+    DAMAGE[what](path)
+    for given in (path, path / "state.pth"):
+        if what == "a link instead of a file" and given != path:
+            continue  # a link to an intact file
+        with pytest.raises(ValueError, match="epoch_2"):
+            load_weights(Toy(), given)
+        with pytest.raises(ValueError, match="epoch_2"):
+            initialize(Toy(), dict(type="Pretrained", checkpoint=given))
+    assert not [*path.parent.rglob("pwned")]
+
+
+def test_no_flipped_bit_in_a_state_changes_a_weight(trained: ToyRunner, tmp_path: Path) -> None:
+    path = trained.run_dir / "checkpoints" / "epoch_2" / "state.pth"
+    alone = tmp_path / "alone.pth"
+    link = tmp_path / "link.pth"
+    link.symlink_to(path)
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), 41):
+        content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        alone.write_bytes(content)
+        content[place] ^= 1 << place % 8
+        for given in (path, link):
+            with pytest.raises(ValueError, match="epoch_2"):
+                load_weights(Toy(), given)
+        toy = Toy()
+        with contextlib.suppress(ValueError):  # without a manifest, harmless flips are not noticed
+            load_weights(toy, alone)
+            assert torch.equal(toy.net.weight, trained.bare_model.net.weight)
+
+
+def test_files_whose_checksums_torch_was_told_to_leave_out(
+    make: MakeRunner, tmp_path: Path
+) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        runner = make(plugins=["checkpoint"], name="run")
+        runner.train()
+        torch.save(runner.bare_model.state_dict(), tmp_path / "net.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    toy = Toy()
+    load_weights(toy, tmp_path / "net.pth")
+    assert torch.equal(toy.net.weight, runner.bare_model.net.weight)
+    path = runner.run_dir / "checkpoints" / "epoch_2"
+    assert make(plugins=["checkpoint"], resume=path).progress.epoch == 2
+    flip(path / "state.pth", 0.5)
+    with pytest.raises(DamagedError, match="its checksum differs"):
+        make(plugins=["checkpoint"], resume=path)
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "an app"}', "[]"])
+def test_the_manifest_of_something_else_is_no_manifest(
+    trained: ToyRunner, tmp_path: Path, manifest: str
+) -> None:
+    path = trained.run_dir / "checkpoints" / "epoch_2" / "state.pth"
+    shutil.copy(path, tmp_path / "state.pth")
+    (tmp_path / "manifest.json").write_text(manifest)
+    toy = Toy()
+    load_weights(toy, tmp_path / "state.pth")
+    assert torch.equal(toy.net.weight, trained.bare_model.net.weight)
+    flip(tmp_path / "state.pth", 0.5)
+    with pytest.raises(ValueError, match=r"state\.pth is damaged"):
+        load_weights(Toy(), tmp_path / "state.pth")
+
+
+def test_the_newest_intact_weights_of_a_run_are_loaded(
+    trained: ToyRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained.run_dir / "checkpoints"
+    flip(folder / "epoch_2" / "state.pth", 0.5)
+    toy = Toy()
+    load_weights(toy, trained.run_dir)
+    older = torch.load(folder / "epoch_1" / "state.pth", weights_only=True)["state_dict"]
+    assert torch.equal(toy.net.weight, older["net.weight"])
+    assert "epoch_2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run", None])

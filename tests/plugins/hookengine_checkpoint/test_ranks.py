@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookengine.dist import get_rank
+from hookengine.model import load_weights
 from tests.ranks import on_ranks, spawn
 
 pytestmark = pytest.mark.ranks
@@ -136,6 +137,9 @@ def test_a_sharded_checkpoint_is_exported_and_begun_with(
         export_weights(run, out, "swa_state_dict")
     with pytest.raises(ValueError, match=r"not as 'weights\.bin'"):
         export_weights(run, tmp_path / "weights.bin")
+    module: Any = nn.ModuleDict({"0": nn.Linear(6, 16), "3": nn.Linear(16, 3)})
+    load_weights(module, run)  # in a single process, like the export
+    assert torch.equal(module["0"].weight, weights["0.weight"])
     begun = train(tmp_path / "begun", 1, dict(load_from=run))["begin"]
     assert begun["epoch"] == 0
     assert torch.equal(begun["tensors"][:163], saved[1][:163])

@@ -16,6 +16,7 @@ from hookengine_checkpoint import Checkpoint
 from hookengine_distributed import Distributed
 from hookengine_distributed.sameness import described
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from hookengine import BaseModel, Runner, dist
@@ -177,6 +178,10 @@ SAME: dict[str, Case] = {
     "wrapped": (
         lambda: dict(model=MMDistributedDataParallel(Used())),
         r"the model is already wrapped in MMDistributedDataParallel. Pass the model itself",
+    ),
+    "wrapped with a loss": (
+        lambda: dict(model=DistributedDataParallel(nn.Linear(4, 1)), loss=F.mse_loss),
+        r"the model is already wrapped in DistributedDataParallel. Pass the model itself",
     ),
     "foreign wrapper": (
         lambda: dict(plugins=[dict(type="distributed", wrapper="DistributedDataParallel")]),

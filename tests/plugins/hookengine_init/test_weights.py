@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import http.server
 import os
 import pickle
+import shutil
 import sys
 import threading
 import types
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from hookengine import save_weights
 from hookengine.model import BaseModule, PretrainedInit, initialize, load_weights
 
 
@@ -62,6 +65,26 @@ def test_wrapped_and_prefixed_checkpoints_load(
     net = Net()
     assert not any(load_weights(net, tmp_path / "net.pth"))
     assert same(net, source)
+
+
+def test_compiled_parts_load_from_uncompiled_ones_and_back(tmp_path: Path, source: Net) -> None:
+    compiled = filled(3)
+    compiled.backbone = torch.compile(compiled.backbone, backend="eager")  # type: ignore[assignment]
+    assert "backbone._orig_mod.0.weight" in compiled.state_dict()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "plain.pth")
+    torch.save(compiled.state_dict(), tmp_path / "compiled.pth")
+    net = Net()
+    assert not any(load_weights(net, tmp_path / "compiled.pth"))
+    assert all((tensor == 3).all() for tensor in net.state_dict().values())
+    assert not any(load_weights(compiled, tmp_path / "plain.pth"))
+    assert all((tensor == 2).all() for tensor in compiled.state_dict().values())
+    for prefix in ("backbone", "backbone._orig_mod"):
+        body = Net().backbone
+        load_weights(body, tmp_path / "compiled.pth", prefix=prefix)
+        assert (body[0].weight == 3).all()
+    whole: Any = torch.compile(Net(), backend="eager")
+    load_weights(whole, tmp_path / "compiled.pth")
+    assert (whole.head.weight == 3).all()
 
 
 def test_the_file_of_before_torch_1_6_loads(tmp_path: Path, source: Net) -> None:
@@ -546,7 +569,7 @@ def test_a_damaged_file_is_said_so(damage: str, suffix: str, tmp_path: Path, sou
         }[damage]
     )
     net = filled(1)
-    with pytest.raises(ValueError, match=rf"net\{suffix} \(\d+ bytes\) is damaged"):
+    with pytest.raises(ValueError, match=rf"net\{suffix}( \(\d+ bytes\))? is damaged"):
         load_weights(net, path)
     assert same(net, filled(1))
 
@@ -561,8 +584,73 @@ def test_an_absent_file_is_said_so_with_its_neighbours(tmp_path: Path) -> None:
         load_weights(Net(), tmp_path / "epoch_1.pth")
     with pytest.raises(FileNotFoundError, match="nor does its folder"):
         load_weights(Net(), tmp_path / "gone" / "epoch_1.pth")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint .*best\.safetensors, epoch_2\.pth$"
+    ):
         load_weights(Net(), tmp_path)
+
+
+def flips(path: Path) -> Iterator[int]:
+    """Flip one bit of each byte of a file in turn; the file is then as it was."""
+    content = bytearray(path.read_bytes())
+    for place in range(len(content)):
+        content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        yield place
+        content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_flipped_bit_changes_a_weight(suffix: str, tmp_path: Path) -> None:
+    source = nn.Linear(2, 1)
+    path = save_weights(source.state_dict(), tmp_path / f"net{suffix}")
+    refused = 0
+    for place in flips(path):
+        net = nn.Linear(2, 1)
+        before = [parameter.clone() for parameter in net.parameters()]
+        try:
+            load_weights(net, path)
+        except ValueError:
+            refused += 1
+            assert all(map(torch.equal, net.parameters(), before)), place
+        else:
+            assert same(net, source), place
+    assert refused > 100
+    assert same(nn.Linear(2, 1), source) is False
+    net = nn.Linear(2, 1)
+    load_weights(net, path)
+    assert same(net, source)
+
+
+def test_pretrained_refuses_a_flipped_bit(tmp_path: Path, source: Net) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(source.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(source.head.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"net\.pth is damaged: the checksum of .* differs"):
+        Net(dict(type="Pretrained", checkpoint=str(path))).init_weights()
+
+
+def test_a_file_without_checksums_is_compared_with_the_hash_in_its_name(
+    served: tuple[str, Path], source: Net, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, folder = served
+    old = folder / "net.pth"
+    torch.save(source.state_dict(), old, _use_new_zipfile_serialization=False)
+    right = hashlib.sha256(old.read_bytes()).hexdigest()[:8]
+    for name in (f"net-{right}.pth", "net-20240131.pth", "net-v2.pth"):
+        shutil.copy(old, folder / name)
+        load_weights(Net(), folder / name)
+        load_weights(Net(), f"{url}/{name}")
+    assert capsys.readouterr().out == ""
+    shutil.copy(old, folder / "net-abcdef12.pth")
+    load_weights(Net(), folder / "net-abcdef12.pth")  # it may have been renamed
+    assert "is damaged, or abcdef12 in its name is no hash" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="abcdef12 in its name is no hash") as caught:
+        load_weights(Net(), f"{url}/net-abcdef12.pth")
+    assert "has been deleted" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
