@@ -35,7 +35,7 @@ from hookengine.registry import (
     did_you_mean,
 )
 from hookengine.runner import Runner
-from hookengine.setup.dataloaders import copy_dataloader, samplers_of
+from hookengine.setup.dataloaders import copy_dataloader, samplers_of, samples_per_batch
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
 from hookengine.setup.plain import not_plain
@@ -95,5 +95,6 @@ __all__ = [
     "preserved_random_state",
     "read_records",
     "samplers_of",
+    "samples_per_batch",
     "set_random_state",
 ]

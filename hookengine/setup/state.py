@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine import dist
-from hookengine.loop.data import length_of
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
+from hookengine.setup.position import describe_position, resume_position
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -26,7 +25,7 @@ def collect(runner: Runner) -> dict[str, Any]:
         "state_dict": runner.bare_model.state_dict(),
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
-        "meta": describe_state(runner),
+        "meta": {**describe_state(runner), "position": describe_position(runner)},
     }
     if runner.optim_wrapper is not None:
         checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
@@ -84,23 +83,11 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _warn_of_rates(runner, checkpoint["optimizer"])
         runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-    runner.progress.load_state_dict(_rescaled(runner, checkpoint))
+    runner.progress.load_state_dict(resume_position(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
     metrics = checkpoint.get("metrics")
     if runner.val_loop is not None and isinstance(metrics, Mapping):
         runner.val_loop.metrics = dict(metrics)
-
-
-def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counters, with ``batch`` rescaled if the number of ranks changed mid-epoch."""
-    progress, meta = dict(checkpoint["progress"]), checkpoint.get("meta", {})
-    ranks, now = meta.get("world_size"), dist.get_world_size()
-    then, length = meta.get("dataset", {}).get("train", {}).get("batches"), None
-    if runner.train_loop is not None:
-        length = length_of(runner.train_loop.dataloader)
-    if progress["batch"] and ranks not in (None, now) and then and length:
-        progress["batch"] = progress["batch"] * length // then
-    return progress
 
 
 def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
-from tests.fixtures import MakeRunner, Toy
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "LambdaLR": dict(lr_lambda=lambda count: 0.8**count),
@@ -443,6 +443,27 @@ def test_a_warm_up_can_begin_where_the_state_has_none(make: MakeRunner) -> None:
     second.train()
     factors = [min(1.0, 0.01 + 0.99 * step / 5) for step in range(10)]
     assert rates.seen == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_a_resumed_run_that_ends_before_its_schedule_is_warned_about(
+    make: MakeRunner, data: MakeData, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(size: int, epochs: int, state: Any = None) -> tuple[Any, str]:
+        caplog.clear()
+        schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False)
+        loader = DataLoader(data(), batch_size=size)
+        runner = make(plugins=[schedule], train_dataloader=loader, train_cfg=dict(max_epochs=4))
+        if state is not None:
+            runner.load_state_dict(state, allow=["dataset"])
+        runner.train(max_epochs=epochs)
+        return runner.state_dict(), caplog.text
+
+    state, text = run(4, 2)
+    assert "does not reach" not in text
+    assert "does not reach" not in run(4, 4, state)[1]
+    _, text = run(10, 4, state)
+    assert "CosineAnnealingLR was made for 20 optimizer steps" in text
+    assert "the resumed run ends after 14. The learning rate does not reach its last" in text
 
 
 def test_the_state_of_another_scheduler_is_refused(make: MakeRunner) -> None:
