@@ -2,7 +2,13 @@
 
 from hookengine import dist
 from hookengine.batches import batch_size
-from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
+from hookengine.evaluator import (
+    BaseMetric,
+    Evaluator,
+    greater_is_better,
+    metric_numbers,
+    metric_value,
+)
 from hookengine.events.dispatch import Observer
 from hookengine.events.hookimpl import hookimpl
 from hookengine.events.hookspecs import EVENTS, Phase
@@ -38,7 +44,7 @@ from hookengine.runner import Runner
 from hookengine.setup.dataloaders import copy_dataloader, samplers_of, samples_per_batch
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
-from hookengine.setup.plain import not_plain
+from hookengine.setup.plain import as_plain, not_plain
 
 __version__ = "0.1.0"
 
@@ -77,6 +83,7 @@ __all__ = [
     "Table",
     "TrainCfg",
     "as_medium",
+    "as_plain",
     "batch_size",
     "copy_dataloader",
     "describe_environment",
@@ -89,6 +96,7 @@ __all__ = [
     "is_seekable",
     "length_of",
     "log_context",
+    "metric_numbers",
     "metric_value",
     "not_plain",
     "options_of",

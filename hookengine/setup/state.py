@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hookengine.evaluator import metric_numbers
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
+from hookengine.setup.plain import as_plain
 from hookengine.setup.position import describe_position, resume_position
 
 if TYPE_CHECKING:
@@ -30,12 +32,13 @@ def collect(runner: Runner) -> dict[str, Any]:
     if runner.optim_wrapper is not None:
         checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
     if runner.val_loop is not None:
-        checkpoint["metrics"] = {
-            name: float(value)
-            for name, value in runner.val_loop.metrics.items()
-            if isinstance(value, int | float)
-        }
+        checkpoint["metrics"] = metric_numbers(runner.val_loop.metrics)
     return checkpoint
+
+
+def as_saved(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a state as a checkpoint holds it, with NumPy's scalars as Python values."""
+    return {key: as_plain(value) for key, value in checkpoint.items()}
 
 
 def warn_of_open_window(runner: Runner) -> bool:

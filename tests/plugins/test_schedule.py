@@ -665,7 +665,9 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(
     assert f"as {place}," in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [np.float64(0.5), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}])
+@pytest.mark.parametrize(
+    "kept", [np.float64(0.5), np.int64(2), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}]
+)
 def test_subclasses_of_plain_types_are_left_to_who_saves(make: MakeRunner, kept: Any) -> None:
     make(plugins=[dict(type="schedule", scheduler=dict(type=Holding, kept=kept))]).train()
 
