@@ -2,7 +2,13 @@
 
 from hookengine import dist
 from hookengine.batches import BatchSizeError, SampleCounter, batch_size
-from hookengine.evaluator import BaseMetric, Evaluator, greater_is_better, metric_value
+from hookengine.evaluator import (
+    BaseMetric,
+    Evaluator,
+    greater_is_better,
+    metric_numbers,
+    metric_value,
+)
 from hookengine.events.dispatch import Observer
 from hookengine.events.hookimpl import hookimpl
 from hookengine.events.hookspecs import EVENTS, Phase
@@ -36,10 +42,10 @@ from hookengine.registry import (
 )
 from hookengine.runner import Runner
 from hookengine.setup.config import EvalCfg, TrainCfg
-from hookengine.setup.dataloaders import copy_dataloader, samplers_of
+from hookengine.setup.dataloaders import copy_dataloader, samplers_of, samples_per_batch
 from hookengine.setup.description import options_of
 from hookengine.setup.environment import describe_environment
-from hookengine.setup.plain import not_plain
+from hookengine.setup.plain import as_plain, not_plain
 from hookengine.setup.weights_file import load_safetensors, save_weights
 
 __version__ = "0.1.0"
@@ -81,6 +87,7 @@ __all__ = [
     "Table",
     "TrainCfg",
     "as_medium",
+    "as_plain",
     "batch_size",
     "copy_dataloader",
     "describe_environment",
@@ -94,6 +101,7 @@ __all__ = [
     "length_of",
     "load_safetensors",
     "log_context",
+    "metric_numbers",
     "metric_value",
     "names_as_in",
     "not_plain",
@@ -102,6 +110,7 @@ __all__ = [
     "preserved_random_state",
     "read_records",
     "samplers_of",
+    "samples_per_batch",
     "save_weights",
     "set_random_state",
 ]

@@ -8,6 +8,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -49,9 +50,19 @@ def metric_value(metrics: Mapping[str, Any], name: str) -> float:
         hint = ". val_cfg=dict(loss=True) adds the validation losses" if "loss" in name else ""
         raise KeyError(unknown("metric", name, metrics) + hint)
     try:
-        return float(metrics[name])
+        return float(_plain(metrics[name]))
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"the metric {name!r} is not a number: {metrics[name]!r}") from None
+
+
+def metric_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers, as Python numbers by name."""
+    found = {}
+    for name, value in metrics.items():
+        with suppress(TypeError):
+            if not isinstance(value, (str, bytes)):
+                found[name] = metric_value(metrics, name)
+    return found
 
 
 class BaseMetric(ABC):

@@ -484,7 +484,7 @@ class Runner(Life):
             self._window_told = state.warn_of_open_window(self)
         checkpoint = state.collect(self)
         self.hooks.before_save_checkpoint(self, checkpoint)
-        return checkpoint
+        return state.as_saved(checkpoint)
 
     def load_state_dict(self, checkpoint: dict[str, Any], *, allow: Iterable[str] = ()) -> None:
         """Load a state that ``state_dict`` returned, to resume from it.

@@ -492,7 +492,11 @@ class State(Protocol):
 
     @event
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Add entries to the state that ``runner.state_dict()`` is about to return."""
+        """Add entries to the state that ``runner.state_dict()`` is about to return.
+
+        A hook that takes ``checkpoint`` may also be called once before training, to find out
+        whether what it adds can be saved.
+        """
 
     @event
     def after_save_checkpoint(self, runner: Runner, path: Path, best: bool) -> None:

@@ -12,6 +12,15 @@ class SeekableLoader(Protocol):
 
     ``setup_dataloader`` may return one. Before each pass of training, the kernel calls ``seek``.
     From any other dataloader, it fetches and drops the batches that a resumed run has already used.
+
+    It may have two more methods, for a run that resumes within an epoch with another batch size:
+
+    - ``sample_at(epoch, batch) -> int | None`` returns how many samples of this rank come before a
+      batch of a pass.
+    - ``seek_sample(epoch, sample) -> int | None`` makes the pass of ``epoch`` yield the samples
+      from ``sample`` on, when it starts at the batch that this method returns.
+
+    Both return None if they cannot tell.
     """
 
     def seek(self, epoch: int, batch: int) -> None:

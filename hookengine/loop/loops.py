@@ -30,7 +30,13 @@ class TrainLoop:
         runner: The Runner, with its model and optimizer wrapper.
         dataloader: The training batches.
         cfg: The limit, and when to validate.
+
+    Attributes:
+        resumed_at: Where a run with other batches resumed within an epoch, until a batch was
+            trained: the epoch, the batch, and the samples of all ranks before that place.
     """
+
+    resumed_at: tuple[int, int, int] | None = None
 
     def __init__(self, runner: Runner, dataloader: Iterable[Any], cfg: TrainCfg) -> None:
         self.runner = runner

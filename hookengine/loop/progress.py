@@ -20,7 +20,8 @@ class Progress:
     Attributes:
         epoch: Finished epochs. An epoch is one pass over the training dataloader.
         iter: Finished iterations.
-        batch: Batches of the current epoch already used for training.
+        batch: Batches of the current epoch already used for training. A run that resumes within an
+            epoch with another batch size counts in its own batches, and begins with a shorter one.
         epoch_length: Batches per epoch, or None if the dataloader has no length.
         max_epochs: The limit in epochs, or None.
         max_iters: The limit in iterations, or None if it is unknown. When ``max_epochs`` is set,
@@ -81,10 +82,8 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the counters saved by ``state_dict``."""
-        self.epoch = state["epoch"]
-        self.iter = state["iter"]
-        self.batch = state["batch"]
-        self.val_due = state["val_due"]
+        for name in ("epoch", "iter", "batch", "val_due"):
+            setattr(self, name, state[name])
         for name, steps in state["steps"].items():
             if name in self._optim_wrappers:
                 self._optim_wrappers[name].steps = steps

@@ -22,6 +22,7 @@ from hookengine.model.compiled import compile_in_place
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
 from hookengine.setup.config import EvalCfg
+from hookengine.setup.plain import as_plain
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -192,7 +193,7 @@ def build_optimizer(cfg: Any, model: nn.Module, where: str, paramwise: Any = Non
             f"{where} takes an optimizer or dict(type='SGD', lr=...), got {type(cfg).__name__}: "
             f"{cfg!r}"
         )
-    arguments = dict(cfg)
+    arguments = {name: as_plain(value) for name, value in cfg.items()}
     target = arguments.pop("type")
     if isinstance(target, str):
         known = {
@@ -247,12 +248,25 @@ def optimizer_names(cfg: Any) -> tuple[str, ...]:
 def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
     """Build the optimizer wrapper from what ``Runner(optim_wrapper=...)`` accepts.
 
+    Options that are NumPy's scalars become Python numbers, as they are after a resume: a
+    ``float32`` would make torch compute the steps in that precision.
+
     Args:
         cfg: A wrapper; an optimizer; ``dict(optimizer=optimizer or dict(type=..., ...))``; or, for
             several optimizers, a dict of these by name. An optimizer from a dict gets the
             parameters of the model's part of that name.
         model: The bare model.
     """
+    built = _build_optim_wrapper(cfg, model)
+    for wrapper in built.by_name().values():
+        optimizer = wrapper.optimizer
+        for options in (*optimizer.param_groups, optimizer.defaults):
+            plain = {name: as_plain(v) for name, v in options.items() if name != "params"}
+            options.update(plain)
+    return built
+
+
+def _build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapperDict:
     if isinstance(cfg, (OptimWrapper, OptimWrapperDict)):
         return cfg
     if isinstance(cfg, Optimizer):

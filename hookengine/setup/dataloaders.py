@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 
 def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:
@@ -34,6 +34,32 @@ def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:
         inner = getattr(sampler, "sampler", None)
         sampler = getattr(sampler, "batch_sampler", None) if inner is None else inner
     return found
+
+
+def samples_per_batch(dataloader: Any) -> int | None:
+    """Return how many samples each batch takes in turn from the order of a pass.
+
+    The last batch of a pass may take fewer.
+
+    Args:
+        dataloader: Any dataloader.
+
+    Returns:
+        The number; None if batches vary, as those of a ``batch_sampler`` may, if workers of an
+        iterable dataset make them, or if it is not known how the dataloader makes them.
+    """
+    size = getattr(dataloader, "samples_per_batch", None)
+    if size is not None or not isinstance(dataloader, DataLoader):
+        return size
+    is_iterable = isinstance(dataloader.dataset, IterableDataset)
+    own_iter = type(dataloader).__iter__ is not DataLoader.__iter__
+    if own_iter or (is_iterable and dataloader.num_workers):
+        return None
+    batches = dataloader.batch_sampler
+    if batches is None:
+        return None if is_iterable else 1
+    is_torchs = type(batches).__iter__ is BatchSampler.__iter__
+    return batches.batch_size if isinstance(batches, BatchSampler) and is_torchs else None
 
 
 def copy_dataloader(dataloader: DataLoader[Any], **replaced: Any) -> DataLoader[Any]:

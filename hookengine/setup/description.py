@@ -9,12 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import pydantic
-from torch import nn
+from torch import Tensor, nn
 
 from hookengine import dist
 from hookengine.loop.data import dataset_size, length_of
 from hookengine.model.compiled import without_inner
 from hookengine.setup.environment import describe_environment
+from hookengine.setup.plain import as_plain
 
 if TYPE_CHECKING:
     from hookengine.loop.optim import OptimWrapper
@@ -134,6 +135,12 @@ def options_of(plugin: object) -> dict[str, Any]:
 def as_json(value: Any) -> Any:
     """Return a value in a form that JSON can hold, or its ``repr`` if there is none."""
     try:
-        return pydantic.TypeAdapter(Any).dump_python(value, mode="json", fallback=repr)
+        return pydantic.TypeAdapter(Any).dump_python(as_plain(value), mode="json", fallback=_other)
     except (ValueError, RecursionError):  # bytes that are not text, or a cycle
         return repr(value)
+
+
+def _other(value: Any) -> Any:
+    """Return a tensor without dimensions, such as a learning rate, as a number; else a ``repr``."""
+    is_number = isinstance(value, Tensor) and not value.dim() and not value.is_meta
+    return value.item() if is_number else repr(as_plain(value))

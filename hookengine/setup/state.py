@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine import dist
+from hookengine.evaluator import metric_numbers
 from hookengine.events.blame import note
-from hookengine.loop.data import length_of
 from hookengine.model.compiled import names_as_in, original_names, without_inner
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
+from hookengine.setup.plain import as_plain
+from hookengine.setup.position import describe_position, resume_position
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -31,18 +32,19 @@ def collect(runner: Runner) -> dict[str, Any]:
         "state_dict": original_names(weights),
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
-        "meta": describe_state(runner),
+        "meta": {**describe_state(runner), "position": describe_position(runner)},
     }
     if runner.optim_wrapper is not None:
         with _raised_by("the optimizer, method 'state_dict'"):
             checkpoint["optimizer"] = runner.optim_wrapper.state_dict()
     if runner.val_loop is not None:
-        checkpoint["metrics"] = {
-            name: float(value)
-            for name, value in runner.val_loop.metrics.items()
-            if isinstance(value, int | float)
-        }
+        checkpoint["metrics"] = metric_numbers(runner.val_loop.metrics)
     return checkpoint
+
+
+def as_saved(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a state as a checkpoint holds it, with NumPy's scalars as Python values."""
+    return {key: as_plain(value) for key, value in checkpoint.items()}
 
 
 @contextmanager
@@ -103,23 +105,11 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         _warn_of_rates(runner, checkpoint["optimizer"])
         with _raised_by("the optimizer, method 'load_state_dict'"):
             runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-    runner.progress.load_state_dict(_rescaled(runner, checkpoint))
+    runner.progress.load_state_dict(resume_position(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
     metrics = checkpoint.get("metrics")
     if runner.val_loop is not None and isinstance(metrics, Mapping):
         runner.val_loop.metrics = dict(metrics)
-
-
-def _rescaled(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counters, with ``batch`` rescaled if the number of ranks changed mid-epoch."""
-    progress, meta = dict(checkpoint["progress"]), checkpoint.get("meta", {})
-    ranks, now = meta.get("world_size"), dist.get_world_size()
-    then, length = meta.get("dataset", {}).get("train", {}).get("batches"), None
-    if runner.train_loop is not None:
-        length = length_of(runner.train_loop.dataloader)
-    if progress["batch"] and ranks not in (None, now) and then and length:
-        progress["batch"] = progress["batch"] * length // then
-    return progress
 
 
 def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:

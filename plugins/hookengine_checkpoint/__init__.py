@@ -8,16 +8,29 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from hookengine import Plugin, Runner, dist, greater_is_better, hookimpl, metric_value
+from hookengine import (
+    Plugin,
+    Runner,
+    dist,
+    greater_is_better,
+    hookimpl,
+    metric_numbers,
+    metric_value,
+)
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best, optimizer_steps
-from hookengine_checkpoint.checks import check_plain, warn_of_later_changes
+from hookengine_checkpoint.checks import (
+    UnsavableError,
+    check_additions,
+    check_before_training,
+    warn_of_later_changes,
+)
 from hookengine_checkpoint.export import export_weights
 from hookengine_checkpoint.interval import SaveTimer, parse_interval
 from hookengine_checkpoint.preemption import EXIT_CODE, Preemption
 from hookengine_checkpoint.resuming import find_on_all_ranks, load_initial_weights, load_run
 from hookengine_checkpoint.retention import RunCheckpoints
-from hookengine_checkpoint.saving import Saver, numbers
+from hookengine_checkpoint.saving import Saver
 from hookengine_checkpoint.weights import find_weights
 
 __all__ = ["EXIT_CODE", "Checkpoint", "export_weights", "find_weights"]
@@ -149,8 +162,8 @@ class Checkpoint(Plugin, name="checkpoint"):
                 f"checkpoint: a checkpoint that is damaged or later than the resumed one was moved "
                 f"to {path}"
             )
-        check_plain(runner.plugins.state_dict(), "the state of plugins")
-        check_plain(runner.plugins.rank_state_dict(), "the state of plugins")
+        check_before_training(runner)
+        self._checked = False
         warn_of_later_changes(runner, self)
         self._timer = SaveTimer(self.every, runner.progress)
         can_agree = dist.get_world_size() == 1 or "agree" in runner.plugins.calls()
@@ -163,12 +176,19 @@ class Checkpoint(Plugin, name="checkpoint"):
         # Without agreement, the processes could not end at the same time.
         self._preemption = Preemption(runner, self.signals if can_agree else [])
 
+    @hookimpl(tryfirst=True)
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Before the first iteration, refuse what plugins would add that could not be saved."""
+        if not self._checked:  # by now, all plugins are ready to train
+            self._checked = True
+            check_additions(runner)
+
     # -- saving ---------------------------------------------------------------------------------
 
     @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
         """Compare a validation of training with the best one so far."""
-        self._validated = runner.progress.iter, numbers(metrics)
+        self._validated = runner.progress.iter, metric_numbers(metrics)
         if self.keep_best is None or not runner.progress.val_due:
             return
         self._best.known = dist.broadcast_object(self.best)  # only rank 0 learns of a failed save
@@ -195,12 +215,14 @@ class Checkpoint(Plugin, name="checkpoint"):
 
         Raises:
             OSError: The checkpoint could not be saved. During training, this is only logged.
+            TypeError: The state holds something that a checkpoint cannot hold.
         """
         self.begin_save(runner)
         if not self._training:
             self._writer.finish(runner)
             if self._writer.error is not None:
-                raise OSError(self._writer.error)
+                kind = UnsavableError if self._writer.unsavable else OSError
+                raise kind(self._writer.error)
 
     def begin_save(self, runner: Runner) -> None:
         """Copy the state and write it on the thread; without ``asynchronous``, wait for it."""
@@ -223,6 +245,7 @@ class Checkpoint(Plugin, name="checkpoint"):
 
         Raises:
             OSError: It could not be saved, nor at a second try.
+            TypeError: The state holds something that a checkpoint cannot hold.
         """
         self._writer.finish(runner)
         if dist.broadcast_object(self._writer.error) is not None:
@@ -231,10 +254,12 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._training = False
         if self._preemption is not None:
             self._preemption.agree()
-        if (error := dist.broadcast_object(self._writer.error)) is not None:
-            raise OSError(
+        error, unsavable = dist.broadcast_object((self._writer.error, self._writer.unsavable))
+        if error is not None:
+            when = "after the fix" if unsavable else "once there is room again"
+            raise (UnsavableError if unsavable else OSError)(
                 f"training has ended, but its last checkpoint could not be saved: {error}. The "
-                "weights are still in runner.bare_model; once there is room again, call "
+                f"weights are still in runner.bare_model; {when}, call "
                 "runner.plugins['checkpoint'].save(runner)"
             )
 

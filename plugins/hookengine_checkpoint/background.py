@@ -8,6 +8,7 @@ from typing import Any
 
 from hookengine import Runner, dist
 from hookengine_checkpoint.best import Best, optimizer_steps
+from hookengine_checkpoint.checks import UnsavableError
 from hookengine_checkpoint.files import Saved
 from hookengine_checkpoint.retention import RunCheckpoints
 
@@ -23,10 +24,12 @@ class BackgroundWriter:
 
     Attributes:
         error: Why the last save failed, or None.
+        unsavable: Whether that was because of the state, and not of the disk.
     """
 
     def __init__(self, checkpoints: RunCheckpoints, best: Best) -> None:
         self.error: str | None = None
+        self.unsavable = False
         self._checkpoints = checkpoints
         self._best = best
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -101,7 +104,8 @@ class BackgroundWriter:
 
     def report(self, runner: Runner, error: Exception) -> None:
         """Log that a checkpoint could not be saved, and forget that it was to be the best one."""
-        self.error = f"{type(error).__name__}: {error}"
+        self.unsavable = isinstance(error, UnsavableError)
+        self.error = str(error) if self.unsavable else f"{type(error).__name__}: {error}"
         alone = dist.get_world_size() == 1  # several ranks would act differently
         unchanged = alone and self.is_saved(runner.progress)
         self._best.roll_back(optimizer_steps(runner) if unchanged else None)
@@ -109,9 +113,10 @@ class BackgroundWriter:
         before = "no checkpoint has been saved yet"
         if newest is not None:
             before = f"the previous checkpoint, {newest.name}, is intact"
+        fix = "The" if self.unsavable else "Free disk space or fix the folder; the"
         runner.logger.warning(
-            f"checkpoint: saving failed ({self.error}); training continues, and {before}. Free "
-            "disk space or fix the folder; the next save tries again"
+            f"checkpoint: saving failed ({self.error}); training continues, and {before}. {fix} "
+            "next save tries again"
         )
 
     def prune(self, runner: Runner, best: int | None, name: str | None = None) -> None:

@@ -8,19 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hookengine import RunFolder, Runner, describe_environment, dist, original_names
+from hookengine import RunFolder, Runner, as_plain, describe_environment, dist, original_names
 from hookengine_checkpoint import writing
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best
-from hookengine_checkpoint.checks import check_plain, nonfinite
+from hookengine_checkpoint.checks import adding_plugins, check_state, nonfinite
 from hookengine_checkpoint.files import Saved, published
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.snapshot import Snapshot
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are numbers."""
-    return {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float))}
 
 
 class Saver:
@@ -83,7 +78,7 @@ class Saver:
     def _collect(self, runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
         """Collect the state of the run and, on rank 0, the states of all ranks."""
         state = runner.state_dict()
-        ranks = dist.gather_objects({"plugins": runner.plugins.rank_state_dict()})
+        ranks = dist.gather_objects({"plugins": as_plain(runner.plugins.rank_state_dict())})
         self._writer.mark_saved(runner.progress)
         if dist.is_main_process() and not self._has_begun:
             self._prepare_folder(runner)
@@ -142,7 +137,8 @@ class Saver:
         """
         folder = RunFolder(runner.make_run_dir()).checkpoints
         path = writing.free_path(folder, _name(runner.progress))
-        check_plain(state, "the state")
+        added_by = " or ".join(map(repr, adding_plugins(runner)))
+        check_state(state, f"a plugin ({added_by})")
         copied = self.snapshot.take(state)
         manifest = {
             "number": self._number,

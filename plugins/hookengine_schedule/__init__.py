@@ -64,6 +64,7 @@ class Schedule(Plugin, name="schedule"):
         """Start without schedules; ``setup_optimizer`` adds one per optimizer."""
         self._another: str | None = None  # the metric of the plateau before a resume
         self._tracks: dict[str, _Track] = {}
+        self._resumed = False
 
     @hookimpl(trylast=True)  # after plugins that accumulate gradients have set window_length
     def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
@@ -159,6 +160,12 @@ class Schedule(Plugin, name="schedule"):
                     f"schedule: the {track.kind} was made for {planned} {unit}, but this run "
                     f"continues to {total}. Beyond its end, the learning rate keeps its last value"
                 )
+            if total is not None and planned is not None and self._resumed and total < planned:
+                unit = "epochs" if track.by_epoch else "optimizer steps"
+                runner.logger.warning(
+                    f"schedule: the {track.kind} was made for {planned} {unit}, but the resumed "
+                    f"run ends after {total}. The learning rate does not reach its last value"
+                )
             if track.warmup is not None:
                 track.warmup.apply()
             if steps is not None and track.warmup_steps >= steps:
@@ -166,6 +173,7 @@ class Schedule(Plugin, name="schedule"):
                     f"schedule: the warm-up of {track.warmup_steps} optimizer steps does not end "
                     f"within this run of {steps}"
                 )
+        self._resumed = False
 
     @hookimpl(tryfirst=True)  # others see the learning rate of the next step
     def after_optim_step(self, optim_wrapper: OptimWrapper) -> None:
@@ -211,6 +219,7 @@ class Schedule(Plugin, name="schedule"):
         rate, which is part of the optimizer's state, so it is set to the same share of the initial
         learning rate as in the checkpoint.
         """
+        self._resumed = True
         saved = checkpoint.get("optimizer", {})
         for name, track in self._tracks.items():
             old = saved if "param_groups" in saved else saved.get(name, {})

@@ -10,7 +10,7 @@ import torch.optim.lr_scheduler as torch_schedulers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from hookengine import did_you_mean, greater_is_better, not_plain
+from hookengine import as_plain, did_you_mean, greater_is_better, not_plain
 
 # The argument that tells these schedulers the length of the run, and how many steps before it they
 # reach their end (OneCycleLR counts its construction as the first step).
@@ -165,14 +165,15 @@ def _from_dict(
 def check_plain(scheduler: LRScheduler) -> None:
     """Reject a scheduler whose state holds objects that a checkpoint cannot hold.
 
-    Subclasses of plain types, such as NumPy's ``float64`` or a named tuple, are left to the plugin
-    that saves checkpoints; the items of such containers are checked.
+    Scalars of NumPy become Python numbers when they are saved. Subclasses of plain types, such as a
+    named tuple, are left to the plugin that saves checkpoints; the items of such containers are
+    checked.
 
     Raises:
         TypeError: The state holds such an object; the message names its place.
     """
     for name, value in scheduler.state_dict().items():
-        for place, found in _objects(value, repr(name)):
+        for place, found in _objects(as_plain(value), repr(name)):
             raise TypeError(
                 f"schedule: {type(scheduler).__name__}.state_dict() holds {found!r} as {place}, "
                 "which a checkpoint cannot hold safely. Leave it out of state_dict()"

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
-from hookengine import copy_dataloader, dist, preserved_random_state, samplers_of
+from hookengine import (
+    copy_dataloader,
+    dist,
+    length_of,
+    preserved_random_state,
+    samplers_of,
+    samples_per_batch,
+)
 from hookengine_seed.sample import (
     SeededDataset,
     SeededIterable,
@@ -51,6 +58,7 @@ class SeededLoader(Wrapped):
 
     Attributes:
         generators: The user's generators: of the DataLoader and its samplers.
+        samples_per_batch: See ``hookengine.samples_per_batch``.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class SeededLoader(Wrapped):
         self._seed = seed
         self._phase = phase
         self._sought: tuple[int, int] | None = None
+        self.samples_per_batch = samples_per_batch(loader)
+        self._cut: tuple[int, int, int] | None = None  # an epoch, a batch, its samples to leave out
         self._iterable = isinstance(loader.dataset, IterableDataset)
         self._piped = isinstance(loader.dataset, IterDataPipe)  # which torch seeds by itself
         wanted = loader.num_workers > 0 if per_sample is None else per_sample
@@ -99,6 +109,32 @@ class SeededLoader(Wrapped):
         """Make the next pass that of ``epoch``, starting at ``batch``."""
         self._sought = epoch, batch
 
+    def sample_at(self, epoch: int, batch: int) -> int | None:
+        """Return how many samples come before a batch, or None if that is unknown."""
+        size = self.samples_per_batch
+        if size is None:
+            return None
+        length = None if self._iterable else length_of(self.loader.sampler)
+        return batch * size if length is None else min(batch * size, length)
+
+    def seek_sample(self, epoch: int, sample: int) -> int | None:
+        """Make the pass of ``epoch`` leave out the samples before ``sample`` in their batch.
+
+        Returns:
+            The batch to start with; None if that is unknown, or if the dataset is iterable and the
+            sample is not the first one of its batch.
+        """
+        self._cut = None
+        size = self.samples_per_batch
+        if size is None or (self._iterable and sample % size):
+            return None
+        if self.sample_at(epoch, -(-sample // size)) == sample and sample % size:
+            return len(self.loader)  # after the last batch, which is short
+        batch, left_out = divmod(sample, size)
+        if left_out:
+            self._cut = epoch, batch, left_out
+        return batch
+
     def close(self) -> None:
         """Release persistent workers."""
         vars(self._inner)["_iterator"] = None
@@ -128,7 +164,8 @@ class SeededLoader(Wrapped):
             for generator, state in later:
                 generator.set_state(state)
 
-        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start, begun)
+        cut = self._cut[1:] if self._cut and self._cut[0] == epoch else (0, 0)
+        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start, begun, cut)
         return _isolated(iter(self._inner)) if self._isolated else iter(self._inner)
 
     def _iterate(self, seed: int, start: int) -> Iterator[Any]:
@@ -233,7 +270,14 @@ class _Numbered:
         self._per_sample, self._whole = per_sample, whole
         self.begin(0, 0, 0, lambda: None)
 
-    def begin(self, seed: int, sample_seed: int, start: int, begun: Callable[[], object]) -> None:
+    def begin(
+        self,
+        seed: int,
+        sample_seed: int,
+        start: int,
+        begun: Callable[[], object],
+        cut: tuple[int, int] = (0, 0),
+    ) -> None:
         """Prepare the next pass.
 
         Args:
@@ -241,8 +285,10 @@ class _Numbered:
             sample_seed: What the seeds of samples derive from.
             start: The first batch.
             begun: Called when the sampler has drawn its order.
+            cut: A batch, and how many of its first samples to leave out.
         """
         self._seed, self._sample_seed, self._start, self._begun = seed, sample_seed, start, begun
+        self._cut = cut
 
     def __len__(self) -> int:
         return len(self._own)
@@ -259,8 +305,9 @@ class _Numbered:
             number = self._skip(indices)
             first = list(islice(indices, 1))
         self._begun()
-        items = chain(first, indices)
-        yield from self._with_seeds(items, number) if self._per_sample else items
+        items: Iterable[Any] = chain(first, indices)
+        items = self._with_seeds(items, number) if self._per_sample else items
+        yield from self._without_used(items) if self._cut[1] else items
 
     def _skip(self, indices: Iterator[Any]) -> int:
         """Skip the batches before the start; return how many seeds they had."""
@@ -268,6 +315,17 @@ class _Numbered:
         if self._batched and self._per_sample and not self._whole:
             return sum(len(list(item)) for item in skipped)
         return sum(1 for _ in skipped)
+
+    def _without_used(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Leave out the samples that a run with other batches has used already."""
+        cut, count = self._cut
+        for number, item in enumerate(items, self._start):
+            if number != cut:
+                yield item
+            elif self._whole and self._per_sample:
+                yield item[0], item[1][count:]
+            else:
+                yield item[count:]
 
     def _with_seeds(self, items: Iterable[Any], number: int) -> Iterator[Any]:
         seed = self._sample_seed
@@ -290,23 +348,62 @@ class StatefulLoader(Wrapped):
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader)
-        self.generators = _generators(loader) if isinstance(loader, DataLoader) else []
+        self.generators: list[torch.Generator] = []
+        self.samples_per_batch: int | None = None
+        if isinstance(loader, DataLoader):
+            self.generators = _generators(loader)
+            if not isinstance(loader.dataset, IterableDataset):
+                self.samples_per_batch = loader.batch_size
         self._saved: Any = None
-        self._start = 0
+        self._lost = False
+        self._sought: tuple[int, int] | None = None
+        self._from = 0, 0, 0  # an epoch, and a batch of it that starts with this sample
 
     def close(self) -> None:
         """Do nothing: the user owns the dataloader and its workers."""
 
     def seek(self, epoch: int, batch: int) -> None:
         """Start the next pass at ``batch``."""
-        self._start = batch
+        self._sought = epoch, batch
         if callable(set_epoch := getattr(self.loader, "set_epoch", None)):
             set_epoch(epoch)
 
+    def sample_at(self, epoch: int, batch: int) -> int | None:
+        """Return how many samples come before a batch, or None if that is unknown."""
+        size = self.samples_per_batch
+        if size is None:
+            return None
+        when, start, sample = self._from
+        if epoch != when or batch < start:
+            start = sample = 0
+        sample += (batch - start) * size
+        length = length_of(self.loader.sampler)
+        return sample if length is None else min(sample, length)
+
+    def seek_sample(self, epoch: int, sample: int) -> int | None:
+        """Return the batch that starts with a sample; None if that is unknown.
+
+        The dataloader counts samples by itself: its batches are whole, from that sample on.
+        """
+        size, length = self.samples_per_batch, length_of(getattr(self.loader, "sampler", ()))
+        if size is None:
+            return None
+        batch = sample // size
+        if length is not None:
+            left = length - sample
+            batches = left // size if self.loader.drop_last else -(-left // size)
+            batch = max(len(self.loader) - batches, 0)
+        self._from = epoch, batch, sample
+        return batch
+
     def __iter__(self) -> Iterator[Any]:
+        sought, self._sought = self._sought, None
+        if sought is None:  # a pass that a hook makes, not the training
+            return iter(self.loader)
+        epoch, start = sought
         saved, self._saved = self._saved, None
-        start, self._start = self._start, 0
-        if start and saved is not None:
+        sample = self.sample_at(epoch, start)
+        if saved is not None and (start if sample is None else sample):
             self.loader.load_state_dict(saved)
             start = 0
         batches = iter(self.loader)
@@ -314,18 +411,30 @@ class StatefulLoader(Wrapped):
 
     def rank_state_dict(self, within: bool) -> dict[str, Any]:
         """Return the dataloader's state within a pass, its generators' states between passes."""
+        if self._saved is not None:  # its pass has not resumed yet
+            return {"loader": self._saved, "ranks": dist.get_world_size()}
         if within:
-            return {"loader": self.loader.state_dict()}
+            return {"loader": self.loader.state_dict(), "ranks": dist.get_world_size()}
         states = [generator.get_state() for generator in self.generators]
         return {"generators": states} if states else {}
 
     def load_rank_state_dict(self, state: dict[str, Any], shared: Container[int] = ()) -> None:
-        """Restore the states saved by ``rank_state_dict``."""
+        """Restore the states saved by ``rank_state_dict`` on the same number of ranks."""
         self._saved = state.get("loader")
+        ranks = dist.get_world_size()
+        self._lost = state.get("ranks", ranks) != ranks
+        if self._lost:
+            self._saved = None
         _set(self.generators, state.get("generators", ()))
 
     def remarks(self) -> Iterator[str]:
         """Yield what a resume cannot repeat exactly."""
+        if self._lost:
+            yield (
+                f"the state of {type(self.loader).__name__} in the checkpoint belongs to another "
+                "number of processes and is not used: samples of this epoch may be trained twice "
+                "or not at all"
+            )
         if getattr(self.loader, "generator", None) is not None:
             yield (
                 f"{type(self.loader).__name__} has its own generator: a resume repeats the order "

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from hookengine import Plugin
-from tests.fixtures import MakeRunner, Toy
+from tests.fixtures import MakeData, MakeRunner, Toy
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "LambdaLR": dict(lr_lambda=lambda count: 0.8**count),
@@ -445,6 +445,27 @@ def test_a_warm_up_can_begin_where_the_state_has_none(make: MakeRunner) -> None:
     assert rates.seen == pytest.approx([0.1 * factor for factor in factors])
 
 
+def test_a_resumed_run_that_ends_before_its_schedule_is_warned_about(
+    make: MakeRunner, data: MakeData, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(size: int, epochs: int, state: Any = None) -> tuple[Any, str]:
+        caplog.clear()
+        schedule = Schedule(scheduler="CosineAnnealingLR", by_epoch=False)
+        loader = DataLoader(data(), batch_size=size)
+        runner = make(plugins=[schedule], train_dataloader=loader, train_cfg=dict(max_epochs=4))
+        if state is not None:
+            runner.load_state_dict(state, allow=["dataset"])
+        runner.train(max_epochs=epochs)
+        return runner.state_dict(), caplog.text
+
+    state, text = run(4, 2)
+    assert "does not reach" not in text
+    assert "does not reach" not in run(4, 4, state)[1]
+    _, text = run(10, 4, state)
+    assert "CosineAnnealingLR was made for 20 optimizer steps" in text
+    assert "the resumed run ends after 14. The learning rate does not reach its last" in text
+
+
 def test_the_state_of_another_scheduler_is_refused(make: MakeRunner) -> None:
     state = make(plugins=[Schedule(scheduler="CosineAnnealingLR")]).state_dict()
     runner = make(plugins=[Schedule(scheduler=dict(type="StepLR", step_size=1))])
@@ -644,7 +665,9 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(
     assert f"as {place}," in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [np.float64(0.5), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}])
+@pytest.mark.parametrize(
+    "kept", [np.float64(0.5), np.int64(2), Pair(1, 2.0), defaultdict(int, a=1), {1, 2}]
+)
 def test_subclasses_of_plain_types_are_left_to_who_saves(make: MakeRunner, kept: Any) -> None:
     make(plugins=[dict(type="schedule", scheduler=dict(type=Holding, kept=kept))]).train()
 

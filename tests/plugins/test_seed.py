@@ -175,6 +175,27 @@ def test_datasets_that_read_whole_batches_still_do(make: MakeRunner) -> None:
     assert Columns.calls == 10
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resume_with_other_batches_repeats_the_augmentation(
+    make: MakeRunner, workers: int
+) -> None:
+    def loader(size: int) -> Any:
+        return DataLoader(Noisy(), batch_size=size, shuffle=True, num_workers=workers)
+
+    seeded = dict(type="seed", seed=3, per_sample=True)
+    expected = torch.cat([inputs for inputs, _ in train(make, loader(4), seed_options=seeded)])
+    first = make(train_dataloader=loader(4), plugins=[seeded])
+    first.on("safe_point")(lambda runner: runner.stop("enough", now=True))
+    first.train()
+    seen = Batches()
+    second = make(train_dataloader=loader(6), plugins=[seeded, seen])
+    second.load_state_dict(first.state_dict(), allow=["dataset"])
+    second.train()
+    assert [len(inputs) for inputs, _ in seen.seen] == [2, 6, 6, 2, 6, 6, 6, 2]
+    assert torch.equal(torch.cat([inputs for inputs, _ in seen.seen]), expected[4:])
+
+
 def show_worker(worker_id: int) -> None:
     info = get_worker_info()
     assert info is not None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -198,19 +201,254 @@ def test_tied_and_strided_tensors_and_versions_of_modules_come_back(make: MakeRu
         assert torch.equal(state[name], value)
 
 
-def test_a_state_that_only_code_could_restore_is_refused_before_training(make: MakeRunner) -> None:
-    class Careless(Plugin):
-        def after_train_iter(self) -> None: ...
+class Holding(Plugin, name="holding"):
+    """Has a state; loads it."""
 
-        def state_dict(self) -> dict[str, Any]:
-            return {"best": [0, np.float64(0.5)]}
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
 
-        def load_state_dict(self, state: Any) -> None: ...
+    def after_train_iter(self) -> None: ...
 
-    runner = make(plugins=["checkpoint", Careless()])
-    with pytest.raises(TypeError, match=r"\['careless'\]\['best'\]\[1\] is a numpy.float64.*float"):
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": [0, self.value]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["best"][1]
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        return {"own": self.value}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(0.1), np.float32(0.1), np.int64(7), np.bool_(True), np.str_("a"), np.array(2.5)],
+    ids=lambda value: type(value).__name__,
+)
+def test_scalars_of_numpy_are_saved_as_python_values(make: MakeRunner, value: Any) -> None:
+    class Adding(Plugin):
+        def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["added"] = {"value": value}
+
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"value": value}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    def build(holding: Holding, **options: Any) -> Any:
+        model = Extra(4, 3)
+        plugins = ["checkpoint", holding, Adding()]
+        loss = nn.functional.cross_entropy
+        return make(model=model, loss=loss, plugins=plugins, name="run", **options)
+
+    runner = build(Holding(value))
+    runner.train()
+    state = load(runner.run_dir / "checkpoints" / "epoch_2")
+    found = [
+        state["plugins"]["holding"]["best"][1],
+        state["ranks"][0]["plugins"]["holding"]["own"],
+        state["added"]["value"],
+        state["state_dict"]["_extra_state"]["value"],
+    ]
+    for one in found:
+        assert one == value.item()
+        assert type(one) is type(value.item())
+    holding = Holding()
+    build(holding, resume="auto")
+    assert holding.value == value
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.array, float, torch.tensor])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_learning_rate_may_be_a_scalar_of_numpy(
+    make: MakeRunner, kind: Any, optimizer: str, tmp_path: Path
+) -> None:
+    """Resumed, the run ends with the weights of the straight run."""
+
+    def build(epochs: int, name: str, built: bool = False, **options: Any) -> Any:
+        torch.manual_seed(0)
+        model = Toy()
+        config: dict[str, Any] = dict(type=optimizer, lr=kind(0.01), weight_decay=np.float64(0.1))
+        if optimizer == "Adam":
+            config.update(betas=(np.float64(0.9), np.float32(0.99)))
+        if built and optimizer == "SGD":
+            config.pop("type")
+            config = torch.optim.SGD(model.parameters(), **config)  # type: ignore[assignment]
+        return make(
+            model=model,
+            optim_wrapper=dict(optimizer=config),
+            plugins=["checkpoint", "logging", "no:progress_bar"],
+            train_cfg=dict(max_epochs=epochs),
+            name=name,
+            **options,
+        )
+
+    straight = build(3, "straight")
+    straight.train()
+    first = build(1, "run", built=True)
+    first.train()
+    first.close()
+    resumed = build(3, "run", resume="auto")
+    resumed.train()
+    for name, value in straight.bare_model.state_dict().items():
+        assert torch.equal(resumed.bare_model.state_dict()[name], value)
+    rate = resumed.optim_wrapper.param_groups[0]["lr"]
+    assert rate == kind(0.01)
+    described = json.loads((straight.run_dir / "run.json").read_text())["optimizers"]["optimizer"]
+    assert described["lr"] == float(kind(0.01))
+    assert described["weight_decay"] == 0.1
+
+
+def test_a_rate_that_numpy_computes_during_training(make: MakeRunner) -> None:
+    runner = make(plugins=["checkpoint"])
+
+    @runner.on("before_train_iter")
+    def decay(runner: Any) -> None:
+        runner.optim_wrapper.param_groups[0]["lr"] = np.logspace(-1, -3, 10)[runner.progress.iter]
+
+    runner.train()
+    state = load(runner.run_dir / "checkpoints" / "epoch_2")
+    rate = state["optimizer"]["param_groups"][0]["lr"]
+    assert type(rate) is float
+    assert rate == np.logspace(-1, -3, 10)[9]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.5), Fraction(1, 2), Decimal("0.5"), torch.tensor(0.5), np.ones(1) / 2]
+)
+def test_metrics_that_are_numbers_of_any_type_are_saved(make: MakeRunner, value: Any) -> None:
+    runner = make(plugins=[dict(type="checkpoint", keep_best="extra_loss")], validate=True)
+
+    @runner.on("after_val_epoch")
+    def add(metrics: dict[str, Any]) -> None:
+        metrics.update(extra_loss=value, text="0.5", several=torch.ones(2), nothing=None)
+
+    runner.train()
+    path = runner.run_dir / "checkpoints" / "epoch_2"
+    assert manifest(path)["metrics"].keys() == {"accuracy", "extra_loss"}
+    assert load(path)["metrics"]["extra_loss"] == manifest(path)["metrics"]["extra_loss"] == 0.5
+
+
+class Colors(Enum):
+    RED = 1
+
+
+UNSAVABLE: dict[str, Any] = {
+    "a function": lambda: None,
+    "an enum": Colors.RED,
+    "an array": np.zeros(2),
+    "a fraction": Fraction(1, 2),
+    "a path": Path("x"),
+    "an object": object(),
+    "a date": np.datetime64("2020-01-01"),
+    "a generator": (i for i in range(3)),
+    "a range": range(3),
+}
+
+
+@pytest.mark.parametrize("kind", UNSAVABLE)
+def test_a_state_that_only_code_could_restore_is_refused_before_training(
+    make: MakeRunner, kind: str
+) -> None:
+    value = UNSAVABLE[kind]
+    runner = make(plugins=["checkpoint", Holding(value)])
+    with pytest.raises(TypeError, match=r"\['holding'\]\['best'\]\[1\] is a .*instead"):
         runner.train()
     assert runner.progress.iter == 0
+    assert not (runner.run_dir / "checkpoints").exists()
+
+
+def test_every_place_of_a_state_is_checked_before_training(make: MakeRunner) -> None:
+    class OfRank(Plugin, name="of_rank"):
+        def after_train_iter(self) -> None: ...
+
+        def rank_state_dict(self) -> dict[str, Any]:
+            return {"key": print}
+
+        def load_rank_state_dict(self, state: Any) -> None: ...
+
+    class Adding(Plugin, name="adding"):
+        def before_train(self) -> None:
+            self.options = {"key": print}
+
+        def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["options"] = self.options
+
+    class Extra(Toy):
+        def get_extra_state(self) -> Any:
+            return {"key": print}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    class Slow(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float, how: Any) -> None:
+            super().__init__(params, lr)
+            self.param_groups[0]["how"] = how
+
+    itself: dict[str, Any] = {}
+    itself["me"] = itself
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(plugins=[OfRank()]), "the state of plugins['of_rank']['key']"),
+        (dict(plugins=[Adding()]), "checkpoint['options']['key'], which the plugin 'adding' adds,"),
+        (dict(model=Extra()), "the state of the model['_extra_state']['key']"),
+        (
+            dict(optim_wrapper=dict(optimizer=dict(type=Slow, lr=0.1, how=print))),
+            "the state of the optimizer['param_groups'][0]['how']",
+        ),
+        (dict(plugins=[Holding(itself)]), "the state of plugins['holding']['best'][1]['me']"),
+    ]
+    for options, place in cases:
+        plugins = ["checkpoint", *options.pop("plugins", [])]
+        runner = make(plugins=plugins, **options)
+        with pytest.raises(TypeError) as caught:
+            runner.train()
+        assert str(caught.value).startswith(f"{place} is a builtins.")
+        assert runner.progress.iter == 0
+
+
+def test_hooks_that_add_nothing_are_called_only_for_a_save(make: MakeRunner) -> None:
+    runner = make(plugins=["checkpoint"])
+    calls = []
+    runner.on("before_save_checkpoint")(lambda runner: calls.append(runner.progress.iter))
+
+    @runner.on("before_save_checkpoint")
+    def needs_a_validation(checkpoint: dict[str, Any]) -> None:
+        checkpoint["last"] = calls[-1]  # there is none before the first save
+
+    runner.train()
+    assert calls == [5, 10]
+    assert load(runner.run_dir / "checkpoints" / "epoch_2")["last"] == 10
+
+
+def test_a_state_that_becomes_unsavable_names_its_plugin_and_loses_nothing(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holding = Holding(0)
+    runner = make(plugins=["checkpoint", "logging", holding], train_cfg=dict(max_epochs=3))
+
+    @runner.on("before_train_epoch")
+    def spoil(runner: Any) -> None:
+        if runner.progress.epoch == 1:
+            holding.value = print
+
+    with pytest.raises(TypeError) as caught:
+        runner.train()
+    place = "the state of plugins['holding']['best'][1] is a builtins.builtin_function_or_method"
+    assert f"last checkpoint could not be saved: {place}" in str(caught.value)
+    assert "room" not in str(caught.value)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"saving failed ({place}" in out
+    assert "the previous checkpoint, epoch_1, is intact. The next save tries again" in out
+    assert "disk space" not in out
+    assert names(runner) == ["epoch_1"]
+    assert runner.progress.iter == 15
+    with pytest.raises(TypeError, match="holding"):
+        runner.plugins["checkpoint"].save(runner)
+    holding.value = 1
+    runner.plugins["checkpoint"].save(runner)  # as the error says
+    assert names(runner) == ["epoch_3"]
 
 
 def test_a_change_in_the_iteration_of_the_save_is_saved_unless_it_comes_after_the_save(
