@@ -23,7 +23,7 @@ from hookengine.model.base_model import BaseModel
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
-from hookengine.records.record import Record, read_records
+from hookengine.records.record import Record, RecordHistory, read_records
 from hookengine.records.run_folder import RunFolder
 from hookengine.records.sink import RunInfo, Sink
 from hookengine.registry import (
@@ -67,6 +67,7 @@ __all__ = [
     "PluginManager",
     "Progress",
     "Record",
+    "RecordHistory",
     "Registry",
     "RunFolder",
     "RunInfo",
