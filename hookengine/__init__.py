@@ -29,7 +29,7 @@ from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequent
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
-from hookengine.records.record import Record, read_records
+from hookengine.records.record import Record, RecordHistory, read_records
 from hookengine.records.run_folder import RunFolder
 from hookengine.records.sink import RunInfo, Sink
 from hookengine.registry import (
@@ -76,6 +76,7 @@ __all__ = [
     "PluginManager",
     "Progress",
     "Record",
+    "RecordHistory",
     "Registry",
     "RunFolder",
     "RunInfo",

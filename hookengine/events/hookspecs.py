@@ -536,6 +536,9 @@ class Records(Protocol):
     def history(self, runner: Runner) -> Iterable[Record] | None:
         """Return the records of the run so far, oldest first. They are iterated over once.
 
+        A ``RecordHistory`` may be iterated over twice. It also tells which later records training
+        is about to cut, because the run resumes before them.
+
         A sink emits this event to write the records that it does not hold yet:
 
         - after a checkpoint is loaded; the records are then those up to the point where the run

@@ -5,14 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from hookengine.records.record import Record
+from hookengine.records.held import Held
+from hookengine.records.record import Record, RecordHistory
 
 if TYPE_CHECKING:
     from hookengine.events.hookspecs import HookSpecs
@@ -38,6 +39,8 @@ class Destination:
         open: Called before the first record.
         write: Called for each record that the sink does not hold yet.
         skip: Called for each record that the sink already holds.
+        cut: Called with the last iteration of each phase that the sink may keep.
+        cuts_late: Whether to call ``cut`` only once the run does not repeat what the sink holds.
         close: Called after the last record.
         pause: Returns the number of seconds to gather records before they are written.
     """
@@ -46,6 +49,8 @@ class Destination:
     open: Callable[[Any], None]
     write: Callable[[Any, Record], None]
     skip: Callable[[Any, Record], None]
+    cut: Callable[[Any, Mapping[str, int]], None]
+    cuts_late: bool
     close: Callable[[Any], None]
     pause: Callable[[], float]
 
@@ -59,9 +64,12 @@ class Delivery:
         runner: The Runner that the records come from, or None if there is none yet.
 
     Attributes:
-        held: The last iteration of each phase for which the sink already holds a record.
+        held: What the sink already holds of the run.
         continues: Whether the run resumes a history, part of which the sink may already hold.
-        history: The records that a loaded checkpoint had, until the next run begins.
+        history: The records that a loaded checkpoint had, until the next run begins; None if there
+            are none.
+        loaded: Whether a checkpoint was loaded since the last run.
+        reached_limit: Whether training has reached its limit in this run.
         records: The number of records written.
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
@@ -72,9 +80,10 @@ class Delivery:
         self, owner: object, destination: Destination, runner: RunInfo | None = None
     ) -> None:
         self.runner = runner
-        self.held: dict[str, int] = {}
-        self.continues = False
-        self.history: Iterable[Record] | None = None
+        self.held = Held()
+        self.continues = self.loaded = self.reached_limit = False
+        self.history: RecordHistory | None = None
+        self._resumed: RecordHistory | None = None
         self.records = self.failures = self.dropped = 0
         self.thread: threading.Thread | None = None
         self._owner = owner
@@ -82,7 +91,6 @@ class Delivery:
         self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._hurry = threading.Event()
-        self._written: dict[str, int] = {}
         self._opened = self._retired = False
         self._behind = self._warned_behind = False
         self._left_behind = 0
@@ -118,26 +126,49 @@ class Delivery:
             self._warned_behind = True
             self.warn("cannot keep up; records are dropped for now (metrics.jsonl has them all)")
 
-    def replay(self, records: Iterable[Record]) -> None:
+    def replay(self, history: RecordHistory, resumed_at: int) -> None:
         """Write the records that the sink does not hold, however many jobs are waiting.
+
+        Args:
+            history: The records that the run continues.
+            resumed_at: The iteration at which it resumes.
+        """
+        self.put(lambda: self._continue(history, resumed_at))
+
+    def replay_all(self, records: Iterable[Record]) -> None:
+        """Make the sink hold these records and no others of the run.
 
         Args:
             records: The records, oldest first; iterated over once, on the thread.
         """
-        self.put(lambda: self._fill(records))
+        self.put(lambda: self._hold_exactly(records))
+
+    def cut_back(self) -> None:
+        """Cut what the run has left, since training continues from where it has resumed."""
+        if self.thread is not None:
+            self.put(self._cut_back)
+
+    def end_repetition(self) -> None:
+        """Cut what the run has not repeated, since training has reached its limit."""
+        if self.thread is not None:
+            self.put(self._end_repetition)
+
+    def resume_without_history(self, iteration: int) -> None:
+        """Cut what is later than an iteration, since nothing tells what belongs to the run."""
+        if self.thread is not None:
+            self.put(lambda: self._cut_after(iteration))
 
     def catch_up_first(self) -> None:
         """Write the records of the history before any new one: the sink was added mid-run."""
         self.continues = self._history() is not None
-        self._behind = self.continues
-        self.put(lambda: None)  # the thread catches up after this job
+        self.put(self._catch_up_at_first)
 
     def expect_repetition(self) -> None:
-        """Skip the records written so far, since they may come again after a load."""
+        """Hold the records written so far, since they may come again after a load."""
         if self.thread is None:
-            self._hold_written()
+            self.held.include_written()
         else:
-            self.put(self._hold_written)  # after the waiting records
+            self.put(self.held.include_written)  # after the waiting records
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -172,26 +203,47 @@ class Delivery:
         if not self._opened:
             with self._lock:
                 self.dropped += 1
-        elif record.iter > self.held.get(record.phase, -1):
-            self._written[record.phase] = record.iter
-            failures = self.failures
-            self.guard("write", lambda: self._to.write(self.runner, record), everything=True)
-            self.records += self.failures == failures
-        else:
-            self.guard("skip", lambda: self._to.skip(self.runner, record), everything=True)
+            return
+        match self.held.meet(record):
+            case "held":
+                self.guard("skip", lambda: self._to.skip(self.runner, record), everything=True)
+            case "different":
+                self._cut(self.held.kept)
+                self._fill_from_history()  # which holds this record, too
+                if record.iter > self.held.iterations.get(record.phase, -1):
+                    self._write(record)
+            case "new":
+                self._write(record)
+
+    def _write(self, record: Record) -> None:
+        self.held.note(record)
+        failures = self.failures
+        self.guard("write", lambda: self._to.write(self.runner, record), everything=True)
+        self.records += self.failures == failures
 
     def _catch_up(self) -> None:
         """Write the dropped records from the history, if a plugin keeps one."""
         with self._lock:  # later records are queued, and may be in the history as well
             self._behind, missed = False, self.dropped
-        history = self.guard("history", self._history)
-        if history is None:
-            return
-        self._hold_written()
-        if self._fill(history):
+        if self._fill_from_history():
             with self._lock:
                 self.dropped -= missed
-        self._hold_written()
+
+    def _catch_up_at_first(self) -> None:
+        history = self.guard("history", self._history)
+        if history is not None:
+            self._hold_exactly(history)
+            self.held.include_written()  # later records are queued, and in the history as well
+
+    def _fill_from_history(self) -> bool:
+        """Write what the sink lacks of the history so far; return whether that was possible."""
+        history = self.guard("history", self._history)
+        if history is None:
+            return False
+        self.held.include_written()
+        filled = self._fill(history)
+        self.held.include_written()
+        return filled
 
     def _history(self) -> Iterable[Record] | None:
         hooks: HookSpecs | None = getattr(self.runner, "hooks", None)  # a past run has none
@@ -207,9 +259,52 @@ class Delivery:
 
         return bool(self.guard("history", each, everything=True))
 
-    def _hold_written(self) -> None:
-        for phase, iteration in self._written.items():
-            self.held[phase] = max(iteration, self.held.get(phase, -1))
+    # -- a run that resumes from an earlier point -------------------------------------------------
+
+    def _continue(self, history: RecordHistory, resumed_at: int) -> None:
+        self._resumed = history
+        same = self.guard(
+            "history", lambda: self.held.compare(history, resumed_at), everything=True
+        )
+        if same is False:
+            self._cut({})
+        self._fill(history)
+
+    def _hold_exactly(self, records: Iterable[Record]) -> None:
+        if self.held.iterations:
+            history = RecordHistory([*records])  # they are read twice
+            self._continue(history, max((record.iter for record in history), default=-1))
+            self._cut_back()
+        else:
+            self._fill(records)
+
+    def _cut_back(self) -> None:
+        history, self._resumed = self._resumed, None
+        if history is None:  # nothing was loaded since the last time
+            return
+        late = self._to.cuts_late
+        if not self.held.expect_repetition() if late else self.held.is_beyond():
+            self._cut(self.held.kept)
+            if self.held.lacks(self.held.kept):
+                self._fill(history)
+
+    def _cut_after(self, iteration: int) -> None:
+        held = self.held.iterations.items()
+        kept = {phase: min(last, iteration) for phase, last in held if iteration >= 0}
+        if any(last > iteration for _, last in held):
+            self._cut(kept)
+
+    def _end_repetition(self) -> None:
+        if self.held.is_repeating:
+            self._cut(self.held.kept)
+            self._fill_from_history()
+
+    def _cut(self, kept: Mapping[str, int]) -> None:
+        """Have the sink remove the records after ``kept``."""
+        kept = dict(kept)
+        self.held.cut(kept)
+        if self._opened:
+            self.guard("cut", lambda: self._to.cut(self.runner, kept), everything=True)
 
     # -- failures ---------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from hookengine.records.run_folder import RunFolder
 _FIELDS = frozenset(("phase", "epoch", "iter", "step", "timestamp", "media"))
 _OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")
 """Match the field names of a record, and the same names escaped with ``value/`` prefixes."""
+
+MEASURED = frozenset(("time", "data_time", "samples_per_second", "memory", "eta", "seconds"))
+"""Values that are measured: they differ whenever a run is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,24 @@ class Record:
     scalars: Mapping[str, float]
     media: Mapping[str, Medium] = field(default_factory=dict)
     timestamp: float = field(default_factory=time.time)
+
+    def repeats(self, other: Record) -> bool:
+        """Return whether this is ``other`` again: the same but for times and other measurements."""
+        if _place(self) != _place(other) or self.media.keys() != other.media.keys():
+            return False
+        names = self.scalars.keys() - MEASURED
+        return (
+            names == other.scalars.keys() - MEASURED
+            and all(_same(self.scalars[name], other.scalars[name]) for name in names)
+            and all(
+                _content(one) == _content(other.media[name]) for name, one in self.media.items()
+            )
+        )
+
+    def digest(self) -> int:
+        """Return a number that is the same for records with the same values, times aside."""
+        values = sorted((n, str(v)) for n, v in self.scalars.items() if n not in MEASURED)
+        return zlib.crc32(json.dumps([*_place(self), values]).encode())
 
     def to_line(self, image_files: Mapping[str, str]) -> str:
         """Return the record as one line of JSON, without the newline.
@@ -94,6 +116,24 @@ class Record:
         return cls(phase, epoch, iteration, step, scalars, there, timestamp)
 
 
+@dataclass(frozen=True)
+class RecordHistory:
+    """The history that a resumed run continues: what the event ``history`` returns.
+
+    Iterating over it yields the records that still belong to the run.
+
+    Attributes:
+        kept: The records up to where the run resumes, oldest first. Each iteration starts over.
+        later: The records after that, which training cuts off. It may repeat them exactly.
+    """
+
+    kept: Iterable[Record]
+    later: Sequence[Record] = ()
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.kept)
+
+
 def read_records(run_dir: str | Path) -> Iterator[Record]:
     """Yield the records in a run's ``metrics.jsonl``, oldest first, one at a time.
 
@@ -113,6 +153,18 @@ def read_records(run_dir: str | Path) -> Iterator[Record]:
             except ValueError:
                 continue
             yield record
+
+
+def _place(record: Record) -> tuple[str, int, int, int]:
+    return record.phase, record.epoch, record.iter, record.step
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+def _content(medium: Medium) -> Any:
+    return medium.png if isinstance(medium, Image) else _pack(medium, None)
 
 
 def _plain(name: str) -> str:

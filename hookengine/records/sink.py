@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -12,7 +12,7 @@ from hookengine import dist
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.plugin import Plugin
 from hookengine.records.delivery import Delivery, Destination, on_thread_of
-from hookengine.records.record import Record
+from hookengine.records.record import Record, RecordHistory
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -51,14 +51,22 @@ class Sink(Plugin):
     their number. A record whose ``write`` raised an exception is not tried again.
 
     A resumed run leaves no gap and repeats no record: ``open`` sets ``held`` to the last iteration
-    of each phase that the sink already holds. Records up to that iteration go to ``skip`` instead
-    of ``write``, and later records from the event ``history`` are written first.
+    of each phase that the sink already holds, and ``held_values`` to the numbers of that record.
+    Records up to that iteration go to ``skip`` instead of ``write``, and later records from the
+    event ``history`` are written first.
+
+    A run that resumes from an older checkpoint leaves the records after it. When training begins,
+    ``cut(runner, kept)`` removes them from the sink. Without ``cut``, or with ``cuts_late``, the
+    sink keeps them for as long as the run repeats them exactly; the first record that differs is
+    then preceded by ``cut``. Without ``cut``, the sink holds both records, and a warning says so.
     """
 
     queue_size = 1000
     flush_timeout = 10.0
     pause = 1.0
     """Seconds to gather records before they are written together."""
+    cuts_late = False
+    """Whether ``cut`` is called only once the run does not repeat the records that it has left."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         for name in EVENTS.keys() & cls.__dict__.keys():
@@ -84,6 +92,24 @@ class Sink(Plugin):
     def skip(self, runner: Runner, record: Record) -> None:
         """Receive a record that the sink already holds, on the sink's thread."""
 
+    def cut(self, runner: Runner, kept: Mapping[str, int]) -> None:
+        """Remove the records that the run has left, on the sink's thread.
+
+        ``held`` is lowered to ``kept`` already. A sink that removes more lowers it further; it then
+        receives the records of the history again.
+
+        Args:
+            runner: The Runner.
+            kept: The last iteration of each phase that still belongs to the run. It is empty if
+                the sink holds no record of this run's history.
+        """
+        after = f"those after iteration {max(kept.values())}" if kept else "the records"
+        runner.logger.warning(
+            f"sink {self.plugin_name!r} still holds {after} of an attempt that the run has left, "
+            "and receives the new ones as well. To remove them, define cut(self, runner, kept)",
+            plugin=self.plugin_name,
+        )
+
     # -- what a subclass may use ------------------------------------------------------------------
 
     def enqueue(self, job: Callable[[], None]) -> None:
@@ -92,7 +118,7 @@ class Sink(Plugin):
         delivery.put(lambda: delivery.guard("a job", job, everything=True))
 
     def replay(self, runner: RunInfo, records: Iterable[Record], continues: bool = True) -> None:
-        """Write all of ``records`` that the sink does not hold, regardless of ``queue_size``.
+        """Make the sink hold ``records``, and no others of the run, regardless of ``queue_size``.
 
         Args:
             runner: The Runner, or a stand-in with what ``open``, ``write`` and ``close`` may use.
@@ -101,12 +127,17 @@ class Sink(Plugin):
         """
         self._sink_delivery.runner = runner
         self._sink_delivery.continues = continues
-        self._sink_delivery.replay(records)
+        self._sink_delivery.replay_all(records)
 
     @property
     def held(self) -> dict[str, int]:
         """The last iteration of each phase for which the sink already holds a record."""
-        return self._sink_delivery.held
+        return self._sink_delivery.held.iterations
+
+    @property
+    def held_values(self) -> dict[str, Mapping[str, float]]:
+        """The numbers of that record by name, per phase, to recognize it in the history."""
+        return self._sink_delivery.held.values
 
     @property
     def continues(self) -> bool:
@@ -141,25 +172,43 @@ class Sink(Plugin):
 
     def after_load_checkpoint(self, runner: Runner) -> None:
         """Keep the history for ``before_run``; records may be repeated from here on."""
-        self._sink_delivery.flush(self.flush_timeout)
-        self._sink_delivery.expect_repetition()
+        delivery = self._sink_delivery
+        delivery.flush(self.flush_timeout)
+        delivery.expect_repetition()
         history = runner.hooks.history(runner)
-        self._sink_delivery.history = history
-        self._sink_delivery.continues = history is not None
+        delivery.history = history if history is None else _as_history(history)
+        delivery.continues = history is not None
+        delivery.loaded = True
 
     def before_run(self, runner: Runner) -> None:
         """Write the records of the history that the sink does not hold."""
         delivery = self._sink_delivery
         history, delivery.history = delivery.history, None
+        loaded, delivery.loaded = delivery.loaded, False
         if not dist.is_main_process():
             return
         if history is not None:
-            self.replay(runner, history)
+            delivery.runner = runner
+            delivery.replay(history, runner.progress.iter)
+        elif loaded:
+            other = "history" in runner.plugins.calls()  # the history of another run
+            delivery.resume_without_history(-1 if other else runner.progress.iter)
         elif delivery.thread is None and delivery.runner is not None and runner.progress.iter > 0:
             delivery.catch_up_first()  # the sink was added mid-run
 
+    def before_train(self, runner: Runner) -> None:
+        """Cut the records that the run has left."""
+        self._sink_delivery.reached_limit = False
+        self._sink_delivery.cut_back()
+
+    def after_train(self, runner: Runner) -> None:
+        """Note whether training has reached its limit, so that it repeats nothing more."""
+        self._sink_delivery.reached_limit = runner.progress.stopped is None
+
     def after_run(self, runner: Runner) -> None:
         """Wait at most ``flush_timeout`` seconds until the records so far are written."""
+        if self._sink_delivery.reached_limit:
+            self._sink_delivery.end_repetition()
         self._sink_delivery.flush(self.flush_timeout)
 
     def unconfigure(self, runner: Runner) -> None:
@@ -173,9 +222,19 @@ def _begin(sink: Sink, runner: RunInfo | None) -> Delivery:
     Names of a subclass cannot collide with what a Sink keeps: its names begin with ``_sink``.
     """
     write: Callable[[Any, Record], None] = sink.write  # type: ignore[attr-defined]
-    to = Destination(sink.plugin_name, sink.open, write, sink.skip, sink.close, lambda: sink.pause)
+    late = sink.cuts_late or type(sink).cut is Sink.cut
+    to = Destination(
+        *(sink.plugin_name, sink.open, write, sink.skip, sink.cut, late),
+        *(sink.close, lambda: sink.pause),
+    )
     sink.__dict__["_sink_current"] = delivery = Delivery(sink, to, runner)
     return delivery
+
+
+def _as_history(records: Iterable[Record]) -> RecordHistory:
+    if isinstance(records, RecordHistory):
+        return records
+    return RecordHistory([*records] if iter(records) is records else records)
 
 
 def _queued(write: Callable[..., None]) -> Callable[..., None]:

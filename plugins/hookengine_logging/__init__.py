@@ -9,7 +9,7 @@ environment, and how the run ended.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from hookengine import (
     Phase,
     Plugin,
     Record,
+    RecordHistory,
     RunFolder,
     Runner,
     dist,
@@ -243,7 +244,7 @@ class Logging(Plugin, name="logging"):
         """Collect values for the next record of their phase."""
         self._meters[phase].add(values)
 
-    def history(self, runner: Runner) -> Iterable[Record] | None:
+    def history(self, runner: Runner) -> RecordHistory | None:
         """Return the records in ``metrics.jsonl``, up to where the run resumes."""
         return self._history.read(RunFolder(runner.run_dir)) if self._main else None
 

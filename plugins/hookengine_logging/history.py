@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hookengine import Record, RunFolder, read_records
+from hookengine import Record, RecordHistory, RunFolder, read_records
 from hookengine_logging.metrics_file import MetricsFile
 from hookengine_logging.run_file import history_id
 
@@ -18,8 +19,8 @@ class History:
 
     Every history has a random ID, which run.json and each checkpoint hold. A run that loads a
     checkpoint of the history in its folder continues it: training cuts back the records written
-    after the checkpoint. A run that loads a checkpoint of another
-    history begins a new one.
+    after the checkpoint. A run that loads a checkpoint of another history begins a new one; so does
+    a run that loads one whose last record was replaced, by a run that resumed from an earlier one.
 
     Attributes:
         id: The ID of the history to which the run's records belong.
@@ -28,9 +29,10 @@ class History:
     def __init__(self) -> None:
         self.id = uuid.uuid4().hex
         self._file: MetricsFile | None = None  # only on rank 0, once a run has begun
-        self._loaded: tuple[int, str | None] = 0, None
+        self._loaded: Mapping[str, Any] = {"records": 0}
         self._other = False  # whether the folder holds another history than the loaded state
         self._resumed_at: int | None = None  # records; until training cuts the later ones
+        self._later: list[Record] = []
 
     @property
     def is_open(self) -> bool:
@@ -58,6 +60,7 @@ class History:
     def start_training(self) -> None:
         """Cut the records back to where the run resumes; it repeats the later ones."""
         count, self._resumed_at = self._resumed_at, None
+        self._later = []
         if self._file is not None and self._other:
             self._file.begin()
         elif self._file is not None and count is not None:
@@ -71,11 +74,11 @@ class History:
             self._file.remove_repeated(self._resumed_at, record.phase, record.iter)
         self._file.append(record, logger)
 
-    def read(self, folder: RunFolder) -> Iterable[Record] | None:
+    def read(self, folder: RunFolder) -> RecordHistory | None:
         """Read the records up to where the run resumes; None if the folder has none of them."""
         if self._other or not folder.metrics.exists():
             return None
-        return islice(read_records(folder.path), self._resumed_at)
+        return RecordHistory(_Lines(folder.path, self._resumed_at), self._later)
 
     def close(self, logger: Any) -> None:
         """Write what is still unwritten."""
@@ -83,21 +86,38 @@ class History:
             self._file.close(logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of records, and the ID of their history."""
-        return {"records": 0 if self._file is None else self._file.count, "history": self.id}
+        """Return the number of records, the digest of the last one, and the ID of their history."""
+        count, last = (0, 0) if self._file is None else (self._file.count, self._file.last_digest())
+        return {"records": count, "last": last, "history": self.id}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over where to resume; ``resume`` compares it with the folder."""
-        self._loaded = state["records"], state.get("history")
+        self._loaded = state
 
     def resume(self, folder: RunFolder) -> None:
         """Continue the history in the folder, if it is the one that led to the loaded state."""
-        self._resumed_at, loaded = self._loaded
-        path = folder.metrics
+        count, loaded = self._loaded["records"], self._loaded.get("history")
+        path, self._resumed_at = folder.metrics, None
         present = self.id if self._file is not None else history_id(folder)
         self._other = path.exists() and None not in (loaded, present) and loaded != present
         if self._other or not path.exists():
-            self._resumed_at = None
-        else:
+            return
+        file = self._file or MetricsFile(path)
+        last, known = self._loaded.get("last"), file.digest_of(count)
+        self._other = None not in (last, known) and last != known
+        if not self._other:
+            self._resumed_at = count
             self.id = loaded or self.id
-            (self._file or MetricsFile(path)).remove_incomplete_lines()
+            file.remove_incomplete_lines()
+            self._later = file.records_after(count)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The first ``count`` records of a run, or all of them; they are read each time."""
+
+    run_dir: Path
+    count: int | None
+
+    def __iter__(self) -> Iterator[Record]:
+        return islice(read_records(self.run_dir), self.count)

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from hookengine import Record
+from hookengine import Image, Record
 from hookengine_logging.images import ImageFolder
 
 
@@ -36,6 +36,7 @@ class MetricsFile:
         self._warned = False
         self._closed = False
         self.count = len(self._complete_lines())
+        self._last_digest: int | None = None
 
     def begin(self) -> Path | None:
         """Start a new history; move that of an earlier run to ``metrics_1.jsonl``, ``_2``, ...
@@ -50,14 +51,14 @@ class MetricsFile:
             number += 1
         self._close_file()
         self.path.rename(moved)
-        self.count = 0
+        self.count, self._last_digest = 0, None
         return moved
 
     def append(self, record: Record, logger: Any) -> None:
         """Write one record, and its images beside it."""
         line = record.to_line(self._images.save(record, logger) if record.media else {})
         self._unwritten.append(line.encode() + b"\n")
-        self.count += 1
+        self.count, self._last_digest = self.count + 1, record.digest()
         if not self._closed:
             self._write(logger)
 
@@ -118,6 +119,29 @@ class MetricsFile:
         if len(kept) < len(lines):
             self._rewrite(kept)
 
+    def last_digest(self) -> int:
+        """Return the digest of the last record, or 0 without records."""
+        if self._last_digest is None:
+            self._last_digest = self.digest_of(self.count) or 0
+        return self._last_digest
+
+    def digest_of(self, number: int) -> int | None:
+        """Return the digest of a record, counted from 1, or None if there is none."""
+        lines = [*self._complete_lines(), *self._unwritten][:number]
+        if len(lines) < number or not lines:
+            return None
+        return Record.from_line(lines[-1], self.path.parent).digest()
+
+    def records_after(self, count: int) -> list[Record]:
+        """Return the records after the first ``count``, with their images as they are now."""
+        later = [*self._complete_lines(), *self._unwritten][count:]
+        records = [Record.from_line(line, self.path.parent) for line in later]
+        for record in records:
+            for medium in record.media.values():
+                if isinstance(medium, Image):
+                    len(medium.png)  # the file may be replaced by that of a repeated iteration
+        return records
+
     def cut_back(self, count: int) -> None:
         """Keep the first ``count`` records; a resumed run repeats the later ones."""
         self._unwritten.clear()
@@ -130,7 +154,7 @@ class MetricsFile:
 
     def _rewrite(self, lines: list[bytes]) -> None:
         self._close_file()
-        self.count = len(lines) + len(self._unwritten)
+        self.count, self._last_digest = len(lines) + len(self._unwritten), None
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.writelines(line + b"\n" for line in lines)

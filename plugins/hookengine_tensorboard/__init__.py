@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hookengine import Record, RunInfo, Runner, Sink
+from hookengine_tensorboard.event_files import EventFiles
 from hookengine_tensorboard.summaries import START, hyperparameters, session_end, summary_of
 
 __all__ = ["TensorBoard"]
+
+PHASES = ("train", "val", "test")
 
 
 class TensorBoard(Sink, name="tensorboard"):
@@ -25,35 +24,51 @@ class TensorBoard(Sink, name="tensorboard"):
     A value is named ``PHASE/NAME`` and belongs to the iteration of its record. Images, figures,
     histograms, tables and texts passed to ``runner.log`` are written too, and the description of
     the run becomes its hyperparameters. A record is one event, which is read completely or not at
-    all, so a killed run resumes without a gap or a repetition. The event files of an earlier run
-    that started in the same folder are moved to ``tensorboard_1``.
+    all, so a killed run resumes without a gap or a repetition. A run that resumes from an older
+    checkpoint removes the events after it. The event files of an earlier run that started in the
+    same folder are moved to ``tensorboard_1``.
     """
 
     _failed = False
 
     def open(self, runner: RunInfo) -> None:
         """Read what the folder already holds, and start another file."""
-        self._described = self._had_failed = False
-        self._hyperparameters: dict[str, Any] | None = None
-        folder = runner.run_dir
-        files = sorted(folder.glob("events.out.tfevents.*"))
+        self._description = runner.describe()
+        self._hyperparameters: dict[str, Any] | None = self._description
+        self._had_failed = str(self._description.get("status")).startswith("failed")  # if replayed
+        self._files = EventFiles(runner.run_dir)
         if self.continues:
-            for file in files:
-                self._read(file)
-        elif files:
-            _move_aside(folder, files)
-        self._writer = RecordWriter(_new_file(folder).open("wb"))
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        description = runner.describe()
-        self._had_failed = str(description.get("status")).startswith("failed")  # of a replayed run
-        self._hyperparameters = None if self._described else description
+            self._read()
+        else:
+            self._files.move_aside()
 
-    def _read(self, file: Path) -> None:
-        for event in LegacyEventFileLoader(str(file)).Load():
+    def _read(self) -> None:
+        for event in self._files.events():
             for value in event.summary.value:
-                phase = value.tag.partition("/")[0]
-                self._described |= value.tag == START
-                self.held[phase] = max(event.step, self.held.get(phase, -1))
+                phase, _, name = value.tag.partition("/")
+                if value.tag == START:
+                    self._hyperparameters = None
+                if phase not in PHASES:
+                    continue
+                if event.step > self.held.get(phase, -1):
+                    self.held[phase], self.held_values[phase] = event.step, {}
+                if value.HasField("simple_value"):
+                    values = {**self.held_values[phase], name: value.simple_value}
+                    self.held_values[phase] = values
+
+    def cut(self, runner: RunInfo, kept: Mapping[str, int]) -> None:
+        """Remove the events of records that the run has left."""
+        if kept:
+            self._files.cut(
+                lambda event: all(_stays(event, v.tag, kept) for v in event.summary.value)
+            )
+            runner.logger.info(
+                f"tensorboard: removed the records after iteration {max(kept.values())}, where the "
+                "run has resumed"
+            )
+        else:
+            self._files.move_aside()
+            self._hyperparameters = self._description
 
     def write(self, runner: RunInfo, record: Record) -> None:
         """Write a record as one event."""
@@ -61,18 +76,14 @@ class TensorBoard(Sink, name="tensorboard"):
             self._describe(
                 record.timestamp, [f"{record.phase}/{n}" for n in record.scalars if n != "seconds"]
             )
-        self._add(_event(summary_of(record), record.timestamp, record.iter))
+        self._files.add(_event(summary_of(record), record.timestamp, record.iter))
 
     def _describe(self, timestamp: float, metrics: list[str]) -> None:
         """Write the hyperparameters, as soon as the metrics that judge them are known."""
         assert self._hyperparameters is not None
         for summary in hyperparameters(self._hyperparameters, metrics):
-            self._add(_event(summary, timestamp, 0))
+            self._files.add(_event(summary, timestamp, 0))
         self._hyperparameters = None
-
-    def _add(self, event: Event) -> None:
-        self._writer.write(event.SerializeToString())
-        self._writer.flush()
 
     def on_exception(self, error: BaseException) -> None:
         """Remember that the run has failed."""
@@ -86,27 +97,16 @@ class TensorBoard(Sink, name="tensorboard"):
         """Write how the run ended, after the hyperparameters if it was never evaluated."""
         if self._hyperparameters is not None:
             self._describe(time.time(), [])
-        self._add(_event(session_end(failed=self._failed or self._had_failed), time.time(), 0))
-        self._writer.close()
+        self._files.add(
+            _event(session_end(failed=self._failed or self._had_failed), time.time(), 0)
+        )
+        self._files.close()
+
+
+def _stays(event: Event, tag: str, kept: Mapping[str, int]) -> bool:
+    phase = tag.partition("/")[0]
+    return phase not in PHASES or bool(event.step <= kept.get(phase, -1))
 
 
 def _event(summary: Summary, timestamp: float, step: int) -> Event:
     return Event(wall_time=timestamp, step=step, summary=summary)
-
-
-def _new_file(folder: Path) -> Path:
-    """Name a new file so that TensorBoard reads it last: it reads files in the order of names."""
-    end = f"{socket.gethostname()}.{os.getpid()}"
-    number = 0
-    while (file := folder / f"events.out.tfevents.{time.time():.0f}.{end}.{number}").exists():
-        number += 1
-    return file
-
-
-def _move_aside(folder: Path, files: list[Path]) -> None:
-    number = 1
-    while (aside := folder / f"tensorboard_{number}").exists():
-        number += 1
-    aside.mkdir()
-    for file in files:
-        file.rename(aside / file.name)

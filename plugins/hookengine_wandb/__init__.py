@@ -11,8 +11,9 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 
@@ -35,7 +36,9 @@ class Wandb(Sink, name="wandb"):
     ``iter``; those of evaluations over ``epoch`` if the run counts epochs. The configuration is the
     content of ``run.json``. Without an API key, or if the server cannot be reached, the W&B run is
     offline, and the log says how to upload it. A resumed run continues the same W&B run, which
-    holds each record exactly once, whatever was lost or is repeated.
+    holds each record exactly once, whatever was lost or is repeated. W&B cannot remove rows, so a
+    run that resumes from an older checkpoint and then differs from the records that W&B has
+    continues as a new W&B run, which has the whole history and names the other one in its notes.
 
     If the script has called ``wandb.init`` itself, that W&B run is used and left open.
     """
@@ -71,6 +74,8 @@ class Wandb(Sink, name="wandb"):
         description="seconds to wait for the upload at the end; the log tells how to add the rest",
     )
 
+    cuts_late = True
+
     def configure(self, runner: Runner) -> None:
         """Reset the state, and let the end take as long as the upload may."""
         self.flush_timeout = self.finish_timeout + 5
@@ -83,6 +88,16 @@ class Wandb(Sink, name="wandb"):
 
     def open(self, runner: RunInfo) -> None:
         """Start the W&B run, or continue it."""
+        self._begin(runner, continues=self.continues)
+
+    def _begin(self, runner: RunInfo, *, continues: bool, left: int | None = None) -> None:
+        """Start or continue a W&B run.
+
+        Args:
+            runner: The Runner.
+            continues: Whether to continue the W&B run that the folder of the run names.
+            left: The iteration up to which a new W&B run repeats that one, if it replaces it.
+        """
         folder = runner.run_dir / "wandb"
         description = runner.describe()
         options = {
@@ -107,7 +122,8 @@ class Wandb(Sink, name="wandb"):
         }
         how = {
             "folder": str(folder),
-            "continues": self.continues,
+            "continues": continues,
+            "left": left,
             "mode": self.mode,
             "by_epoch": (description.get("train_cfg") or {}).get("by_epoch", False),
             "options": options,
@@ -124,9 +140,27 @@ class Wandb(Sink, name="wandb"):
             raise
         self._session = session
         self.held.update(answer["held"])
+        self.held_values.update(answer["values"])
         if answer["warning"]:
             runner.logger.warning(f"wandb: the run is offline, since {answer['warning']}")
+        if answer["left"]:
+            runner.logger.warning(
+                f"wandb: the W&B run {answer['left']} holds records after iteration {left}, which "
+                "this run has left and W&B cannot remove. A new W&B run has the whole history"
+            )
         runner.logger.info(f"wandb: run {answer['id']}: {answer['where']}")
+
+    def cut(self, runner: RunInfo, kept: Mapping[str, int]) -> None:
+        """Continue in a new W&B run, which receives the history again."""
+        if _own_session() is not None:  # the script's; another one cannot take its place
+            super().cut(cast(Runner, runner), kept)
+            return
+        try:
+            self._finish(runner, exit_code=0)
+        finally:
+            self.held.clear()
+            self._best.clear()
+            self._begin(runner, continues=False, left=max(kept.values(), default=0))
 
     @property
     def _open(self) -> SessionLike:
@@ -159,12 +193,15 @@ class Wandb(Sink, name="wandb"):
 
     def close(self, runner: RunInfo) -> None:
         """Finish the W&B run, with the exit code of the run."""
+        self._finish(runner, self._exit_code)
+
+    def _finish(self, runner: RunInfo, exit_code: int) -> None:
         session, self._session = self._session, None
         if session is None:
             return
         folder = RunFolder(runner.run_dir)
         files = [str(folder.description), str(folder.log)]
-        answer = session.finish(self._exit_code, files)
+        answer = session.finish(exit_code, files)
         if answer["timed_out"]:
             run_dir = shlex.quote(str(folder.path))
             runner.logger.warning(

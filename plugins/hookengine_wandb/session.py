@@ -53,29 +53,37 @@ class Session:
 
         Args:
             how: ``folder``, where W&B's local files and the run's id are kept; ``continues``,
-                whether to continue the run whose id is kept there; ``mode``, which is ``online``,
+                whether to continue the run whose id is kept there; ``left``, which is None or the
+                iteration up to which the new run has the records of the run whose id is kept there,
+                since W&B cannot remove the later ones; ``mode``, which is ``online``,
                 ``offline``, ``disabled``, or None for that of the environment; ``by_epoch``,
                 whether evaluations are plotted over epochs; ``options`` of ``wandb.init``; and
                 ``settings`` of ``wandb.Settings``.
 
         Returns:
-            ``held``, the last iteration of each phase that the run holds; ``id`` of the run;
+            ``held``, the last iteration of each phase that the run holds; ``values``, the numbers
+            of that record; ``id`` of the run; ``left``, the id of the run that it replaces;
             ``where``, its URL or folder; and ``warning``, the reason if it had to go offline.
         """
         options, continues = how["options"], how["continues"]
-        answer: dict[str, Any] = {"held": {}, "warning": None}
+        answer: dict[str, Any] = {"held": {}, "values": {}, "warning": None, "left": None}
         home = Path(how["folder"])
         if self._adopted:
             self.run.config.update(options["config"], allow_val_change=True)
             if continues and not self.run.disabled:
-                held, _ = _held(self.run, Path(self.run.dir).parents[1])
-                answer["held"] = {**held, **_iterations(dict(self.run.summary))}
+                held, values, _ = _held(self.run, Path(self.run.dir).parents[1])
+                summary = dict(self.run.summary)
+                answer["held"] = {**held, **_iterations(summary)}
+                answer["values"] = {**values, **_values(summary)}
         else:
             home.mkdir(parents=True, exist_ok=True)
             known = home / "run.json"
             goes_on = continues and known.exists()
             run = json.loads(known.read_text()) if goes_on else {"id": generate_id()}
             given = {name: value for name, value in options.items() if value is not None}
+            if how["left"] is not None and known.exists():
+                answer["left"] = json.loads(known.read_text())["id"]
+                _note_left(given, answer["left"], how["left"])
             self.run, answer["warning"] = _init(how["mode"], {**run, **given}, how["settings"])
             if not self.run.disabled:
                 names = ("id", "project", "entity")
@@ -85,7 +93,7 @@ class Session:
             self._rows = 0
             _set_empty_ones_aside(self.run, home)
             if goes_on and not self.run.disabled:
-                answer["held"], self._rows = _held(self.run, home)
+                answer["held"], answer["values"], self._rows = _held(self.run, home)
                 self._held = self._rows
         self._home = home
         for phase in PHASES:
@@ -204,20 +212,36 @@ def _init(
     return run, warning
 
 
-def _held(run: Any, home: Path) -> tuple[dict[str, int], int]:
-    """Return the last iteration of each phase, and the number of rows, that the run already holds.
+def _note_left(options: dict[str, Any], left: str, iteration: int) -> None:
+    """Note in the options of a W&B run which other one it replaces."""
+    text = (
+        f"Continues the W&B run {left} from iteration {iteration}. That run holds the later "
+        "records of an attempt that was left"
+    )
+    options["notes"] = "\n\n".join(filter(None, (options.get("notes"), text)))
+    options["config"] = {**options["config"], "continues": {"run": left, "iter": iteration}}
 
-    Online, the server reports them. Offline, they are read from the local files of all its starts.
+
+def _held(run: Any, home: Path) -> tuple[dict[str, int], dict[str, dict[str, float]], int]:
+    """Return what the run already holds.
+
+    Online, the server reports it. Offline, it is read from the local files of all its starts.
+
+    Returns:
+        The last iteration of each phase, the numbers of that record, and the number of rows.
     """
     if not run.offline:
-        return _iterations(dict(run.summary)), int(run.starting_step)
+        summary = dict(run.summary)
+        return _iterations(summary), _values(summary), int(run.starting_step)
     held: dict[str, int] = {}
+    values: dict[str, dict[str, float]] = {}
     count = 0
     for file in segments(home, run.id):
         for row in rows(file):
             held |= _iterations(row)
+            values |= _values(row)
             count = max(count, int(row["_step"]) + 1)
-    return held, count
+    return held, values, count
 
 
 def _set_empty_ones_aside(run: Any, home: Path) -> None:
@@ -229,6 +253,17 @@ def _set_empty_ones_aside(run: Any, home: Path) -> None:
 
 def _iterations(row: Mapping[str, Any]) -> dict[str, int]:
     return {p: int(row[f"{p}/iter"]) for p in PHASES if f"{p}/iter" in row}
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the numbers of a row by phase and name, for phases that it holds."""
+    found: dict[str, dict[str, float]] = {phase: {} for phase in _iterations(row)}
+    for key, value in row.items():
+        phase, _, name = str(key).partition("/")
+        with suppress(TypeError, ValueError):
+            if phase in found and name != "iter" and not isinstance(value, bool):
+                found[phase][name] = float(value)
+    return found
 
 
 def segments(home: Path, run_id: str) -> list[Path]:

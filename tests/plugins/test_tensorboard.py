@@ -288,7 +288,7 @@ def state_after(make: MakeRunner, iteration: int, upto: int) -> Any:
     runner = make(
         name="run", plugins=[dict(type="logging", interval=1), "tensorboard"], validate=True
     )
-    states = {}
+    states: dict[int, Any] = {}
 
     @runner.on("safe_point")
     def keep(runner: Any) -> None:
@@ -496,3 +496,122 @@ def test_what_is_wrong_is_said_in_one_line(
     assert message in err
     assert len(err.splitlines()) == 1, err
     assert files(runner.run_dir) == []
+
+
+# -- a run that goes back -----------------------------------------------------------------------
+
+
+def branch(make: MakeRunner, state: Any, **options: Any) -> Any:
+    """Resume with other options than before, which gives other values."""
+    interval = options.pop("interval", 1)
+    on = options.pop("on", True)
+    limits = options.pop("train", {})
+    options.setdefault("optim_wrapper", dict(optimizer=dict(type="SGD", lr=0.4)))
+    sinks = ["tensorboard"] * on
+    plugins = [dict(type="logging", interval=interval), *sinks, *options.pop("plugins", ())]
+    runner = make(name="run", plugins=plugins, validate=True, **options)
+    runner.load_state_dict(copy.deepcopy(state))
+    runner.optim_wrapper.optimizer.param_groups[0]["lr"] = 0.4
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states[runner.progress.iter] = copy.deepcopy(runner.state_dict())
+
+    runner.train(**limits)
+    runner.close()
+    return states
+
+
+def shows_the_history(folder: Path) -> bool:
+    """Whether it shows what ``metrics.jsonl`` holds, and no hidden record besides."""
+    assert is_whole(folder)
+    found = [
+        (phase, event.step)
+        for event in events(folder)
+        for phase in {value.tag.partition("/")[0] for value in event.summary.value}
+        if phase in ("train", "val", "test")
+    ]
+    assert sorted(found) == sorted((r.phase, r.iter) for r in read_records(folder))
+    return True
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_what_a_run_has_left_is_gone(make: MakeRunner, interval: int, at: int) -> None:
+    state = state_after(make, at, upto=9)
+    branch(make, state, interval=interval)
+    assert shows_the_history(make(name="run").run_dir)
+
+
+def test_a_run_may_go_back_again_and_again(make: MakeRunner) -> None:
+    first = state_after(make, 3, upto=9)
+    second = branch(make, first, interval=2)
+    third = branch(make, second[6], interval=1)
+    branch(make, third[8], interval=5)
+    branch(make, first, interval=4)
+    assert shows_the_history(make(name="run").run_dir)
+
+
+def test_a_run_that_goes_back_and_ends_earlier_is_shorter(make: MakeRunner) -> None:
+    branch(make, state_after(make, 3, upto=10), train=dict(max_epochs=1))
+    folder = make(name="run").run_dir
+    assert shows_the_history(folder)
+    assert max(step for _, step in scalars(folder)) == 5
+
+
+def test_what_happened_without_the_plugin_is_shown(make: MakeRunner) -> None:
+    states = branch(make, state_after(make, 3, upto=9), on=False)
+    branch(make, states[7])
+    assert shows_the_history(make(name="run").run_dir)
+
+
+def test_one_runner_may_go_back(make: MakeRunner) -> None:
+    runner = make(plugins=[dict(type="logging", interval=1), "tensorboard"], validate=True)
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+    runner.train()
+    runner.load_state_dict(states[3])
+    runner.optim_wrapper.optimizer.param_groups[0]["lr"] = 0.4
+    runner.train()
+    runner.close()
+    assert shows_the_history(runner.run_dir)
+
+
+def test_an_evaluation_alone_leaves_what_there_is(make: MakeRunner) -> None:
+    state = state_after(make, 5, upto=10)
+    runner = make(
+        name="run", plugins=[dict(type="logging", interval=1), "tensorboard"], validate=True
+    )
+    runner.load_state_dict(state)
+    runner.val()
+    runner.close()
+    assert {step for _, step in scalars(runner.run_dir)} == {*range(1, 11)}
+
+
+def test_a_run_that_goes_back_is_replayed(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    branch(make, state_after(make, 3, upto=9), on=False)
+    folder = make(name="run").run_dir
+    assert replay_here(capsys, str(folder), "--to", "tensorboard")[0] == 0
+    assert shows_the_history(folder)
+
+
+def test_a_file_that_another_program_writes_is_left_alone(make: MakeRunner) -> None:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    state = state_after(make, 3, upto=9)
+    folder = make(name="run").run_dir
+    with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]
+        writer.add_scalar("train/mine", 1.0, 500)  # type: ignore[no-untyped-call]
+        branch(make, state)
+        writer.add_scalar("train/mine", 2.0, 501)  # type: ignore[no-untyped-call]
+    there = scalars(folder)
+    mine = {step: there.pop(("train/mine", step))[1] for step in (500, 501)}
+    assert mine == {500: 1.0, 501: 2.0}
+    assert there.keys() == expected(folder).keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_what_waited_when_the_run_was_rolled_back_is_not_repeated(make: MakeRunn
     sink = Late()
     runner = make(plugins=[dict(type="logging", interval=1), sink], train_cfg=dict(max_iters=4))
     states = []
-    runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+    runner.on("safe_point")(lambda runner: states.append(copy.deepcopy(runner.state_dict())))
     runner.train()
     runner.load_state_dict(states[2])  # while all four wait
     sink.flush_timeout = 10.0

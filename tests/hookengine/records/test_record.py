@@ -161,3 +161,31 @@ def test_the_records_of_a_run_are_read_in_order_without_what_a_kill_cut_short(
 def test_a_folder_without_records_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
         next(read_records(tmp_path))
+
+
+ONE = Record("train", 1, 2, 3, {"loss": 0.5, "nan": math.nan, "time": 1.0}, {"text": "a"}, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (Record("train", 1, 2, 3, {"nan": math.nan, "loss": 0.5}, {"text": "a"}, 9.0), True),
+        (Record("val", 1, 2, 3, ONE.scalars, ONE.media), False),
+        (Record("train", 1, 2, 4, ONE.scalars, ONE.media), False),
+        (Record("train", 1, 2, 3, {"loss": 0.5}, ONE.media), False),
+        (Record("train", 1, 2, 3, {"loss": 0.6, "nan": math.nan}, ONE.media), False),
+    ],
+)
+def test_a_record_is_repeated_if_all_but_the_times_are_the_same(other: Record, same: bool) -> None:
+    assert ONE.repeats(other) is other.repeats(ONE) is same
+    assert (ONE.digest() == other.digest()) is same
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_media_are_compared_by_their_content(value: int) -> None:
+    def with_media(value: int) -> Record:
+        media = {"image": Image(torch.full((2, 2), value)), "bins": Histogram.counted([1], [0, 1])}
+        return Record("train", 1, 2, 3, {}, media)
+
+    assert with_media(0).repeats(with_media(value)) is (value == 0)
+    assert not with_media(0).repeats(Record("train", 1, 2, 3, {}))

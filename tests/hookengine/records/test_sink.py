@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_what_is_repeated_after_a_load_is_left_out(make: MakeRunner) -> None:
     sink = Keeping()
     runner = make(plugins=[sink, dict(type="logging", interval=1)], train_cfg=dict(max_iters=4))
     states = []
-    runner.on("safe_point")(lambda runner: states.append(runner.state_dict()))
+    runner.on("safe_point")(lambda runner: states.append(copy.deepcopy(runner.state_dict())))
     runner.train()
     runner.load_state_dict(states[1])
     runner.train(max_iters=6)
@@ -205,7 +206,7 @@ def interrupted(make: MakeRunner, upto: int, state_at: int) -> Any:
     @runner.on("safe_point")
     def save(runner: Any) -> None:
         if runner.progress.iter == state_at and not runner.progress.val_due:
-            states[state_at] = runner.state_dict()
+            states[state_at] = copy.deepcopy(runner.state_dict())
         if runner.progress.iter == upto:
             runner.stop()
 
@@ -293,3 +294,243 @@ def test_a_subclass_may_use_any_name(make: MakeRunner) -> None:
         runner.train()
         runner.close()
         assert (len(sink._history), sink.records, sink.failures) == (2, 2, 0)
+
+
+# -- a run that goes back -----------------------------------------------------------------------
+
+
+class Remembering(Keeping):
+    """Keeps records from one Runner to the next, as a file would; can cut them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rows: list[Record] = []
+        self.cuts: list[dict[str, int]] = []
+
+    def open(self, runner: Any) -> None:
+        if not self.continues:
+            self.rows.clear()
+        for row in self.rows:
+            self.held[row.phase] = row.iter
+            self.held_values[row.phase] = dict(row.scalars)
+
+    def write(self, record: Record) -> None:  # type: ignore[override]
+        self.rows.append(record)
+
+    def cut(self, runner: Any, kept: Any) -> None:
+        self.cuts.append(kept)
+        self.rows = [row for row in self.rows if row.iter <= kept.get(row.phase, -1)]
+
+    def close(self, runner: Any) -> None: ...
+
+
+class Late(Remembering):
+    """Keeps what the run may repeat."""
+
+    cuts_late = True
+
+
+class Appending(Remembering):
+    """Cannot remove anything."""
+
+    cut = Sink.cut
+
+
+def losses(records: Any) -> list[tuple[str, int, float | None]]:
+    return [(r.phase, r.iter, r.scalars.get("loss")) for r in records]
+
+
+def holds_the_history(sink: Remembering, runner: Any) -> bool:
+    assert sink.failures == 0
+    assert losses(sink.rows) == losses(read_records(runner.run_dir))
+    return True
+
+
+def attempt(
+    make: MakeRunner, sink: Sink | None, state: Any = None, lr: float = 0.1, **options: Any
+) -> tuple[Any, dict[int, Any]]:
+    """Train in the folder ``run``; return the Runner, and its state after each iteration."""
+    log = dict(type="logging", interval=options.pop("interval", 1))
+    limits = options.pop("limits", {})
+    runner = make(name="run", plugins=[log, *[sink] * bool(sink)], validate=True, **options)
+    if state is not None:
+        runner.load_state_dict(copy.deepcopy(state))
+        runner.optim_wrapper.optimizer.param_groups[0]["lr"] = lr
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+    runner.train(**limits)
+    runner.close()
+    return runner, states
+
+
+@pytest.mark.parametrize("kind", [Remembering, Late])
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("lr", [0.1, 0.4])
+def test_what_a_run_has_left_is_cut_from_a_sink(
+    make: MakeRunner, kind: type[Remembering], interval: int, lr: float
+) -> None:
+    sink = kind()
+    _, states = attempt(make, sink)
+    written = len(sink.rows)
+    runner, _ = attempt(make, sink, states[3], lr=lr, interval=interval)
+    assert holds_the_history(sink, runner)
+    cuts = [{"train": 3}]
+    if kind is Late and lr == 0.1:  # all is repeated, or what comes before the longer interval
+        cuts = [] if interval == 1 else [{"train": 5, "val": 5}]
+    assert sink.cuts == cuts
+    assert written == 12
+    runner, _ = attempt(make, sink, states[7], lr=0.3)  # of the first attempt
+    assert holds_the_history(sink, runner)
+
+
+@pytest.mark.parametrize("kind", [Remembering, Late])
+def test_a_run_that_goes_back_and_ends_earlier_leaves_nothing(
+    make: MakeRunner, kind: type[Remembering]
+) -> None:
+    sink = kind()
+    _, states = attempt(make, sink)
+    runner, _ = attempt(make, sink, states[3], limits=dict(max_epochs=1))
+    assert holds_the_history(sink, runner)
+    assert sink.rows[-1].iter == 5
+
+
+@pytest.mark.parametrize("kind", [Remembering, Late])
+def test_a_sink_that_has_missed_an_attempt_gets_all_of_it(
+    make: MakeRunner, kind: type[Remembering]
+) -> None:
+    sink = kind()
+    _, states = attempt(make, sink)
+    _, states = attempt(make, None, states[3], lr=0.4)
+    runner, _ = attempt(make, sink, states[7], lr=0.4)
+    assert sink.cuts[0] == {}
+    assert holds_the_history(sink, runner)
+
+
+@pytest.mark.parametrize("kind", [Remembering, Late])
+def test_a_run_that_is_interrupted_before_it_has_repeated_anything(
+    make: MakeRunner, kind: type[Remembering]
+) -> None:
+    sink = kind()
+    _, states = attempt(make, sink)
+    killed = make(name="run", plugins=[dict(type="logging", interval=1)], validate=True)
+    killed.load_state_dict(copy.deepcopy(states[3]))
+    killed.on("before_train_iter")(_fail)
+    with pytest.raises(LookupError):
+        killed.train()  # the history is cut back, and the sink is not
+    killed.close()
+    runner, _ = attempt(make, sink, states[3], lr=0.4)
+    assert holds_the_history(sink, runner)
+
+
+def _fail() -> None:
+    raise LookupError("no")
+
+
+def test_an_evaluation_alone_cuts_nothing(make: MakeRunner) -> None:
+    sink = Remembering()
+    _, states = attempt(make, sink)
+    before = losses(sink.rows)
+    runner = make(name="run", plugins=["logging", sink], validate=True)
+    runner.load_state_dict(states[5])
+    runner.val()
+    assert (losses(sink.rows), sink.cuts) == (before, [])
+    runner.train()
+    runner.close()
+    assert sink.cuts == [{"train": 5}]  # its validation is still due
+    assert holds_the_history(sink, runner)
+
+
+def test_one_runner_may_go_back(make: MakeRunner) -> None:
+    sink = Remembering()
+    runner = make(plugins=[dict(type="logging", interval=1), sink])
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+    runner.train()
+    for iteration in (8, 2):
+        runner.load_state_dict(copy.deepcopy(states[iteration]))
+        runner.optim_wrapper.optimizer.param_groups[0]["lr"] = 0.4
+        runner.train()
+    runner.close()
+    assert sink.cuts == [{"train": 8}, {"train": 2}]
+    assert holds_the_history(sink, runner)
+
+
+def test_a_runner_that_loads_a_state_of_another_run_starts_over(make: MakeRunner) -> None:
+    other = make(name="other", plugins=[dict(type="logging", interval=1)])
+    other.train(max_epochs=1)
+    state = copy.deepcopy(other.state_dict())
+    other.close()
+    sink = Remembering()
+    runner = make(name="run", plugins=[dict(type="logging", interval=1), sink])
+    runner.train(max_epochs=1)
+    runner.load_state_dict(state)
+    runner.train()
+    runner.close()
+    assert sink.cuts == [{}]
+    assert holds_the_history(sink, runner)
+
+
+def test_a_sink_without_cut_gets_the_new_records_too_and_a_warning_says_so(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = Appending()
+    first, states = attempt(make, sink)
+    history = losses(read_records(first.run_dir))
+    attempt(make, sink, states[7])  # repeats it
+    assert losses(sink.rows) == history
+    assert "of an attempt that the run has left" not in capsys.readouterr().out
+    runner, _ = attempt(make, sink, states[7], lr=0.4)
+    assert losses(sink.rows) == history + losses(read_records(runner.run_dir))[8:]
+    out = capsys.readouterr().out
+    assert "sink 'appending' still holds those after iteration 7 of an attempt" in out
+    assert out.count("define cut(self, runner, kept)") == 1
+
+
+def test_a_cut_that_fails_ends_nothing(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Remembering):
+        def cut(self, runner: Any, kept: Any) -> None:
+            raise SystemExit("no")
+
+    sink = Broken()
+    _, states = attempt(make, sink)
+    attempt(make, sink, states[7], lr=0.4)
+    assert sink.failures == 1
+    assert sink.rows[-1].iter == 10
+    assert "sink 'broken' failed in cut; training continues" in capsys.readouterr().out
+
+
+def test_without_a_history_what_comes_after_the_loaded_state_is_cut(make: MakeRunner) -> None:
+    sink = Remembering()
+    runner = make(plugins=[sink], train_cfg=dict(max_iters=2))
+    states: list[Any] = []
+    runner.on("safe_point")(lambda runner: states.append(copy.deepcopy(runner.state_dict())))
+    runner.on("after_train_iter")(
+        lambda runner: runner.hooks.write(runner, record(runner.progress.iter))
+    )
+    runner.train()
+    runner.load_state_dict(states[0])
+    runner.train(max_iters=3)
+    runner.close()
+    assert sink.cuts == [{"train": 1}]
+    assert [row.iter for row in sink.rows] == [1, 2, 3]
+
+
+def test_what_is_replayed_is_all_that_a_sink_holds(make: MakeRunner) -> None:
+    sink = Remembering()
+    runner, states = attempt(make, sink)
+    attempt(make, None, states[3], lr=0.4, limits=dict(max_epochs=1))
+    again = make(name="again", plugins=[sink])
+    sink.replay(again, read_records(runner.run_dir))
+    again.close()
+    assert holds_the_history(sink, runner)
+    assert sink.rows[-1].iter == 5

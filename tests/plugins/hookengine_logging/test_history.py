@@ -83,3 +83,44 @@ def test_a_record_written_at_a_stop_is_removed_by_a_resume(make: MakeRunner) -> 
     second.load_state_dict(states[2])
     second.train()
     assert [r["iter"] for r in written(second)] == [5, 10]
+
+
+def test_a_state_whose_records_were_replaced_begins_another_history(make: MakeRunner) -> None:
+    def attempt(state: Any, lr: float) -> dict[int, Any]:
+        runner = logging_runner(make, interval=1, name="run")
+        if state is not None:
+            runner.load_state_dict(copy.deepcopy(state))
+        runner.optim_wrapper.optimizer.param_groups[0]["lr"] = lr
+        states: dict[int, Any] = {}
+
+        @runner.on("safe_point")
+        def keep(runner: Any) -> None:
+            states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+        runner.train()
+        runner.close()
+        return states
+
+    folder = make(name="run").run_dir
+    first = attempt(None, 0.1)
+    second = attempt(first[3], 0.4)
+    attempt(second[8], 0.4)
+    assert not (folder / "metrics_1.jsonl").exists()
+    assert [r["iter"] for r in written(make(name="run"))] == [*range(1, 11)]
+    attempt(first[2], 0.4)  # which all of them share
+    assert not (folder / "metrics_1.jsonl").exists()
+    attempt(first[7], 0.1)
+    assert [r["iter"] for r in written(make(name="run"))] == [8, 9, 10]
+    assert (folder / "metrics_1.jsonl").exists()
+
+
+def test_a_state_of_an_earlier_version_has_no_digest(make: MakeRunner) -> None:
+    first = logging_runner(make, interval=1, name="run")
+    first.train(max_epochs=1)
+    state = copy.deepcopy(first.state_dict())
+    first.close()
+    del state["plugins"]["logging"]["last"]
+    second = logging_runner(make, interval=1, name="run")
+    second.load_state_dict(state)
+    second.train()
+    assert [r["iter"] for r in written(second)] == [*range(1, 11)]

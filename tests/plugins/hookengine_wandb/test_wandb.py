@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -436,6 +437,141 @@ def test_a_run_that_begins_anew_in_the_folder_is_another_one(tmp_path: Path) -> 
     assert len(names) == len(files(tmp_path / "run"))
 
 
+# -- a run that goes back -----------------------------------------------------------------------
+
+
+def current(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of the W&B run that the folder names."""
+    name = json.loads((run_dir / "wandb" / "run.json").read_text())["id"]
+    segments = [file for file in files(run_dir) if file.name == f"run-{name}.wandb"]
+    rows = [row for file in segments for row in wandb_file.history(file)]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    return rows
+
+
+def holds_the_history(run_dir: Path) -> bool:
+    """Whether the current W&B run has the records of ``metrics.jsonl``, and no others."""
+    rows, records = current(run_dir), local(run_dir)
+    assert rows_where(rows) == where(records)
+    for row, record in zip(rows, records, strict=True):
+        for name in ("loss", "lr", "accuracy"):
+            assert row.get(f"{record['phase']}/{name}") == record.get(name)
+    return True
+
+
+def attempt(
+    make: MakeRunner,
+    state: Any = None,
+    *,
+    lr: float = 0.1,
+    upto: int = 0,
+    on: bool = True,
+    interval: int = 1,
+    mode: str = "offline",
+    **limits: int,
+) -> dict[int, Any]:
+    """Train from a state, up to an iteration; return the state after each iteration."""
+    wandb = [dict(type="wandb", mode=mode)] * on
+    plugins = [dict(type="logging", interval=interval), *wandb]
+    runner = make(name="run", plugins=plugins, validate=True)
+    if state is not None:
+        runner.load_state_dict(copy.deepcopy(state))
+    runner.optim_wrapper.optimizer.param_groups[0]["lr"] = lr
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+    @runner.on("after_train_iter")
+    def stop(runner: Any) -> None:
+        if runner.progress.iter == upto:
+            runner.stop()
+
+    runner.train(**limits)
+    runner.close()
+    return states
+
+
+def test_a_run_that_goes_back_continues_as_another_one_that_has_everything(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = attempt(make)
+    folder = make(name="run").run_dir
+    before = one_file(folder)
+    content = before.read_bytes()
+    attempt(make, first[3], lr=0.4)
+    assert holds_the_history(folder)
+    assert before.read_bytes() == content
+    old, new = (json.loads(line) for line in _ids(folder, before))
+    assert f"wandb: the W&B run {old} holds records after iteration 3" in capsys.readouterr().out
+    last = files(folder)[-1]
+    (described,) = (record.run for record in wandb_file.read(last) if record.HasField("run"))
+    assert described.run_id == new
+    assert f"Continues the W&B run {old} from iteration 3" in described.notes
+    assert wandb_file.summary(last)["best/val/accuracy"] == max(
+        record["accuracy"] for record in local(folder) if "accuracy" in record
+    )
+    attempt(make, first[5], lr=0.3, interval=2)  # and again, from a point before that
+    assert holds_the_history(folder)
+
+
+def _ids(run_dir: Path, old: Path) -> list[str]:
+    now = json.loads((run_dir / "wandb" / "run.json").read_text())["id"]
+    return [json.dumps(name) for name in (old.stem.removeprefix("run-"), now)]
+
+
+def test_a_run_that_stops_within_an_interval_continues_as_the_same_one(make: MakeRunner) -> None:
+    states = attempt(make, interval=4, upto=2)
+    attempt(make, states[2], interval=4, upto=7)
+    folder = make(name="run").run_dir
+    assert len({file.name for file in files(folder)}) == 1
+    assert [iteration for _, iteration in rows_where(current(folder))] == [2, 4, 5, 5, 7]
+
+
+def test_a_run_that_goes_back_and_ends_earlier_is_shorter(make: MakeRunner) -> None:
+    attempt(make, attempt(make)[3], max_epochs=1)
+    assert holds_the_history(make(name="run").run_dir)
+
+
+def test_what_happened_without_the_plugin_is_in_the_run(make: MakeRunner) -> None:
+    first = attempt(make, upto=8)
+    without = attempt(make, first[3], lr=0.4, on=False, upto=8)
+    attempt(make, without[7], lr=0.4)
+    assert holds_the_history(make(name="run").run_dir)
+
+
+def test_one_runner_may_go_back(make: MakeRunner) -> None:
+    runner = make(plugins=[dict(type="logging", interval=1), offline()], validate=True)
+    states: dict[int, Any] = {}
+
+    @runner.on("safe_point")
+    def keep(runner: Any) -> None:
+        states.setdefault(runner.progress.iter, copy.deepcopy(runner.state_dict()))
+
+    runner.train()
+    runner.load_state_dict(states[6])
+    runner.train()  # repeats it
+    assert len({file.name for file in files(runner.run_dir)}) == 1
+    runner.load_state_dict(states[3])
+    runner.optim_wrapper.optimizer.param_groups[0]["lr"] = 0.4
+    runner.train()
+    runner.close()
+    assert holds_the_history(runner.run_dir)
+
+
+def test_a_run_that_goes_back_is_replayed(make: MakeRunner) -> None:
+    from hookengine_logging.replay import replay
+    from hookengine_wandb import Wandb
+
+    attempt(make, attempt(make)[3], lr=0.4, on=False)
+    folder = make(name="run").run_dir
+    assert replay(folder, Wandb(mode="offline")) == 0
+    assert holds_the_history(folder)
+    assert replay(folder, Wandb(mode="offline")) == 0  # there is nothing to add
+    assert holds_the_history(folder)
+
+
 # -- with a server ------------------------------------------------------------------------------
 
 
@@ -459,6 +595,20 @@ def test_online_a_killed_run_goes_on_without_gap_or_repetition(
     assert there.exit_code == 0
     assert there.name == "run"
     assert {"run.json", "run.log"} <= there.files.keys()
+
+
+def test_online_a_run_that_goes_back_continues_as_another_one(
+    make: MakeRunner, server: Server
+) -> None:
+    attempt(make, attempt(make, mode="online")[3], lr=0.4, mode="online")
+    folder = make(name="run").run_dir
+    old, new = server.runs.values()
+    records = local(folder)
+    assert rows_where(new.history) == where(records)
+    rows = zip(new.history, records, strict=True)
+    assert all(row.get("train/loss") == record.get("loss") for row, record in rows)
+    assert len(old.history) == 12
+    assert new.config["continues"]["value"] == {"run": old.id, "iter": 3}
 
 
 def test_wandb_sync_of_the_segments_gives_one_history(
