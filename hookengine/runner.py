@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 import torch
 from torch import nn
 
-from hookengine import dist
 from hookengine.answers import answer, explained_arguments
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookimpl import HookArguments
@@ -25,7 +23,7 @@ from hookengine.loop.progress import Progress
 from hookengine.model.base_model import BaseModel, SupervisedModel, connect
 from hookengine.records.log_context import make_logger
 from hookengine.records.record import check_logged
-from hookengine.records.run_folder import check_name, make_folder
+from hookengine.records.run_folder import NamedRun
 from hookengine.registry import did_you_mean
 from hookengine.setup import arguments, state
 from hookengine.setup.config import EvalCfg, TrainCfg
@@ -36,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EvalPhase = Literal["val", "test"]
 
 
-class Runner(Life):
+class Runner(Life, NamedRun):
     """Train, validate and test a model. Every feature is a plugin that implements events.
 
     The constructor builds everything, so that mistakes surface before the first iteration. Training
@@ -129,11 +127,8 @@ class Runner(Life):
         self.val_cfg = arguments.eval_cfg("val", val_cfg, val_dataloader, val_evaluator)
         self.test_cfg = arguments.eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
 
-        self.work_dir = Path(work_dir)
-        self._named = name is not None
-        self._run_dir_made = False
+        self._name_run(work_dir, name)
         self._window_told = False
-        self.name = time.strftime("%Y%m%d_%H%M%S") if name is None else check_name(name)
         self.resume_from, self.load_from = arguments.beginning(resume, load_from)
         self.device = torch.device(device) if device is not None else arguments.default_device()
         self.progress = Progress()
@@ -152,6 +147,7 @@ class Runner(Life):
         with self._building():
             arguments.check_beginning(self)
             self.plugins.configure()
+            self._reserve_folder()
             self._build_model(model)
             self.train_loop = self._build_train_loop(train_dataloader)
             self.val_loop = self._build_eval_loop("val", val_dataloader, val_evaluator)
@@ -230,16 +226,6 @@ class Runner(Life):
         """
         loops = {"train": self.train_loop, "val": self.val_loop, "test": self.test_loop}
         return {phase: loop.dataloader for phase, loop in loops.items() if loop is not None}  # type: ignore[misc]
-
-    @property
-    def named(self) -> bool:
-        """Whether the run got its name from you or from an earlier run that it continues."""
-        return self._named
-
-    @property
-    def run_dir(self) -> Path:
-        """The folder of this run, ``work_dir/name``. See ``make_run_dir``."""
-        return self.work_dir / self.name
 
     # -- what users call ------------------------------------------------------------------------
 
@@ -360,45 +346,6 @@ class Runner(Life):
         check_logged(values, phase)
         self.hooks.log(self, phase, values)
 
-    def make_run_dir(self) -> Path:
-        """Create the folder of the run, ``work_dir/name``, and return it.
-
-        A run without a given name never shares a folder: if the folder exists, the run gets another
-        name. A run with a given name continues in the existing folder. With several ranks, rank 0
-        creates the folder.
-
-        Raises:
-            OSError: The folder cannot be created.
-        """
-        if not self._run_dir_made:
-            shared = self._named or not dist.is_main_process()
-            self.name = make_folder(self.work_dir, self.name, shared)
-            self._run_dir_made = True
-        return self.run_dir
-
-    def use_name(self, name: str) -> None:
-        """Give the run another name, and thereby another folder; call it in ``configure``.
-
-        Raises:
-            RuntimeError: The folder of the run is already created.
-            ValueError: The name cannot be the name of a folder in ``work_dir``.
-        """
-        if self._run_dir_made and name != self.name:
-            raise RuntimeError(
-                f"cannot name the run {name!r}, because its folder {self.run_dir} is already "
-                "created. Call use_name or continue_run in configure"
-            )
-        self.name = check_name(name)
-
-    def continue_run(self, name: str) -> None:
-        """Continue in the folder of an earlier run, ``work_dir/name``, even if it exists.
-
-        Raises:
-            RuntimeError: The folder of this run is already created.
-        """
-        self.use_name(name)
-        self._named = True
-
     def use_device(self, device: str | torch.device) -> None:
         """Choose the device of the model; call it in ``configure``.
 
@@ -456,6 +403,7 @@ class Runner(Life):
             self.train_loop.forget()
 
     def _let_go(self) -> None:
+        self._release_folder()
         for module in self.model.modules() if self.model is not None else ():
             if isinstance(module, BaseModel):
                 module._hooks = SILENT

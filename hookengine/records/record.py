@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hookengine.records.media import Histogram, Image, Medium, Table
-from hookengine.records.run_folder import RunFolder
+from hookengine.records.run_folder import RunFolder, absolute_path
 
 _FIELDS = frozenset(("phase", "epoch", "iter", "step", "timestamp", "media"))
 _OWN = re.compile(f"(value/)*({'|'.join(sorted(_FIELDS))})")
@@ -145,7 +145,7 @@ def read_records(run_dir: str | Path) -> Iterator[Record]:
     Raises:
         FileNotFoundError: If the folder has no ``metrics.jsonl``.
     """
-    path = RunFolder(Path(run_dir)).metrics
+    path = RunFolder(absolute_path(run_dir)).metrics
     with path.open("rb") as file:
         for line in file:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,6 +20,7 @@ from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import compile_in_place
+from hookengine.records.run_folder import absolute_path
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
 from hookengine.setup.config import EvalCfg
@@ -72,17 +74,25 @@ def beginning(resume: Any, load_from: Any) -> tuple[str | Path | None, Any]:
     Raises:
         TypeError: One of them has the wrong type.
     """
-    if resume is True and isinstance(load_from, (str, Path)):
-        return load_from, None
+    if resume is True and isinstance(load_from, (str, os.PathLike)):
+        return _as_path(load_from), None
     if resume is True:
         resume = "auto"
-    if resume is not None and resume is not False and not isinstance(resume, (str, Path)):
+    if resume is not None and resume is not False and not isinstance(resume, (str, os.PathLike)):
         raise TypeError(f"resume takes 'auto' or the path of a checkpoint, got {resume!r}")
-    if load_from is not None and not isinstance(load_from, (str, Path, Mapping)):
+    if load_from is not None and not isinstance(load_from, (str, os.PathLike, Mapping)):
         raise TypeError(
             f"load_from takes a path, a URL or dict(checkpoint=..., strict=...), got {load_from!r}"
         )
-    return resume or None, load_from
+    if isinstance(load_from, Mapping) and "checkpoint" in load_from:
+        load_from = {**load_from, "checkpoint": _as_path(load_from["checkpoint"])}
+    return resume if resume == "auto" else _as_path(resume or None), _as_path(load_from)
+
+
+def _as_path(given: Any) -> Any:
+    """Make a path independent of the working directory; return URLs and other values unchanged."""
+    is_path = isinstance(given, os.PathLike) or (isinstance(given, str) and "://" not in given)
+    return str(absolute_path(given)) if is_path else given
 
 
 def check_loss_step(model: nn.Module, cfg: EvalCfg, phase: str) -> None:

@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hookengine.records.run_folder import absolute_path
+
 SUFFIXES = (".safetensors", ".pth", ".pt")
 CHECKSUM = "hookengine.crc32"
 """The key of the checksum in the metadata of a ``.safetensors`` file."""
@@ -37,7 +39,7 @@ def save_weights(
         ValueError: ``path`` has another suffix.
         OSError: The file cannot be written.
     """
-    path = Path(path)
+    path = absolute_path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"weights can be exported as .pth or .safetensors, not as {path.name!r}. Change the "

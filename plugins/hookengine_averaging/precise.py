@@ -18,7 +18,7 @@ class PreciseValues:
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
         self._seen: dict[str, _Seen] = {}
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ class PreciseValues:
         if dtype == tensor.dtype:
             self._forget(name)
             return tensor
-        value = self._values.get(name)
+        value = self._copies.get(name)
         if value is None or not self._belongs(name, value, tensor):
             value = tensor.detach().to(dtype)
-        self._values[name] = value = value.to(tensor.device)
+        self._copies[name] = value = value.to(tensor.device)
         self._seen[name] = _Seen(tensor)
         return value
 
@@ -38,8 +38,8 @@ class PreciseValues:
         """Continue from the tensors that other code has written to."""
         for name, seen in self._seen.items():
             if seen.has_changed():
-                if not self._belongs(name, self._values[name], seen.tensor):
-                    self._values[name].copy_(seen.tensor)
+                if not self._belongs(name, self._copies[name], seen.tensor):
+                    self._copies[name].copy_(seen.tensor)
                 seen.update()
 
     def store(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -56,25 +56,25 @@ class PreciseValues:
         is_narrow = wide(tensor.dtype) != tensor.dtype
         if is_narrow and isinstance(loaded, Tensor) and wide(loaded.dtype) == loaded.dtype:
             value = loaded.detach().to(device=tensor.device, dtype=wide(tensor.dtype))
-            self._values[name] = value.clone() if value.data_ptr() == loaded.data_ptr() else value
+            self._copies[name] = value.clone() if value.data_ptr() == loaded.data_ptr() else value
 
     def before_conversion(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the averages of tensors that may be converted to another dtype or device."""
         self.refresh()
-        return {name: self._values.get(name, tensor.data) for name, tensor in tensors.items()}
+        return {name: self._copies.get(name, tensor.data) for name, tensor in tensors.items()}
 
     def after_conversion(self, tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
         """Keep the averages of tensors that may have been converted."""
         for name, tensor in tensors.items():
             value = before.get(name)
-            was_rounded = name in self._values
+            was_rounded = name in self._copies
             if value is None or value.is_meta or not (was_rounded or value.dtype != tensor.dtype):
                 continue
             dtype = wide(tensor.dtype)
             if dtype == tensor.dtype:
                 self._forget(name)
             else:
-                self._values[name] = value.to(device=tensor.device, dtype=dtype)
+                self._copies[name] = value.to(device=tensor.device, dtype=dtype)
             tensor.data.copy_(value)
 
     def _belongs(self, name: str, value: Tensor, tensor: Tensor) -> bool:
@@ -88,11 +88,11 @@ class PreciseValues:
         return torch.equal(rounded, local(tensor))
 
     def _forget(self, name: str) -> None:
-        self._values.pop(name, None)
+        self._copies.pop(name, None)
         self._seen.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": self._values, "_seen": {}}  # the copy has other tensors
+        return {"_copies": self._copies, "_seen": {}}  # the copy has other tensors
 
 
 class _Seen:

@@ -81,11 +81,15 @@ def check_before_training(runner: Runner) -> None:
     Raises:
         UnsavableError: As ``check_state``.
     """
-    state = {
-        "plugins": as_plain(runner.plugins.state_dict()),
-        "state_dict": as_plain(runner.bare_model.state_dict()),
-        "optimizer": as_plain(runner.optim_wrapper.state_dict()),
-    }
+    state = {"plugins": as_plain(runner.plugins.state_dict())}
+    parts = {"state_dict": runner.bare_model, "optimizer": runner.optim_wrapper}
+    for key, part in parts.items():
+        try:
+            state[key] = as_plain(part.state_dict())
+        except Exception as error:
+            whose = _NAMES[key].removeprefix("the state of ")
+            error.add_note(f"raised by {whose}, method 'state_dict'")  # not by this plugin
+            raise
     check_state(state, "")
     _check(as_plain(runner.plugins.rank_state_dict()), "the state of plugins")
 

@@ -143,13 +143,13 @@ class Distributed(Plugin, name="distributed"):
             counters = "max_epochs", "max_iters", "epoch", "iter", "batch"
             require_same("training", {n: getattr(runner.progress, n) for n in counters})
 
-    @hookimpl(after="*")  # by then, rank 0 has created the folder
-    def before_run(self, runner: Runner) -> None:
-        """Use the name under which rank 0 has found a folder for the run."""
+    @hookimpl(tryfirst=True)  # the next event after the reservation of the folder on rank 0
+    def initialize_model(self, runner: Runner) -> None:
+        """Use the name that rank 0 has reserved for the run."""
         if self._watch is not None:
             name = dist.broadcast_object(runner.name)
             if name != runner.name:
-                runner.continue_run(name)
+                runner.use_name(name)
 
     @hookimpl(tryfirst=True)  # the other ranks are waiting
     def on_exception(self, error: BaseException) -> None:

@@ -22,7 +22,7 @@ def announce_run(runner: Runner, moved: Path | None) -> None:
     plugins, logger = runner.plugins, runner.logger
     blocked = f" (blocked: {', '.join(plugins.blocked)})" if plugins.blocked else ""
     logger.info(
-        f"run {runner.name}: files in {runner.run_dir}, device {runner.device}, plugins "
+        f"run {runner.name}: files in {_shown(runner.run_dir)}, device {runner.device}, plugins "
         f"{', '.join(plugins)}{blocked}"
     )
     if moved is not None:
@@ -32,6 +32,11 @@ def announce_run(runner: Runner, moved: Path | None) -> None:
             logger.info(
                 f"{event}: {', then '.join(names)} replace the {EVENTS[event].kind.argument}"
             )
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as a user would type it: relative if it is below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def announce_error(runner: Runner, error: BaseException) -> None:

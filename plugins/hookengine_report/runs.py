@@ -117,7 +117,7 @@ def find_runs(path: str | Path, every: bool = False) -> list[Path]:
     Raises:
         FileNotFoundError: The folder does not exist or holds no run.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if is_run(path):
         return [path]
     if not path.is_dir():
@@ -142,7 +142,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         FileNotFoundError: The folder has neither metrics.jsonl nor run.json.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not is_run(folder):
         raise FileNotFoundError(
             f"{folder} holds no run to draw. It needs the metrics.jsonl or run.json that the "

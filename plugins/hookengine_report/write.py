@@ -33,7 +33,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     if not folders:
         raise ValueError("folders is empty. Pass the folder of at least one run")
     runs = distinguished([read_run(folder) for folder in folders])
-    html, png = _paths(Path(out))
+    html, png = _paths(Path(out).expanduser())
     html.parent.mkdir(parents=True, exist_ok=True)
     _replace(html, page(runs).encode("utf-8", "replace"))
     _replace(png, picture(runs))
