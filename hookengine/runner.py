@@ -121,10 +121,9 @@ class Runner(Life, NamedRun):
             "optim_wrapper": optim_wrapper,
         }
         arguments.all_or_none(train, "training")
-        self.train_cfg: TrainCfg | None = None
-        if train_cfg is not None:
-            self.train_cfg = arguments.parse(TrainCfg, train_cfg, "train_cfg")
-        self.val_cfg = arguments.eval_cfg("val", val_cfg, val_dataloader, val_evaluator)
+        self.train_cfg = arguments.train_cfg(train_cfg)
+        val = val_cfg, val_dataloader, val_evaluator
+        self.val_cfg = arguments.eval_cfg("val", *val, self.train_cfg)
         self.test_cfg = arguments.eval_cfg("test", test_cfg, test_dataloader, test_evaluator)
 
         self._name_run(work_dir, name)

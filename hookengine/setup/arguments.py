@@ -23,7 +23,8 @@ from hookengine.model.compiled import compile_in_place
 from hookengine.records.run_folder import absolute_path
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
-from hookengine.setup.config import EvalCfg
+from hookengine.setup.config import EvalCfg, TrainCfg
+from hookengine.setup.dataloaders import check_dataset, check_single, is_used_up
 from hookengine.setup.plain import as_plain
 
 if TYPE_CHECKING:
@@ -388,10 +389,11 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
         name: The argument of the Runner, for messages.
 
     Raises:
-        TypeError: The dataloader is not iterable, or it is a dataset, or the dict has an argument
-            that torch's DataLoader does not accept.
+        TypeError: The dataloader is not iterable, or it is a dataset, or there are several, or the
+            dict has an argument that torch's DataLoader does not accept.
         ValueError: The dataloader is empty, or the dict has no dataset.
     """
+    check_single(dataloader, name)
     if isinstance(dataloader, Mapping):
         if "dataset" not in dataloader:
             raise ValueError(
@@ -399,6 +401,7 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
                 "dict(dataset=..., batch_size=...)"
             )
         options = migration.translate_dataloader(dataloader, name)
+        check_dataset(options["dataset"], options.get("collate_fn"), name)
         count_samples = options.pop("count_samples", None)
         try:
             dataloader = DataLoader(**options)
@@ -414,11 +417,15 @@ def build_dataloader(dataloader: Any, name: str) -> Iterable[Any]:
             "as in DataLoader(dataset, batch_size=32, shuffle=True) or dict(dataset=..., "
             "batch_size=32)"
         )
-    if not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
+    is_iterable = hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+    if not is_iterable or isinstance(dataloader, (str, bytes, type)):
+        got = repr(dataloader) if isinstance(dataloader, type) else type(dataloader).__name__
         raise TypeError(
             f"{name} must be iterable (a DataLoader, a list of batches) or dict(dataset=..., "
-            f"batch_size=...), got {type(dataloader).__name__}"
+            f"batch_size=...), got {got}"
         )
+    if isinstance(dataloader, DataLoader):
+        check_dataset(dataloader.dataset, dataloader.collate_fn, name)
     if length_of(dataloader) == 0:
         raise ValueError(
             f"{name} is empty: it has no samples, or fewer than one batch with drop_last=True. "
@@ -460,10 +467,25 @@ def all_or_none(arguments: Mapping[str, Any], what: str) -> None:
         )
 
 
-def eval_cfg(phase: str, cfg: Any, dataloader: Any, evaluator: Any) -> EvalCfg | None:
+def train_cfg(cfg: Any) -> TrainCfg | None:
+    """Return the options of training, or None if the user passed none."""
+    return None if cfg is None else parse(TrainCfg, cfg, "train_cfg")
+
+
+def eval_cfg(
+    phase: str, cfg: Any, dataloader: Any, evaluator: Any, training: TrainCfg | None = None
+) -> EvalCfg | None:
     """Return the options of validation or testing, or None if the user passed nothing for it.
 
+    Args:
+        phase: ``val`` or ``test``.
+        cfg: The options that the user passed.
+        dataloader: The dataloader that the user passed.
+        evaluator: The metrics that the user passed.
+        training: The options of the training that validates.
+
     Raises:
+        TypeError: The dataloader can be used only once, but training validates more often.
         ValueError: A dataloader comes without an evaluator (or ``loss=True``), or an evaluator or
             options come without a dataloader.
     """
@@ -480,4 +502,19 @@ def eval_cfg(phase: str, cfg: Any, dataloader: Any, evaluator: Any) -> EvalCfg |
         )
     if dataloader is None:
         all_or_none(parts, "validation" if phase == "val" else "testing")
+    times = 0 if training is None else _validations(training)
+    if times > 1 and is_used_up(dataloader):
+        raise TypeError(
+            f"{phase}_dataloader is an iterator ({type(dataloader).__name__}), which can be used "
+            f"only once, but this training validates {times} times. Pass an iterable that starts "
+            "over each time, such as a DataLoader or a list of batches"
+        )
     return parsed
+
+
+def _validations(cfg: TrainCfg) -> int:
+    """Return how often a training from the start to its limit validates."""
+    interval = cfg.val_interval or 1
+    first = max(-(-cfg.val_begin // interval), 1) * interval
+    at_the_end = cfg.limit % interval > 0 and cfg.limit >= cfg.val_begin
+    return len(range(first, cfg.limit + 1, interval)) + at_the_end

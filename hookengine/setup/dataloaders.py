@@ -1,11 +1,97 @@
-"""Look into a torch DataLoader, and copy it with another sampler."""
+"""Check a dataloader, look into a torch DataLoader, and copy it with another sampler."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+
+_JOIN = (
+    "Pass one of them, or join the datasets, as in DataLoader(ConcatDataset([first, second]), "
+    "batch_size=32)"
+)
+
+
+def check_single(dataloader: Any, name: str) -> None:
+    """Raise a TypeError if ``dataloader`` is a list, tuple or dict of dataloaders or datasets.
+
+    A list of batches is a dataloader, and a dict with a dataset holds the arguments of one.
+
+    Args:
+        dataloader: What the user passed.
+        name: The argument of the Runner, for the message.
+    """
+    if isinstance(dataloader, Mapping):
+        items = [] if "dataset" in dataloader else [*dataloader.values()]
+    else:
+        items = [*dataloader] if isinstance(dataloader, (list, tuple)) else []
+    for item in items:
+        kind = _kind_of_loader(item)
+        if kind is not None:
+            what = type(dataloader).__name__
+            raise TypeError(
+                f"{name} takes one dataloader, or a list of batches, got a {what} that holds "
+                f"{kind}. {_JOIN}"
+            )
+
+
+def _kind_of_loader(item: Any) -> str | None:
+    """Describe an item that yields batches or samples; None for a batch."""
+    if isinstance(item, Mapping):
+        dataset, others = (
+            item.get("dataset"),
+            item.keys() & inspect.signature(DataLoader).parameters,
+        )
+        configured = isinstance(dataset, Mapping) and "type" in dataset
+        if isinstance(dataset, Dataset) or configured or (dataset is not None and len(others) > 1):
+            return "the arguments of a dataloader"
+        return None
+    if isinstance(item, (Tensor, list, tuple, str)):
+        return None
+    is_iterator = isinstance(item, Iterator)
+    has_dataset = hasattr(item, "__iter__") and hasattr(item, "dataset")
+    if isinstance(item, (DataLoader, Dataset)) or is_iterator or has_dataset:
+        return f"{'an' if type(item).__name__[0] in 'AEIOUaeiou' else 'a'} {type(item).__name__}"
+    return None
+
+
+def check_dataset(dataset: Any, collate: Any, name: str) -> None:
+    """Raise a TypeError for what only looks like a dataset, and would fail at the first batch.
+
+    Args:
+        dataset: The dataset of a torch DataLoader.
+        collate: The collate function. Your own one may take any kind of sample.
+        name: The argument of the Runner, for the message.
+    """
+    start = f"the dataset of {name} is"
+    if isinstance(dataset, type):
+        raise TypeError(f"{start} the class {dataset.__name__}. Pass an instance of it")
+    if isinstance(dataset, DataLoader):
+        raise TypeError(f"{start} a DataLoader, which yields batches. Pass {name}=DataLoader(...)")
+    if isinstance(dataset, (str, bytes)):
+        raise TypeError(
+            f"{start} a {type(dataset).__name__}. Pass an object that holds the samples"
+        )
+    if isinstance(dataset, (list, tuple)) and collate in (None, default_collate):
+        kinds = {"datasets" for item in dataset if isinstance(item, Dataset)}
+        kinds |= {"dataloaders" for item in dataset if isinstance(item, DataLoader)}
+        if kinds:
+            raise TypeError(f"{start} a {type(dataset).__name__} of {' and '.join(kinds)}. {_JOIN}")
+
+
+def is_used_up(dataloader: Any) -> bool:
+    """Return whether a dataloader is known to be empty after one pass.
+
+    Generators and the iterators of Python and torch are. An iterator of another class may start
+    over when it is iterated again.
+    """
+    module = type(dataloader).__module__
+    known = module in ("builtins", "itertools", "torch.utils.data.dataloader")
+    return isinstance(dataloader, Iterator) and known
 
 
 def samplers_of(dataloader: DataLoader[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hookengine import (
     MODELS,
@@ -16,7 +16,7 @@ from hookengine import (
 )
 from hookengine.loop.data import dataset_size, length_of
 from hookengine.setup.arguments import build_dataloader
-from tests.fixtures import MakeData, MakeRunner, Toy
+from tests.fixtures import MakeData, MakeRunner, Toy, toy_data
 from tests.hookengine.lives import LOADER, Life, Plain
 
 
@@ -52,6 +52,145 @@ def test_a_dataloader_is_anything_iterable_or_the_arguments_of_one(data: MakeDat
 def test_what_is_no_dataloader_is_answered(given: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         build_dataloader(given, "val_dataloader")
+
+
+def several() -> dict[str, Any]:
+    """What users of other frameworks pass for several sets of data."""
+    first, second = toy_data(8), toy_data(8, seed=1)
+    loaders = DataLoader(first, batch_size=4), DataLoader(second, batch_size=4)
+
+    class Own:
+        """A dataloader that is not torch's."""
+
+        dataset = first
+
+        def __iter__(self) -> Any:
+            return iter(loaders[0])
+
+    return {
+        "a list of dataloaders": [*loaders],
+        "a tuple of dataloaders": loaders,
+        "one dataloader in a list": [loaders[0]],
+        "dataloaders by name": {"a": loaders[0], "b": loaders[1]},
+        "a list of datasets": [first, second],
+        "datasets by name": {"a": first, "b": second},
+        "a list of dicts": [dict(dataset=first, batch_size=4), dict(dataset=second, batch_size=4)],
+        "dicts by name": {"a": dict(dataset=first), "b": dict(dataset=second)},
+        "a dataloader among batches": [first.tensors, loaders[0]],
+        "own dataloaders": [Own(), Own()],
+        "generators": [(batch for batch in loader) for loader in loaders],
+        "iterable datasets": [Stream(), Stream()],
+    }
+
+
+class Stream(IterableDataset[Any]):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(toy_data(8))
+
+
+@pytest.mark.parametrize("phase", ["train", "val", "test"])
+@pytest.mark.parametrize("kind", several())
+def test_several_dataloaders_are_refused_at_construction(
+    make: MakeRunner, phase: str, kind: str
+) -> None:
+    message = rf"{phase}_dataloader .*takes one dataloader.*ConcatDataset"
+    with pytest.raises(TypeError, match=message):
+        make(
+            validate=phase == "val",
+            test=phase == "test",
+            **{f"{phase}_dataloader": several()[kind]},
+        )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([toy_data(8), toy_data(8)], r"a list of datasets.*ConcatDataset"),
+        ((toy_data(8),), r"a tuple of datasets.*ConcatDataset"),
+        (DataLoader(toy_data(8)), "a DataLoader, which"),
+        (TensorDataset, "the class TensorDataset"),
+        ("path/to/data", "a str"),
+    ],
+)
+def test_a_dataset_that_is_none_is_refused_at_construction(
+    make: MakeRunner, dataset: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=f"the dataset of val_dataloader is {message}"):
+        make(validate=True, val_dataloader=dict(dataset=dataset, batch_size=4))
+    if not isinstance(dataset, type):
+        with pytest.raises(TypeError, match=f"the dataset of val_dataloader is {message}"):
+            make(validate=True, val_dataloader=DataLoader(dataset, batch_size=4))
+
+
+@pytest.mark.parametrize("given", [DataLoader, "path", b"path"])
+def test_a_class_or_a_text_is_no_dataloader(make: MakeRunner, given: Any) -> None:
+    with pytest.raises(TypeError, match="val_dataloader must be iterable"):
+        make(validate=True, val_dataloader=given)
+
+
+def test_lists_of_batches_are_dataloaders(make: MakeRunner) -> None:
+    batch: Any = toy_data(8).tensors
+    named = dict(inputs=batch[0], labels=batch[1])
+    for batches in ([batch], (batch, batch), [list(batch)], [named]):
+        runner = make(train_dataloader=batches, validate=True, val_dataloader=batches)
+        assert "accuracy" in runner.train()
+    batches = [{**named, "dataset": ["coco"] * 8}]
+    assert build_dataloader(batches, "val_dataloader") is batches
+    datasets: Any = [toy_data(4), toy_data(4)]
+    loader = DataLoader(datasets, collate_fn=lambda each: each[0][:])  # each one is a batch
+    assert build_dataloader(loader, "val_dataloader") is loader
+
+
+def once() -> dict[str, Any]:
+    """Dataloaders that can be used only once."""
+    loader = DataLoader(toy_data(8), batch_size=4)
+    return {
+        "a generator": (batch for batch in loader),
+        "an iterator of a list": iter([toy_data(8).tensors]),
+        "an iterator of torch": iter(loader),
+        "map": map(tuple, loader),
+        "zip": zip(*toy_data(8).tensors, strict=True),
+    }
+
+
+@pytest.mark.parametrize("kind", once())
+@pytest.mark.parametrize(
+    "cfg", [dict(max_epochs=2), dict(max_iters=3, val_interval=2), dict(max_epochs=9, val_begin=8)]
+)
+def test_an_iterator_is_refused_if_it_is_to_be_validated_on_again(
+    make: MakeRunner, kind: str, cfg: dict[str, int]
+) -> None:
+    with pytest.raises(TypeError, match=r"val_dataloader is an iterator .* validates \d times"):
+        make(validate=True, val_dataloader=once()[kind], train_cfg=cfg)
+
+
+@pytest.mark.parametrize(
+    "cfg", [dict(max_epochs=1), dict(max_epochs=9, val_begin=9), dict(max_iters=3)]
+)
+def test_an_iterator_is_enough_for_a_single_validation(
+    make: MakeRunner, cfg: dict[str, int]
+) -> None:
+    for kind in ("a generator", "an iterator of torch"):
+        runner = make(validate=True, val_dataloader=once()[kind], train_cfg=cfg)
+        assert "accuracy" in runner.train()
+        with pytest.raises(ValueError, match=r"val dataloader yielded no batch.*used only once"):
+            runner.val()
+
+
+def test_an_iterator_that_starts_over_validates_every_epoch(make: MakeRunner) -> None:
+    class Restarts:
+        """As the iterators of DALI."""
+
+        def __iter__(self) -> Any:
+            self.batches = iter([toy_data(8).tensors])
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+    assert "accuracy" in make(validate=True, val_dataloader=Restarts()).train()
 
 
 @pytest.mark.parametrize(
