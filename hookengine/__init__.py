@@ -21,6 +21,7 @@ from hookengine.loop.progress import Progress
 from hookengine.loop.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import names_as_in, original_names
+from hookengine.model.loaded import loaded_tensors, remember_loaded
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
@@ -91,6 +92,7 @@ __all__ = [
     "is_seekable",
     "length_of",
     "load_safetensors",
+    "loaded_tensors",
     "log_context",
     "metric_value",
     "names_as_in",
@@ -99,6 +101,7 @@ __all__ = [
     "original_names",
     "preserved_random_state",
     "read_records",
+    "remember_loaded",
     "samplers_of",
     "save_weights",
     "set_random_state",
