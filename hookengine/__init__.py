@@ -25,6 +25,7 @@ from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.loop.progress import Progress
 from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import names_as_in, original_names
+from hookengine.model.loaded import loaded_tensors, remember_loaded
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
@@ -101,6 +102,7 @@ __all__ = [
     "is_seekable",
     "length_of",
     "load_safetensors",
+    "loaded_tensors",
     "log_context",
     "metric_numbers",
     "metric_value",
@@ -110,6 +112,7 @@ __all__ = [
     "original_names",
     "preserved_random_state",
     "read_records",
+    "remember_loaded",
     "samplers_of",
     "samples_per_batch",
     "save_weights",

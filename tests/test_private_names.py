@@ -251,7 +251,7 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
 DOCUMENTED = {"_exit", "_getframe", "_asdict"}  # of os, sys, tuples: private by name only
 OWN_KEYS = {  # parts of our own names, in strings
     *("_cfg", "_step", "_iter", "_state_dict", "_evaluator", "_extra_state", "_timestamp"),
-    *("_params_init_info", "_sink_current", "_base"),
+    *("_params_init_info", "_sink_current", "_base", "_loaded_names"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hookengine.model.loaded import LoadedTensors, watch_loading
+from hookengine.model.loaded import LoadedTensors, forget_loaded, watch_loading
 from hookengine.registry import MODELS
 
 
@@ -44,10 +44,10 @@ class BaseModule(nn.Module, metaclass=ABCMeta):
     def is_init(self, value: bool) -> None:
         self.__dict__["_is_init"] = value  # nn.Module.__setattr__ searches the parameters first
         if not value:
+            forget_loaded(self)
             for module in self.modules():
                 if isinstance(module, BaseModule):
                     module._is_init = False
-                    module.loaded_tensors = LoadedTensors()
 
     def init_weights(self) -> None:
         """Initialize the weights of this module and its children as their ``init_cfg`` describes.

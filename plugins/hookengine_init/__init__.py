@@ -11,7 +11,14 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from hookengine import BaseModule, Plugin, Runner, dist, preserved_random_state
+from hookengine import (
+    BaseModule,
+    Plugin,
+    Runner,
+    dist,
+    loaded_tensors,
+    preserved_random_state,
+)
 from hookengine_init.files import read_weights
 from hookengine_init.functions import (
     caffe2_xavier_init,
@@ -76,11 +83,20 @@ class Init(Plugin, name="init"):
     This happens once, on the CPU, before the model is converted, wrapped or loaded. Nothing is
     initialized if the model already was, if it is a plain ``nn.Module``, or if the Runner does not
     train. With several ranks, all of them receive rank 0's weights.
+
+    Tensors into which a state dict was loaded are left unchanged. ``init_weights()`` of modules
+    that are no ``BaseModule``, such as a backbone of timm or transformers, is not called unless you
+    ask for it.
     """
 
     keep: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         default=(),
         description="names of submodules to leave unchanged, such as a pretrained backbone",
+    )
+    init_foreign: bool | None = Field(
+        default=None,
+        description="whether to call init_weights() of direct children that are no BaseModules; "
+        "by default it is not called, and the log says so",
     )
     seed: int | None = Field(
         default=None,
@@ -104,9 +120,17 @@ class Init(Plugin, name="init"):
         with preserved_random_state() if self.seed is not None else nullcontext():
             if self.seed is not None:
                 _seed_all(self.seed)
-            record = init_model(model, self.keep, runner.logger, user_code=True)
+            foreign = bool(self.init_foreign)
+            record = init_model(model, self.keep, runner.logger, True, foreign)
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
+        if record.foreign and self.init_foreign is None:
+            names = [f"{record.name_of(m)!r} ({_class_of(m)})" for m in record.foreign]
+            runner.logger.warning(
+                f"init: init_weights() of {', '.join(names)} was not called, because it is not a "
+                "BaseModule: its weights are those from its construction. To call it, use "
+                "dict(type='init', init_foreign=True); False hides this message"
+            )
 
     def _tell_of_parts(self, runner: Runner, model: nn.Module) -> None:
         """Warn about the first part of a plain module whose ``init_cfg`` is not applied."""
@@ -126,15 +150,17 @@ class Init(Plugin, name="init"):
             if not isinstance(part, BaseModule) or part.is_init:
                 continue
             asked = any(map(names_weights, as_list(part.init_cfg or [], "init_cfg")))
-            if asked and not any(
-                isinstance(m, BaseModule) and m.loaded_tensors for m in part.modules()
-            ):
+            if asked and not loaded_tensors(part):
                 where = f" of {name!r}" if name else ""
                 runner.logger.warning(
                     f"the init_cfg{where} names pretrained weights, which only a Runner that "
                     "trains loads. Load weights, or call the model's init_weights() first"
                 )
                 return
+
+
+def _class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _seed_all(seed: int) -> None:

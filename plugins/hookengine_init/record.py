@@ -50,6 +50,10 @@ class InitRecord:
         modules: All of its modules by name.
         kept: The reason by ``id`` for each parameter and buffer to leave unchanged.
         logger: Where to log messages, by default structlog's logger.
+
+    Attributes:
+        init_foreign: Whether to call ``init_weights()`` of modules that are no BaseModules.
+        foreign: Those for which it was therefore not called.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class InitRecord:
         self.modules = modules
         self.kept = kept
         self.logger = logger if logger is not None else console()
+        self.init_foreign = True
+        self.foreign: list[nn.Module] = []
         self.notes: dict[str, list[str]] = {}
         self.title = f"weights of {type(root).__name__}, {{}} parameters"
         self._entries: dict[int, _Entry] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -10,24 +9,35 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hookengine import MODELS, BaseModule, did_you_mean, dist
+from hookengine import (
+    MODELS,
+    BaseModule,
+    did_you_mean,
+    dist,
+    loaded_tensors,
+    remember_loaded,
+)
 from hookengine_init.init_cfg import Step, as_list, follow, plan
 from hookengine_init.record import InitRecord, named_tensors, record_of, recording
 
 INIT = "init_weights"
 
 
-def init_weights(module: BaseModule) -> None:
+def init_weights(module: BaseModule, *, init_foreign: bool = True) -> None:
     """Initialize a model from its ``init_cfg`` and those of its parts, and log a report.
 
     The module's own ``init_cfg`` is applied first. Then each child is initialized: a ``BaseModule``
     in the same way, at any depth; any other direct child by its ``init_weights()``, if it has one.
     ``Pretrained`` weights are loaded last. So the inner configuration overrides the outer one, and
     loaded weights override both. Tensors into which a state dict was loaded beforehand are left
-    unchanged.
+    unchanged, wherever they belong.
 
     ``BaseModule.init_weights`` does the same. A second call warns and does nothing. After an error,
     it may be called again.
+
+    Args:
+        module: The model.
+        init_foreign: Whether to call ``init_weights()`` of direct children that are no BaseModules.
     """
     record = record_of(module)
     if record is not None:
@@ -35,7 +45,7 @@ def init_weights(module: BaseModule) -> None:
     elif module.is_init:
         _warn_of_second_call(module)
     else:
-        record = init_model(module)
+        record = init_model(module, init_foreign=init_foreign)
         if not _is_base_modules(module.init_weights):
             record.title += ", before what its own init_weights() does after super()"
         if dist.is_main_process():
@@ -43,7 +53,11 @@ def init_weights(module: BaseModule) -> None:
 
 
 def init_model(
-    model: BaseModule, keep: Iterable[str] = (), logger: Any = None, user_code: bool = False
+    model: BaseModule,
+    keep: Iterable[str] = (),
+    logger: Any = None,
+    user_code: bool = False,
+    init_foreign: bool = True,
 ) -> InitRecord:
     """Initialize a model, and record how.
 
@@ -52,16 +66,18 @@ def init_model(
         keep: Names of submodules to leave unchanged.
         logger: Where to log messages, by default structlog's logger.
         user_code: Call the model's own ``init_weights``, which a subclass may have overridden.
+        init_foreign: See ``init_weights``.
 
     Returns:
         The record of how each parameter was initialized.
     """
     modules = dict(model.named_modules())
     parts = [module for module in modules.values() if isinstance(module, BaseModule)]
-    loaded = [(part, copy.copy(part.loaded_tensors)) for part in parts if part.loaded_tensors]
-    kept = _kept(model, [tensor for _, tensors in loaded for tensor in tensors], keep)
+    restore_loaded = remember_loaded(model)
+    kept = _kept(model, loaded_tensors(model), keep)
     initialised = [part for part in parts if part.is_init]
     with recording(model, modules, kept, logger) as record, torch.no_grad():
+        record.init_foreign = init_foreign
         try:
             if user_code:
                 _call(model, model.init_weights, record)
@@ -74,8 +90,7 @@ def init_model(
                 part.is_init = False
             for part in initialised:
                 part.is_init = True
-            for part, tensors in loaded:
-                part.loaded_tensors = tensors
+            restore_loaded()
             raise
     return record
 
@@ -114,8 +129,17 @@ def _init_module(module: BaseModule, record: InitRecord) -> None:
     object.__setattr__(module, "is_init", True)  # nn.Module's is as slow as filling a tensor
 
 
-def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
-    """Initialize the children; in a plain module, the BaseModules at any depth."""
+def _init_children(
+    module: nn.Module, record: InitRecord, direct: bool, silent: bool = False
+) -> None:
+    """Initialize the children; in a plain module, the BaseModules at any depth.
+
+    Args:
+        module: The module.
+        record: The record.
+        direct: Whether the module is a BaseModule.
+        silent: Whether the module belongs to one that was passed over, and was noted.
+    """
     for child in module.children():
         if not (child._modules or INIT in vars(child) or hasattr(type(child), INIT)):
             continue  # most leaves; nn.Module's own lookup would be slow
@@ -125,17 +149,29 @@ def _init_children(module: nn.Module, record: InitRecord, direct: bool) -> None:
             child = cast("nn.Module", child.module)
             init = getattr(child, INIT, None)
         if not callable(init):
-            _init_children(child, record, direct=False)
+            _init_children(child, record, direct=False, silent=silent)
         elif getattr(child, "is_init", False) is True:
             continue
-        elif direct or isinstance(child, BaseModule):
+        elif isinstance(child, BaseModule) or (direct and record.init_foreign):
             _call(child, init, record)
         else:
-            record.note(
-                f"init_weights() of {type(child).__name__} was not called, since it is not a "
-                "direct child of a BaseModule; use a ModuleList or Sequential of hookengine.model",
-                child,
-            )
+            if not silent:
+                _pass_over(child, record, direct)
+            _init_children(child, record, direct=False, silent=True)
+
+
+def _pass_over(child: nn.Module, record: InitRecord, direct: bool) -> None:
+    """Note that ``init_weights()`` of a module that is no BaseModule is not called."""
+    if record.keeps_all_of(child):
+        return
+    if direct:
+        record.foreign.append(child)
+        return
+    record.note(
+        f"init_weights() of {type(child).__name__} was not called, since it is not a direct child "
+        "of a BaseModule; use a ModuleList or Sequential of hookengine.model",
+        child,
+    )
 
 
 def _is_base_modules(init_weights: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine import BaseModule, names_as_in, original_names
+from hookengine import names_as_in, original_names, remember_loaded
 from hookengine_init.files import read_weights, weights_in
 from hookengine_init.record import console, version_of
 
@@ -208,12 +207,11 @@ def _adapts_in_loading(module: nn.Module) -> bool:
 def _snapshot(
     module: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Callable[[], None]:
-    """Return a function that undoes what loading changes in a module and in its BaseModules."""
+    """Return a function that undoes what loading changes in a module."""
     values = [(t, version_of(t), t.clone()) for t in own.values() if not is_lazy(t)]
     lazy = [(tensor, type(tensor)) for tensor in own.values() if is_lazy(tensor)]
     extra = {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")}
-    parts = [part for part in module.modules() if isinstance(part, BaseModule)]
-    known = [(part, copy.copy(part.loaded_tensors)) for part in parts]
+    restore = remember_loaded(module)
 
     def undo() -> None:
         with torch.no_grad():
@@ -226,8 +224,7 @@ def _snapshot(
                 tensor.__class__ = kind
         if extra.keys() & state.keys():
             module.load_state_dict(extra, strict=False)
-        for part, tensors in known:
-            part.loaded_tensors = tensors
+        restore()
 
     return undo
 

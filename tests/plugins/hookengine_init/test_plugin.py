@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -192,19 +194,153 @@ def test_keep_leaves_named_parts_as_they_are(
         make(model=Net(), plugins=[dict(type="init", keep=["bakbone"])], **ON)
 
 
-def test_foreign_init_weights_are_listed(
+class LikeTimm(nn.Module):
+    """A backbone of another library, which draws its weights in its constructor."""
+
+    def __init__(self, state: Any = None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.init_weights()
+        if state is not None:
+            self.load_state_dict(state)
+
+    def init_weights(self, mode: str = "") -> None:
+        nn.init.normal_(self.stem.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.norm(self.stem(inputs))
+
+
+class LikeTransformers(LikeTimm):
+    """One that calls init_weights for each part."""
+
+    def init_weights(self, mode: str = "") -> None:
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+
+
+@pytest.mark.parametrize("kind", [LikeTimm, LikeTransformers])
+def test_init_weights_of_modules_of_others_is_called_only_if_asked_for(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], kind: Any
+) -> None:
+    told = f"init_weights() of 'backbone' ({__name__}.{kind.__name__}) was not called"
+    for option, called in ((None, False), (False, False), (True, True)):
+        model: Any = Net(dict(type="Normal", override=dict(name="head")))
+        model.backbone = kind()
+        before = model.backbone.stem.weight.clone()
+        head = model.head.weight.clone()
+        make(
+            model=model,
+            plugins=[dict(type="init", init_foreign=option)],
+            defaults=("init", "logging"),
+        )
+        assert torch.equal(model.backbone.stem.weight, before) is not called
+        assert not torch.equal(model.head.weight, head)
+        text = capsys.readouterr().out
+        assert text.count(told) == (option is None)
+        assert ("dict(type='init', init_foreign=True)" in text) == (option is None)
+        listed = f"backbone: initialized by init_weights() of {__name__}.{kind.__name__}"
+        assert (listed in text) == called
+
+
+def test_init_weights_that_needs_arguments_is_an_error_only_if_it_is_asked_for(
+    make: MakeRunner,
+) -> None:
+    class Needs(LikeTimm):
+        def init_weights(self, mode: str) -> None:  # type: ignore[override]
+            raise AssertionError
+
+    model: Any = Net()
+    model.backbone = Needs.__new__(Needs)
+    nn.Module.__init__(model.backbone)
+    model.backbone.stem = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match="mode") as caught:
+        make(model=model, plugins=[dict(type="init", init_foreign=True)], **ON)
+    assert any("in init_weights() of Needs 'backbone'" in note for note in caught.value.__notes__)
+    make(model=model, **ON)
+
+
+def test_base_modules_within_modules_of_others_are_initialized(
     make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Foreign(nn.Linear):
-        def init_weights(self) -> None:
-            nn.init.zeros_(self.weight)
+    def inner() -> Any:
+        return Sequential(nn.Linear(4, 4), init_cfg=dict(type="Constant", val=3, layer="Linear"))
 
-    model = Net()
-    model.backbone = Foreign(4, 4)
+    model: Any = Net(None)
+    model.backbone = LikeTimm()
+    model.backbone.block = nn.ModuleList([inner(), LikeTimm()])
+    model.others = nn.Sequential(LikeTimm())
+    model.others[0].block = inner()
+    weights = [model.backbone.stem.weight, model.others[0].stem.weight]
+    before = [weight.clone() for weight in weights]
     make(model=model, defaults=("init", "logging"))
+    assert all(map(torch.equal, weights, before))
+    assert (model.backbone.block[0][0].weight == 3).all()
+    assert (model.others[0].block[0].weight == 3).all()
     text = capsys.readouterr().out
-    assert f"  backbone: initialized by init_weights() of {__name__}.Foreign; to leave it" in text
-    assert "name it in keep=(...) of the plugin 'init'" in text
+    assert "others.0: init_weights() of LikeTimm was not called, since it is not a dir" in text
+    assert "init_weights() of 'backbone' " in text
+    assert text.count("was not called") == 2, "once for all within a module of others"
+
+
+@pytest.mark.parametrize("asked", [None, True])
+@pytest.mark.parametrize("how", ["alone", "copied", "in a container", "as a part", "assigned"])
+def test_weights_loaded_into_a_plain_module_stay(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], how: str, asked: Any
+) -> None:
+    state = {name: torch.full_like(t, 2) for name, t in LikeTimm().state_dict().items()}
+    backbone: Any = LikeTimm()
+    if how == "in a container":
+        whole = nn.Sequential(nn.Identity(), backbone)
+        whole.load_state_dict({f"1.{name}": value for name, value in state.items()})
+    elif how == "as a part":
+        for name, part in backbone.named_children():
+            part.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)}
+            )
+    else:
+        backbone.load_state_dict(state, assign=how == "assigned")
+    if how == "copied":
+        backbone = pickle.loads(pickle.dumps(copy.deepcopy(backbone)))
+    layers = ["Linear", "BatchNorm1d"]
+    model: Any = Net(dict(type="Constant", val=5, bias=5, layer=layers))
+    model.backbone = backbone
+    model.backbone.added = nn.Linear(1, 1)
+    options = [dict(type="init", init_foreign=asked)]
+    make(model=model, plugins=options, defaults=("init", "logging"))
+    for name, tensor in model.backbone.state_dict().items():
+        assert (tensor == (5 if "added" in name else 2)).all(), name
+    assert (model.head.weight == 5).all()
+    text = capsys.readouterr().out
+    assert "backbone.stem.weight   [4, 4]  already loaded from a state dict: left unch" in text
+
+
+def test_a_backbone_that_is_loaded_as_a_whole_is_not_told_of(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = Net()
+    model.backbone = LikeTimm(LikeTimm().state_dict())
+    make(model=model, defaults=("init", "logging"))
+    assert "was not called" not in capsys.readouterr().out
+
+
+def test_a_new_layer_of_a_loaded_backbone_is_initialized(make: MakeRunner) -> None:
+    model: Any = Net(dict(type="Constant", val=5, layer="Linear"))
+    model.backbone = LikeTimm(LikeTimm().state_dict())
+    kept = model.backbone.stem
+    model.backbone.stem = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.backbone.old = kept
+    before = kept.weight.clone()
+    make(model=model, **ON)
+    assert (model.backbone.stem[0].weight == 5).all()
+    assert torch.equal(kept.weight, before)
+    model.is_init = False
+    make(model=model, **ON)
+    assert (kept.weight == 5).all()
 
 
 def test_the_model_s_own_init_weights_is_called_and_named(
@@ -269,7 +405,7 @@ def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
     assert sum(line.startswith("  many.") for line in log.splitlines()) == 60
     assert "  many.7.weight    [1, 1]  NormalInit: mean=0, std=1, bias=0" in log
     options = json.loads((runner.run_dir / "run.json").read_text())["plugins"][0]["options"]
-    assert options == {"keep": [], "seed": None}
+    assert options == {"keep": [], "init_foreign": None, "seed": None}
 
 
 def test_a_model_without_any_init_cfg_says_nothing(

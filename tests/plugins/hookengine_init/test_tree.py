@@ -248,6 +248,14 @@ def test_what_torch_compile_has_wrapped_is_initialised_once(
     assert len(fills) == 4
 
 
+def test_other_modules_are_left_out_of_a_call_if_you_say_so() -> None:
+    net = Net(constant(1), custom=Custom())
+    before = [parameter.clone() for parameter in net.custom.parameters()]
+    init_weights(net, init_foreign=False)
+    assert all(map(torch.equal, net.custom.parameters(), before))
+    assert net.is_init
+
+
 def test_a_second_call_warns_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     net = Net(constant(1), custom=Custom())
     net.init_weights()
