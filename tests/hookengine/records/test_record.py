@@ -184,7 +184,10 @@ def test_a_record_is_repeated_if_all_but_the_times_are_the_same(other: Record, s
 @pytest.mark.parametrize("value", [0, 1])
 def test_media_are_compared_by_their_content(value: int) -> None:
     def with_media(value: int) -> Record:
-        media = {"image": Image(torch.full((2, 2), value)), "bins": Histogram.counted([1], [0, 1])}
+        media: dict[str, Any] = {
+            "image": Image(torch.full((2, 2), value)),
+            "bins": Histogram.counted([1], [0, 1]),
+        }
         return Record("train", 1, 2, 3, {}, media)
 
     assert with_media(0).repeats(with_media(value)) is (value == 0)
