@@ -28,30 +28,30 @@ def on_thread_of(owner: object) -> bool:
     return getattr(_this_thread, "owner", None) is owner
 
 
+ARGUMENTS = {
+    "open": ("runner",),
+    "write": ("runner", "record"),
+    "skip": ("runner", "record"),
+    "cut": ("runner", "kept"),
+    "close": ("runner",),
+}
+"""The methods that a delivery calls on its thread, with their arguments."""
+
+
 @dataclass(frozen=True)
 class Destination:
-    """The functions that a delivery calls. All but ``pause`` receive the Runner.
-
-    They run on the delivery's thread.
+    """What a delivery knows of its sink.
 
     Attributes:
         name: The sink's name, for the thread and for warnings.
-        open: Called before the first record.
-        write: Called for each record that the sink does not hold yet.
-        skip: Called for each record that the sink already holds.
-        cut: Called with the last iteration of each phase that the sink may keep.
-        cuts_late: Whether to call ``cut`` only once the run does not repeat what the sink holds.
-        close: Called after the last record.
+        call: Calls a method of the sink by name, with its arguments by name.
+        cuts_late: Whether to cut only once the run does not repeat what the sink holds.
         pause: Returns the number of seconds to gather records before they are written.
     """
 
     name: str
-    open: Callable[[Any], None]
-    write: Callable[[Any, Record], None]
-    skip: Callable[[Any, Record], None]
-    cut: Callable[[Any, Mapping[str, int]], None]
+    call: Callable[[str, Mapping[str, Any]], None]
     cuts_late: bool
-    close: Callable[[Any], None]
     pause: Callable[[], float]
 
 
@@ -64,6 +64,7 @@ class Delivery:
         runner: The Runner that the records come from, or None if there is none yet.
 
     Attributes:
+        arguments: What the sink's method that is running was called with, by name.
         held: What the sink already holds of the run.
         continues: Whether the run resumes a history, part of which the sink may already hold.
         history: The records that a loaded checkpoint had, until the next run begins; None if there
@@ -80,6 +81,7 @@ class Delivery:
         self, owner: object, destination: Destination, runner: RunInfo | None = None
     ) -> None:
         self.runner = runner
+        self.arguments: Mapping[str, Any] = {}
         self.held = Held()
         self.continues = self.loaded = self.reached_limit = False
         self.history: RecordHistory | None = None
@@ -109,12 +111,13 @@ class Delivery:
             self.thread.start()
         self._queue.put(job)
 
-    def put_record(self, record: Record, limit: int) -> None:
-        """Write a record, or drop it if ``limit`` jobs are waiting.
+    def put_record(self, record: Record, limit: float, runner: RunInfo | None) -> None:
+        """Write a record of ``runner``, or drop it if ``limit`` jobs are waiting.
 
         Once a record has been dropped, all later ones are dropped too until the queue has drained,
         so that the history can supply them in order.
         """
+        self.runner = self.runner if runner is None else runner
         with self._lock:
             if self._behind or self._queue.qsize() >= limit:
                 self._behind = True
@@ -174,7 +177,9 @@ class Delivery:
 
     def _work(self) -> None:
         _this_thread.owner = self._owner
-        self.guard("open", self._open, everything=True)
+        failures = self.failures
+        self._call("open")
+        self._opened = self.failures == failures
         for job in self._jobs():
             if not self._retired:
                 job()
@@ -182,12 +187,15 @@ class Delivery:
                     self._catch_up()
             self._queue.task_done()
         if not self._retired:
-            self.guard("close", lambda: self._to.close(self.runner), everything=True)
+            self._call("close")
         self._queue.task_done()
 
-    def _open(self) -> None:
-        self._to.open(self.runner)
-        self._opened = True
+    def _call(self, name: str, **arguments: Any) -> None:
+        """Call a method of the sink; count an exception."""
+        arguments["runner"] = self.runner
+        self.arguments = arguments
+        self.guard(name, lambda: self._to.call(name, arguments), everything=True)
+        self.arguments = {}
 
     def _jobs(self) -> Iterator[Callable[[], object]]:
         while True:
@@ -196,7 +204,7 @@ class Delivery:
             if job is None:
                 return
             if not gathered:  # one switch of threads per batch of records
-                self._hurry.wait(self._to.pause())
+                self._hurry.wait(min(max(self._to.pause(), 0), threading.TIMEOUT_MAX))
             yield job
 
     def _deliver(self, record: Record) -> None:
@@ -206,7 +214,7 @@ class Delivery:
             return
         match self.held.meet(record):
             case "held":
-                self.guard("skip", lambda: self._to.skip(self.runner, record), everything=True)
+                self._call("skip", record=record)
             case "different":
                 self._cut(self.held.kept)
                 self._fill_from_history()  # which holds this record, too
@@ -218,7 +226,7 @@ class Delivery:
     def _write(self, record: Record) -> None:
         self.held.note(record)
         failures = self.failures
-        self.guard("write", lambda: self._to.write(self.runner, record), everything=True)
+        self._call("write", record=record)
         self.records += self.failures == failures
 
     def _catch_up(self) -> None:
@@ -304,7 +312,7 @@ class Delivery:
         kept = dict(kept)
         self.held.cut(kept)
         if self._opened:
-            self.guard("cut", lambda: self._to.cut(self.runner, kept), everything=True)
+            self._call("cut", kept=kept)
 
     # -- failures ---------------------------------------------------------------------------------
 
@@ -314,12 +322,12 @@ class Delivery:
         Args:
             what: The name of the method, for the warning.
             call: The function to run. Its return value is returned, or None if it raised.
-            everything: Also catch SystemExit and the like, which would end the thread.
+            everything: Also catch KeyboardInterrupt, which is not the user's on the thread.
         """
         try:
             return call()
         except BaseException as error:
-            if not (everything or isinstance(error, Exception)):
+            if isinstance(error, KeyboardInterrupt) and not everything:
                 raise
             self.failures += 1
             if self.failures == 1:
@@ -328,10 +336,10 @@ class Delivery:
 
     def warn(self, message: str, error: BaseException | None = None) -> None:
         """Log a warning about the sink, through the Runner's logger if there is one."""
-        details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         logger = structlog.get_logger() if self.runner is None else self.runner.logger
         name = self._to.name
         with suppress(Exception):  # a failing logger must not end training either
+            details = {} if error is None else {"error": _described(error)}
             logger.bind(plugin=name).warning(f"sink {name!r} {message}", **details)
 
     # -- the end ----------------------------------------------------------------------------------
@@ -345,6 +353,7 @@ class Delivery:
             return True
         if self._left_behind and self._queue.unfinished_tasks >= self._left_behind:
             timeout = 0
+        timeout = min(timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + timeout
         self._hurry.set()
         try:
@@ -376,10 +385,17 @@ class Delivery:
             waiting = 0 if done else self._queue.unfinished_tasks
             self._queue.put(None)  # a sink that hangs now and returns later closes too
             if done:
-                self.thread.join(timeout)
+                self.thread.join(min(timeout, threading.TIMEOUT_MAX))
                 if self.thread.is_alive():
                     self.warn(f"did not close within {timeout:g} s; its thread is left running")
         self.thread = None
         if self.failures or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
             self.warn(f"lost records: {counts}; metrics.jsonl has them all")
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its __str__ fails
+        return type(error).__name__

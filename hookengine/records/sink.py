@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from hookengine import dist
 from hookengine.events.hookspecs import EVENTS
 from hookengine.events.plugin import Plugin
-from hookengine.records.delivery import Delivery, Destination, on_thread_of
+from hookengine.records.calling import Method, by_name, signature_of
+from hookengine.records.delivery import ARGUMENTS, Delivery, Destination, on_thread_of
 from hookengine.records.record import Record, RecordHistory
 
 if TYPE_CHECKING:
@@ -36,11 +38,13 @@ class Sink(Plugin):
     """A plugin whose ``write(runner, record)`` runs on its own thread, behind a queue.
 
     A subclass defines ``write``. It may also define ``open(runner)`` and ``close(runner)``, which
-    run on the same thread before the first record and after the last one. These three methods may
-    use only ``name``, ``run_dir``, ``logger`` and ``describe()`` of the Runner, since records can
-    be replayed after the Runner is gone. A subclass may implement events too; they run on the main
-    thread. An exception raised by any of these methods is counted, the first one is logged as a
-    warning, and training continues with bit-identical weights.
+    run on the same thread before the first record and after the last one. Each of them takes those
+    of its arguments that it needs; another argument is an error when the sink is created. These
+    three methods may use only ``name``, ``run_dir``, ``logger`` and ``describe()`` of the Runner,
+    since records can be replayed after the Runner is gone. A subclass may implement events too;
+    they run on the main thread. An exception raised by any of these methods is counted, the first
+    one is logged as a warning, and training continues with bit-identical weights. Only Ctrl-C on
+    the main thread ends it.
 
     The delay that a sink adds is bounded. If ``queue_size`` jobs are waiting, a new record is
     dropped at once. At the end of a run, when a checkpoint is loaded, and in ``unconfigure``, the
@@ -67,21 +71,35 @@ class Sink(Plugin):
     """Seconds to gather records before they are written together."""
     cuts_late = False
     """Whether ``cut`` is called only once the run does not repeat the records that it has left."""
+    hookengine_options = None  # is read from every plugin, and a __getattr__ may fail
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        for name in EVENTS.keys() & cls.__dict__.keys():
-            method = cls.__dict__[name]
-            if callable(method):
-                setattr(cls, name, _WRAPPERS.get(name, _isolated)(method))
+        for name in (*ARGUMENTS, *EVENTS, *STATES):
+            owner = next((base for base in cls.__mro__ if name in vars(base)), Plugin)
+            defined = vars(owner).get(name)
+            if owner in (Sink, Plugin) or hasattr(defined, "sink_method"):  # as in cut = Other.cut
+                continue
+            if name in ARGUMENTS:
+                setattr(cls, name, _on_the_thread(name, defined))
+            elif _is_method(defined):
+                setattr(cls, name, _isolated(name, defined))
         super().__init_subclass__(**kwargs)
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Reject a sink without ``write``."""
+        """Reject a sink without ``write``, or with a method that cannot be called as it should."""
+        sink = super().__new__(cls, *args, **options)
+        where = f"the sink {cls.__name__}"
         if not hasattr(cls, "write"):
-            raise TypeError(f"the sink {cls.__name__} has no write(self, runner, record). Add it")
-        return super().__new__(cls, *args, **options)
+            near = difflib.get_close_matches("write", vars(cls), n=1, cutoff=0.7)
+            hint = f", or rename {near[0]!r}" if near else ""
+            raise TypeError(f"{where} has no write(self, runner, record). Add it{hint}")
+        for name in (*ARGUMENTS, *EVENTS, *STATES):
+            method = getattr(getattr(cls, name, None), "sink_method", None)
+            if method is not None:
+                method.check(sink, where)
+        return sink
 
-    # -- what a subclass may override -------------------------------------------------------------
+    # -- what a subclass may override; each takes those of its arguments that it needs -------------
 
     def open(self, runner: Runner) -> None:
         """Connect, on the sink's thread; may fill ``held`` with what the sink already holds."""
@@ -173,7 +191,7 @@ class Sink(Plugin):
     def after_load_checkpoint(self, runner: Runner) -> None:
         """Keep the history for ``before_run``; records may be repeated from here on."""
         delivery = self._sink_delivery
-        delivery.flush(self.flush_timeout)
+        delivery.flush(_number(self, "flush_timeout"))
         delivery.expect_repetition()
         history = runner.hooks.history(runner)
         delivery.history = history if history is None else _as_history(history)
@@ -209,11 +227,11 @@ class Sink(Plugin):
         """Wait at most ``flush_timeout`` seconds until the records so far are written."""
         if self._sink_delivery.reached_limit:
             self._sink_delivery.end_repetition()
-        self._sink_delivery.flush(self.flush_timeout)
+        self._sink_delivery.flush(_number(self, "flush_timeout"))
 
     def unconfigure(self, runner: Runner) -> None:
         """Write the remaining records, close, and warn about lost records."""
-        self._sink_delivery.finish(self.flush_timeout)
+        self._sink_delivery.finish(_number(self, "flush_timeout"))
 
 
 def _begin(sink: Sink, runner: RunInfo | None) -> Delivery:
@@ -221,11 +239,12 @@ def _begin(sink: Sink, runner: RunInfo | None) -> Delivery:
 
     Names of a subclass cannot collide with what a Sink keeps: its names begin with ``_sink``.
     """
-    write: Callable[[Any, Record], None] = sink.write  # type: ignore[attr-defined]
-    late = sink.cuts_late or type(sink).cut is Sink.cut
+    late = sink.cuts_late or _defined(type(sink), "cut") is _defined(Sink, "cut")
     to = Destination(
-        *(sink.plugin_name, sink.open, write, sink.skip, sink.cut, late),
-        *(sink.close, lambda: sink.pause),
+        sink.plugin_name,
+        lambda name, arguments: getattr(sink, name)(**arguments),
+        late,
+        lambda: _number(sink, "pause"),
     )
     sink.__dict__["_sink_current"] = delivery = Delivery(sink, to, runner)
     return delivery
@@ -237,56 +256,136 @@ def _as_history(records: Iterable[Record]) -> RecordHistory:
     return RecordHistory([*records] if iter(records) is records else records)
 
 
-def _queued(write: Callable[..., None]) -> Callable[..., None]:
-    """Put a call of ``write`` into the sink's queue; on the sink's own thread call it directly."""
-    wanted = [*inspect.signature(write).parameters][1:]
+# -- the methods of subclasses, wrapped --------------------------------------------------------
 
-    def put(self: Sink, runner: Runner, record: Record) -> None:
+
+def _defined(cls: type[Sink], name: str) -> Method:
+    """Return a method of the sink's thread as its class defines it."""
+    wrapper: Any = getattr(cls, name)
+    method: Method = wrapper.sink_method
+    return method
+
+
+def _on_the_thread(name: str, defined: Any) -> Callable[..., None]:
+    """Wrap a method of the sink's thread, so that it may be called with any of its arguments.
+
+    Its class may take fewer arguments than the subclass that calls it, as in
+    ``super().write(record)``. ``write`` puts the record into the queue if another thread calls it.
+    """
+    method = Method(name, defined, ARGUMENTS[name])
+
+    def call(self: Sink, passed: Mapping[str, Any]) -> None:
+        delivery = self._sink_delivery
+        given = by_name([value for value in passed.values() if value is not None], method.known)
         if on_thread_of(self):
-            arguments = {"runner": runner, "record": record}
-            write(self, **{name: arguments[name] for name in wanted})
+            method.call(self, {**delivery.arguments, **given})
+        elif name == "write":
+            limit = _number(self, "queue_size")
+            delivery.put_record(given["record"], limit, given.get("runner"))
         else:
-            self._sink_delivery.runner = runner
-            self._sink_delivery.put_record(record, self.queue_size)
+            method.call(self, {"runner": delivery.runner, **given})
 
-    return _named_as(write, put)
-
-
-def _isolated_configure(method: Callable[..., None]) -> Callable[..., None]:
-    """Isolate ``configure``; ask for the Runner even if the method does not, to warn through it."""
-    wanted = len(inspect.signature(method).parameters) - 1
-
-    def configure(self: Sink, runner: Runner) -> None:
-        Sink.configure(self, runner)
-        self._sink_delivery.guard("configure", lambda: method(self, *[runner] * wanted))
-
-    return _named_as(method, configure)
+    return _wrapper(method, [*method.known], call)
 
 
-def _named_as(method: Callable[..., None], wrapper: Callable[..., None]) -> Callable[..., None]:
-    """Copy a method's name, docstring and hookimpl options, but not its signature."""
-    wrapper.__name__, wrapper.__doc__ = method.__name__, method.__doc__
-    kept = ("hookengine_options", "hookengine_impl")
-    vars(wrapper).update({name: vars(method)[name] for name in kept if name in vars(method)})
-    return wrapper
+def _isolated(name: str, defined: Any) -> Callable[..., Any]:
+    """Keep exceptions of an event's implementation away from training.
 
+    What the class ``Sink`` does in the event follows; in ``configure``, it comes first.
+    """
+    base = _BASE.get(name)
+    in_contexts = name in EVENTS and EVENTS[name].kind.name == "contexts"
+    parameters = [*signature_of(defined).parameters.values()][1:]
+    event = EVENTS[name].arguments if name in EVENTS else ()
+    own = [p.name for p in parameters if p.default is p.empty or p.name in event]
+    method = Method(name, defined, own)
 
-def _isolated(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep exceptions of an event's implementation away from training."""
-    name = method.__name__
-    base: Callable[[Sink, Any], None] | None = Sink.__dict__.get(name)
+    def run(self: Sink, call: Callable[[], Any]) -> Any:
+        delivery = self._sink_delivery
+        result = delivery.guard(name, call)
+        if in_contexts and result is not None:
+            return _IsolatedContext(delivery, name, result)
+        return {} if result is None and name in _RETURN_STATES else result
 
-    @functools.wraps(method)
-    def call(self: Sink, *args: Any, **kwargs: Any) -> Any:
-        result = self._sink_delivery.guard(name, lambda: method(self, *args, **kwargs))
-        if base is not None:
-            base(self, self._sink_delivery.runner)
+    if base is None and inspect.isfunction(defined):
+
+        @functools.wraps(defined)
+        def directly(self: Sink, *args: Any, **kwargs: Any) -> Any:
+            return run(self, lambda: defined(self, *args, **kwargs))
+
+        directly.sink_method = method  # type: ignore[attr-defined]
+        return directly
+
+    def call(self: Sink, passed: Mapping[str, Any]) -> Any:
+        runner = passed.get("runner") or self._sink_delivery.runner
+        if base is not None and name == "configure":
+            base(self, runner)
+        result = run(self, lambda: method.call(self, {n: passed[n] for n in own}))
+        if base is not None and name != "configure":
+            base(self, runner)
         return result
 
-    return call
+    names = own if base is None or "runner" in own else ["runner", *own]
+    wrapper: Any = _wrapper(method, names, call)
+    asked = [inspect.Parameter(n, _EITHER) for n in ("self", *names) if n not in own]
+    wrapper.__signature__ = inspect.Signature([*asked, *parameters])  # as it is checked
+    return cast(Callable[..., Any], wrapper)
 
 
-_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "write": _queued,
-    "configure": _isolated_configure,
-}
+def _wrapper(
+    method: Method, names: Sequence[str], call: Callable[[Sink, Mapping[str, Any]], Any]
+) -> Callable[..., Any]:
+    """Make a method with the given parameters, which pluggy reads, that calls ``call``."""
+    takes = "".join(f", {name}=None" for name in names)
+    passes = ", ".join(f"{name!r}: {name}" for name in names)
+    namespace: dict[str, Any] = {"call": call}
+    exec(f"def method(self{takes}): return call(self, {{{passes}}})", namespace)
+    wrapper = namespace["method"]
+    defined = method.defined
+    wrapper.__name__, wrapper.__doc__ = method.name, getattr(defined, "__doc__", None)
+    wrapper.__qualname__ = getattr(defined, "__qualname__", method.name)
+    wrapper.__module__ = getattr(defined, "__module__", __name__)
+    for kept in ("hookengine_options", "hookengine_impl"):
+        if hasattr(defined, kept):
+            setattr(wrapper, kept, getattr(defined, kept))
+    wrapper.sink_method = method
+    return cast(Callable[..., Any], wrapper)
+
+
+def _is_method(defined: Any) -> bool:
+    bound_later = isinstance(defined, (classmethod, functools.partialmethod))
+    return bound_later or (callable(defined) and not isinstance(defined, type))
+
+
+class _IsolatedContext:
+    """A context manager of a sink, whose exceptions do not end training."""
+
+    def __init__(self, delivery: Delivery, name: str, context: Any) -> None:
+        self._guard = functools.partial(delivery.guard, name)
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._entered = self._guard(lambda: (self._context.__enter__(),))
+
+    def __exit__(self, *error: Any) -> None:
+        if self._entered:
+            self._guard(lambda: self._context.__exit__(*error))
+
+
+def _number(sink: Sink, name: str) -> float:
+    """Return a setting of a sink; that of the class ``Sink`` if it is not a number."""
+
+    def read() -> float:
+        return float(getattr(sink, name))
+
+    number = sink._sink_delivery.guard(name, read)
+    return float(getattr(Sink, name)) if number is None or number != number else number
+
+
+_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_RETURN_STATES = ("state_dict", "rank_state_dict")
+STATES = (*_RETURN_STATES, "load_state_dict", "load_rank_state_dict")
+"""Methods that the Runner calls besides the events."""
+_BASE = {name: method for name, method in vars(Sink).items() if name in EVENTS}
+for _name in ARGUMENTS.keys() & vars(Sink).keys():
+    setattr(Sink, _name, _on_the_thread(_name, vars(Sink)[_name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -534,3 +535,126 @@ def test_what_is_replayed_is_all_that_a_sink_holds(make: MakeRunner) -> None:
     again.close()
     assert holds_the_history(sink, runner)
     assert sink.rows[-1].iter == 5
+
+
+# -- nothing in a sink ends training ------------------------------------------------------------
+
+
+class Nameless(BaseException):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Nameless()])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *("before_run", "before_train", "before_train_epoch", "before_train_iter", "after_forward"),
+        *("scale_loss", "backward", "before_optim_step", "optim_step", "after_train_iter"),
+        *("safe_point", "after_train_epoch", "before_val", "after_val", "after_train", "after_run"),
+        *("log", "configure", "unconfigure", "forward_context", "before_save_checkpoint"),
+        *("state_dict", "rank_state_dict", "open", "write", "close", "setup_dataloader"),
+    ],
+)
+def test_whatever_a_sink_raises_training_is_the_same(
+    make: MakeRunner, event: str, error: BaseException
+) -> None:
+    def raising(self: Any) -> None:
+        raise error
+
+    kind = type("Raiser", (Sink,), {"write": lambda self: None, event: raising})
+    sink = kind()
+    logged = make(plugins=[dict(type="logging", interval=1), sink], validate=True)
+    logged.on("after_train_iter")(lambda runner: runner.log({"a": 1.0}))
+    logged.train()
+    logged.state_dict()
+    logged.plugins.rank_state_dict()
+    logged.close()
+    plain = make(plugins=[dict(type="logging", interval=1)], validate=True)
+    plain.train()
+    assert torch.equal(logged.bare_model.net.weight, plain.bare_model.net.weight)
+    assert sink.failures > 0
+
+
+@pytest.mark.parametrize("setting", ["queue_size", "flush_timeout", "pause"])
+@pytest.mark.parametrize("value", ["raises", "ten", None, float("inf"), float("nan"), -1, "3"])
+def test_a_setting_that_is_no_number_ends_nothing(
+    make: MakeRunner, setting: str, value: Any
+) -> None:
+    def read(self: Any) -> Any:
+        if value == "raises":
+            raise SystemExit("no")
+        return value
+
+    endless = setting == "pause" and value == float("inf")
+    kind = type("Odd", (Keeping,), {setting: property(read)})
+    sink = kind()
+    runner = make(plugins=["logging", sink])
+    runner.train()
+    runner.close()
+    odd = value in ("raises", "ten", None)
+    assert (sink.failures > 0) is odd
+    if value != -1 and not endless:
+        assert [entry[1] for entry in sink.log[1:-1]] == [5, 10]
+
+
+def test_a_context_of_a_sink_that_fails_ends_nothing(make: MakeRunner) -> None:
+    class Entered(Keeping):
+        at_the_end = False
+
+        @contextlib.contextmanager
+        def forward_context(self) -> Any:
+            if not self.at_the_end:
+                raise SystemExit("at the beginning")
+            yield
+            raise OSError("at the end")
+
+    sink = Entered()
+    runner = make(plugins=[sink], train_cfg=dict(max_iters=2))
+    runner.train()
+    assert sink.failures == 2
+    sink.at_the_end = True
+    runner.train(max_iters=3)
+    assert (sink.failures, runner.progress.iter) == (3, 3)
+
+
+def test_a_state_that_cannot_be_loaded_ends_nothing(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stateful(Keeping):
+        def state_dict(self) -> dict[str, Any]:
+            return {"number": 1}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("other")
+
+    first = make(plugins=["logging", Stateful()])
+    first.train(max_epochs=1)
+    state = first.state_dict()
+    sink = Stateful()
+    runner = make(plugins=["logging", sink])
+    runner.load_state_dict(state)
+    runner.train()
+    assert sink.failures == 1
+    assert "sink 'stateful' failed in load_state_dict" in capsys.readouterr().out
+
+
+def test_an_attribute_that_a_sink_fails_to_give_ends_nothing(make: MakeRunner) -> None:
+    class Asked(Keeping):
+        armed = False
+
+        def before_run(self) -> None:  # type: ignore[override]
+            self.armed = True
+
+        def __getattr__(self, name: str) -> Any:
+            raise (RuntimeError if self.armed else AttributeError)(name)
+
+    sink = Asked()
+    runner = make(plugins=["logging", sink], validate=True)
+    runner.train()
+    runner.state_dict()
+    runner.describe()
+    runner.close()
+    assert (runner.progress.iter, sink.failures) == (10, 0)
