@@ -124,6 +124,8 @@ def _build(options: Cfg) -> Any:
     except TypeError:
         _check_options(options)
         raise
+    if isinstance(initializer, BaseInit):
+        initializer.strict = True
     if not callable(initializer):
         raise TypeError(
             f"the weight initializer {options['type']!r} must build a callable that takes a "

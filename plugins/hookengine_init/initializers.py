@@ -51,6 +51,12 @@ class BaseInit:
 
     wholemodule: bool = False
     """Whether to initialize every layer, whatever its class; set for an ``override``."""
+    strict: bool = False
+    """Whether it is an error if nothing matches; set for an ``init_cfg``, where that is a mistake.
+
+    ``model.apply(ConstantInit(...))`` calls an initializer with each module of the model, most of
+    which do not match.
+    """
 
     def __init__(
         self,
@@ -92,8 +98,8 @@ class BaseInit:
         """Initialize the matching layers of ``module``, children before parents.
 
         Raises:
-            ValueError: No layer matches, or the parameters of those that do are named neither
-                ``weight`` nor ``bias``.
+            ValueError: With ``strict``: no layer matches, or the parameters of those that do are
+                named neither ``weight`` nor ``bias``.
         """
         write = writing(module, self._get_init_info())
         matched: dict[type, bool] = {}
@@ -108,6 +114,8 @@ class BaseInit:
 
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             module.apply(init)
+        if not self.strict:
+            return
         if not self.wholemodule and (len(self.layer) > 1 or True not in matched.values()):
             check_layers(self.layer, module)
         if not filled:
@@ -158,7 +166,7 @@ class BaseInit:
 
     def _get_init_info(self) -> str:
         """Describe this initializer for the report on a parameter that it has changed."""
-        hidden = ("bias", "layer", "wholemodule")
+        hidden = ("bias", "layer", "strict", "wholemodule")
         options = [f"{name}={value}, " for name, value in vars(self).items() if name not in hidden]
         return f"{type(self).__name__}{': ' if options else ', '}{''.join(options)}bias={self.bias}"
 

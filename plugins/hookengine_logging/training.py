@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Mapping
 from time import perf_counter
@@ -135,7 +134,8 @@ class TrainingInterval:
         measured["data_time"] = clock.data_seconds / clock.iterations
         if samples is not None:
             measured["samples_per_second"] = samples / clock.seconds if clock.seconds else 0.0
-        measured["memory"] = _peak_memory(runner.device)
+        if (memory := _peak_memory(runner.device)) is not None:
+            measured["memory"] = memory
         if progress.max_iters is not None:
             left = max(progress.max_iters - progress.iter, 0)
             measured["eta"] = left * clock.seconds_per_iteration
@@ -206,9 +206,16 @@ def _learning_rates(
     return {f"{n}/lr" if several else "lr": float(rate) for n, rate in rates.items()}
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory in MB: of the device on CUDA, otherwise of this process."""
+def _peak_memory(device: torch.device) -> float | None:
+    """Return the peak memory in MB: of the device on CUDA, otherwise of this process.
+
+    Python cannot tell the memory of a process on Windows; None then.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

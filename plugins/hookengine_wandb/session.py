@@ -359,9 +359,11 @@ def serve(commands: TextIO, answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    for quiet in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    for quiet in [getattr(signal, name) for name in names if hasattr(signal, name)]:
         signal.signal(quiet, signal.SIG_IGN)  # training says when to finish
-    os.nice(10)  # training and its data loading come first
+    if hasattr(os, "nice"):
+        os.nice(10)  # training and its data loading come first
     answers_ = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what W&B prints is not an answer
     serve(sys.stdin, answers_)

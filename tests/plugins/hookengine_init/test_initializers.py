@@ -26,6 +26,7 @@ from hookengine.model import (
     bias_init_with_prob,
     caffe2_xavier_init,
     constant_init,
+    initialize,
     kaiming_init,
     normal_init,
     trunc_normal_init,
@@ -291,3 +292,33 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
 def test_mistakes_are_answered(build: Callable[[], Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        ConstantInit(val=2.0, bias=1.0, layer="Linear"),
+        ConstantInit(val=2.0, bias_prob=0.5, layer=["Linear", "Conv1d"]),
+        NormalInit(layer="Linear"),
+        XavierInit(layer="Linear"),
+        UniformInit(layer="Linear"),
+        KaimingInit(layer="Linear"),
+        TruncNormalInit(layer="Linear"),
+        Caffe2XavierInit(layer="Linear"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_initializer_may_be_applied_to_a_model_most_of_which_does_not_match(
+    initializer: Any,
+) -> None:
+    """As MMEngine's and mmcv's documents do; only an ``init_cfg`` must match something."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    conv, linear = model[0].weight.clone(), model[1][1].weight.clone()
+    model.apply(initializer)
+    assert torch.equal(model[0].weight, conv)
+    assert not torch.equal(model[1][1].weight, linear)
+    initializer(nn.ReLU())
+    initializer(nn.Conv2d(1, 1, 1))
+    ConstantInit(val=1.0)(nn.ReLU())
+    with pytest.raises(ValueError, match="Linear"):
+        initialize(nn.Sequential(nn.ReLU()), dict(type="Constant", val=1.0, layer="Linear"))
