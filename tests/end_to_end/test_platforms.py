@@ -60,7 +60,7 @@ with run(resume="auto") as again:
     assert again.progress.epoch == 2
 records = list(hookengine.read_records(runner.run_dir))
 assert {record.phase for record in records} == {"train", "val"}
-assert not any("memory" in record.metrics for record in records)
+assert not any("memory" in record.scalars for record in records)
 """
 
 
