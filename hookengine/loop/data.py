@@ -48,7 +48,7 @@ def length_of(dataloader: Iterable[Any]) -> int | None:
     """Return the number of batches, or None if the dataloader has no length."""
     try:
         return len(dataloader)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, ValueError, NotImplementedError, AttributeError, OverflowError):
         return None
 
 

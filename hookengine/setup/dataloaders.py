@@ -77,10 +77,15 @@ def check_dataset(dataset: Any, collate: Any, name: str) -> None:
             f"{start} a {type(dataset).__name__}. Pass an object that holds the samples"
         )
     if isinstance(dataset, (list, tuple)) and collate in (None, default_collate):
-        kinds = {"datasets" for item in dataset if isinstance(item, Dataset)}
+        kinds = {"datasets" for item in dataset if isinstance(item, Dataset) or _is_class(item)}
         kinds |= {"dataloaders" for item in dataset if isinstance(item, DataLoader)}
         if kinds:
             raise TypeError(f"{start} a {type(dataset).__name__} of {' and '.join(kinds)}. {_JOIN}")
+
+
+def _is_class(item: Any) -> bool:
+    """Return whether an item is ``dict(type=class, ...)``, which stands for an object."""
+    return isinstance(item, Mapping) and isinstance(item.get("type"), type)
 
 
 def is_used_up(dataloader: Any) -> bool:

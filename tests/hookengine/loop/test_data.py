@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hookengine import is_seekable
-from hookengine.loop.data import iterate_from
+from hookengine.loop.data import dataset_size, iterate_from, length_of
 
 
 def test_a_pass_starts_at_a_batch() -> None:
@@ -55,3 +55,40 @@ def test_a_seekable_loader_starts_a_pass_by_itself(loader: Any) -> None:
     iterator, dropped = iterate_from(loader, 0, 2)
     assert (list(iterator), dropped) == ([3], 0)
     assert not is_seekable(Forwarding([1]))
+
+
+class Sized:
+    """Something whose ``__len__`` does what it is told."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.dataset = self
+
+    def __len__(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        NotImplementedError(),
+        TypeError("no len()"),
+        AttributeError("dataset"),
+        ValueError("not known yet"),
+        -1,
+        None,
+        float("inf"),
+        10**30,
+    ],
+)
+def test_a_length_that_is_not_told_is_unknown(answer: Any) -> None:
+    assert length_of(Sized(answer)) is None  # type: ignore[arg-type]
+    assert dataset_size(Sized(answer)) is None  # type: ignore[arg-type]
+    assert length_of(Sized(3)) == dataset_size(Sized(3)) == 3  # type: ignore[arg-type]
+
+
+def test_an_error_while_the_length_is_read_is_not_hidden() -> None:
+    with pytest.raises(OSError, match="index"):
+        length_of(Sized(OSError("the index is missing")))  # type: ignore[arg-type]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hookengine import Plugin
-from tests.fixtures import MakeData, MakeRunner, Toy
+from hookengine import DEFAULT_PLUGINS, Plugin, read_records
+from tests.fixtures import MakeData, MakeRunner, Toy, ToyAccuracy, toy_data
 
 
 def weights(runner: Any) -> list[Tensor]:
@@ -99,6 +100,107 @@ def test_a_dataloader_of_unknown_length_gives_epochs(make: MakeRunner) -> None:
     runner.train()
     assert (runner.progress.epoch, runner.progress.iter) == (2, 6)
     assert runner.progress.epoch_length is None
+
+
+class NoLength:
+    """Has a ``__len__`` that raises."""
+
+    error: type[Exception]
+
+    def __len__(self) -> int:
+        raise self.error
+
+
+def unsized(kind: str, error: type[Exception] | None) -> Any:
+    """Two batches of unknown number: some part has no ``__len__``, or one that raises an error."""
+
+    def part(base: Any = object, **methods: Any) -> Any:
+        bases = (base,) if error is None else (NoLength, base)
+        return type("Own", bases, {**methods, "error": error})()
+
+    data, batches = toy_data(8), [[0, 1, 2, 3], [4, 5, 6, 7]]
+    if kind == "iterable dataset":
+        return DataLoader(part(IterableDataset, __iter__=lambda _: iter(data)), 4)
+    if kind == "dataset":
+        ours = part(Dataset, __getitem__=lambda _, index: data[index])
+        return DataLoader(ours, batch_sampler=batches)
+    if kind == "sampler":
+        return DataLoader(data, 4, sampler=part(__iter__=lambda _: iter(range(8))))
+    if kind == "batch sampler":
+        return DataLoader(data, batch_sampler=part(__iter__=lambda _: iter(batches)))
+    loader = part(__iter__=lambda _: iter(DataLoader(data, 4)))
+    return loader if kind == "dataloader" else Wrapper(loader)
+
+
+class Wrapper:
+    """Wraps a dataloader, and forwards its length."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+EPOCHS, ITERS = ("max_epochs", 1, 2), ("max_iters", 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "limits"),
+    [
+        ("iterable dataset", NotImplementedError, EPOCHS),
+        ("iterable dataset", NotImplementedError, ITERS),
+        ("dataset", NotImplementedError, EPOCHS),
+        ("sampler", NotImplementedError, ITERS),
+        ("batch sampler", AttributeError, EPOCHS),
+        ("dataloader", NotImplementedError, EPOCHS),
+        ("wrapper", AttributeError, ITERS),
+    ],
+)
+def test_a_length_that_raises_is_as_unknown_as_a_missing_one(
+    make: MakeRunner, tmp_path: Path, kind: str, error: type[Exception], limits: Any
+) -> None:
+    unit, *counts = limits
+
+    def run(error: type[Exception] | None, count: int, state: Any = None) -> Any:
+        runner = make(
+            work_dir=tmp_path / str(error),
+            train_dataloader=unsized(kind, error),
+            train_cfg={unit: count},
+            val_dataloader=unsized(kind, error),
+            val_evaluator=ToyAccuracy(),
+            val_cfg=dict(loss=True),
+            defaults=DEFAULT_PLUGINS,
+            plugins=[
+                dict(type="schedule", scheduler=dict(type="StepLR", step_size=1)),
+                dict(type="accumulate", steps=2),
+                dict(type="swa", begin=1),
+            ],
+        )
+        if state is not None:
+            runner.load_state_dict(state)
+        runner.train()
+        return runner
+
+    states, runners = [], []
+    for each in (error, None):
+        states.append(run(each, counts[0]).state_dict())
+        runners.append(run(each, counts[1], states[-1]))
+    assert states[0]["meta"]["dataset"] == states[1]["meta"]["dataset"]
+    for mine, theirs in zip(*map(weights, runners), strict=True):
+        assert torch.equal(mine, theirs)
+    assert runners[0].progress.epoch_length == runners[1].progress.epoch_length
+    assert records(runners[0]) == records(runners[1])
+
+
+def records(runner: Any) -> list[Any]:
+    return [
+        (record.phase, record.iter, sorted(record.scalars), record.scalars.get("loss"))
+        for record in read_records(runner.run_dir)
+    ]
 
 
 def test_a_generator_that_is_used_up_is_said_so(make: MakeRunner, data: MakeData) -> None:

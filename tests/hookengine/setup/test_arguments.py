@@ -109,6 +109,7 @@ def test_several_dataloaders_are_refused_at_construction(
     [
         ([toy_data(8), toy_data(8)], r"a list of datasets.*ConcatDataset"),
         ((toy_data(8),), r"a tuple of datasets.*ConcatDataset"),
+        ([dict(type=TensorDataset)] * 2, r"a list of datasets.*ConcatDataset"),
         (DataLoader(toy_data(8)), "a DataLoader, which"),
         (TensorDataset, "the class TensorDataset"),
         ("path/to/data", "a str"),
