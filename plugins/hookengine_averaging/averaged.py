@@ -139,6 +139,20 @@ class BaseAveragedModel(nn.Module):
         """Return the weight of the model's value, if the average is a linear interpolation."""
         raise NotImplementedError
 
+    def _weight_of_start(self, updates: int) -> float | None:
+        """Return how much of the average its first weights make up, or None if it is unknown.
+
+        Only shares above a tenth are exact.
+        """
+        if not self._lerps():
+            return None
+        share = 1.0
+        for done in range(self.interval, updates, self.interval):
+            share *= 1 - self._lerp_weight(done)
+            if share < 0.1:
+                break
+        return share
+
     def _lerps(self) -> bool:
         """Return whether it is a linear interpolation, so that all tensors are averaged at once.
 
@@ -271,6 +285,12 @@ class ExponentialMovingAverage(BaseAveragedModel):
 
     def _lerp_weight(self, steps: int) -> float:
         return self.momentum
+
+    def _weight_of_start(self, updates: int) -> float | None:
+        if type(self)._lerp_weight is not ExponentialMovingAverage._lerp_weight:
+            return super()._weight_of_start(updates)
+        averages = max(updates - 1, 0) // self.interval
+        return (1 - self.momentum) ** averages if self._lerps() else None
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):

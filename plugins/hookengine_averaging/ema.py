@@ -20,6 +20,10 @@ from hookengine_averaging.averaged import (
 from hookengine_averaging.export import export_weights
 
 MOMENTUM = 0.0002
+DOMINATED = 0.5
+"""The share of the first weights in an average from which an evaluation of it misleads."""
+REMEMBERED = 0.2
+"""The share at the end of a run from which the momentum is too small for it."""
 
 
 class Ema(Plugin, name="ema"):
@@ -88,6 +92,7 @@ class Ema(Plugin, name="ema"):
         self._steps = 0
         self._updates = 0
         self._told = False
+        self._warned: set[bool] = set()
         self._loaded = False
 
     @hookimpl(trylast=True)  # all layers are replaced by then; nothing is wrapped yet
@@ -150,10 +155,40 @@ class Ema(Plugin, name="ema"):
             if not self._told:
                 self._told = True
                 runner.logger.info("ema: there is no average yet, so the raw weights are evaluated")
+        else:
+            self._warn_of_start(runner)
         return (
             {"": averaged}
             if self.evaluate == "averaged"
             else {"": runner.model, self.plugin_name: averaged}
+        )
+
+    def _warn_of_start(self, runner: Runner) -> None:
+        """Warn once if the evaluated average is still close to the weights that it began with."""
+        averaged, updates = self.averaged, self._updates
+        planned = updates + _updates_left(runner)
+        now = averaged._weight_of_start(updates)
+        end = averaged._weight_of_start(planned)
+        if now is None or end is None or now <= DOMINATED:
+            return
+        is_short = end > REMEMBERED
+        if is_short in self._warned:
+            return
+        self._warned.add(is_short)
+        text = (
+            f"{self.plugin_name}: this evaluates an average of {updates} updates, of which the "
+            f"weights that it began with still make up {now:.0%}"
+        )
+        if not is_short:
+            runner.logger.info(f"{text}. At the end of the run, they will make up {end:.0%}")
+            return
+        momentum = min(10 * averaged.interval / planned, 0.5)
+        gamma = "" if type(averaged) is not ExponentialMovingAverage else ", or gamma=10, which"
+        gamma = gamma and f"{gamma} starts with a larger momentum"
+        given = getattr(averaged, "momentum", None)
+        runner.logger.warning(
+            f"{text}, because momentum={given} is small for a run of {planned} updates: the metrics "
+            f"are nearly those of the start. Use momentum={momentum:.1g}{gamma}"
         )
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -211,6 +246,15 @@ class Ema(Plugin, name="ema"):
             )
         self._updates = state["updates"]
         self._loaded = True
+
+
+def _updates_left(runner: Runner) -> int:
+    """Return how many updates the run will still have, as far as its length is known."""
+    progress, wrappers = runner.progress, runner.optim_wrappers.values()
+    if progress.max_iters is None or not wrappers:
+        return 0
+    left = max(progress.max_iters - progress.iter, 0)
+    return left // min(wrapper.window_length for wrapper in wrappers)
 
 
 def _steps(runner: Runner) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +15,7 @@ from hookengine_averaging import Ema
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from hookengine import Plugin, Runner
 from hookengine.model import ExponentialMovingAverage, StochasticWeightAverage, load_weights
@@ -556,3 +558,138 @@ def test_caches_that_grow_while_training_are_no_trouble(
     with torch.no_grad():
         losses = [nn.functional.mse_loss(fresh(x), y).item() for x, y in batches(3, 11, 4)]
     assert metrics[name] == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+# -- an average that is still where it began ----------------------------------------------------
+
+
+def short(make: MakeRunner, *plugins: Any, epochs: int = 8, **options: Any) -> Any:
+    """A run of 160 steps, 20 per epoch, that learns fast."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(80, 4, generator=generator)
+    batches = [(inputs[i : i + 4], inputs[i : i + 4, :3].argmax(1)) for i in range(0, 80, 4)]
+    return make(
+        train_dataloader=batches,
+        val_dataloader=batches,
+        val_cfg=dict(loss=True),
+        train_cfg=dict(max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.5)),
+        plugins=plugins,
+        **options,
+    )
+
+
+WARNING = "small for a run of"
+
+
+@pytest.mark.parametrize("evaluate", ["averaged", "both"])
+def test_an_average_that_is_still_where_it_began_is_warned_of_once(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, evaluate: Any
+) -> None:
+    runner = short(make, Ema(evaluate=evaluate))
+    runner.train()
+    runner.val()
+    assert caplog.text.count(WARNING) == 1
+    assert (
+        "ema: this evaluates an average of 20 updates, of which the weights that it began with "
+        "still make up 100%, because momentum=0.0002 is small for a run of 160 updates: the metrics "
+        "are nearly those of the start. Use momentum=0.06, or gamma=10, which starts with a larger "
+        "momentum"
+    ) in caplog.text
+
+
+@pytest.mark.parametrize("options", [dict(momentum=0.06), dict(gamma=10)])
+def test_what_the_warning_advises_is_enough(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, options: Any
+) -> None:
+    metrics = short(make, Ema(evaluate="both", **options)).train()
+    first = short(make, epochs=1).train()["loss"]
+    assert metrics["loss"] < first / 2
+    assert metrics["ema/loss"] - metrics["loss"] < 0.15 * (first - metrics["loss"])
+    assert WARNING not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        Ema(evaluate="raw"),
+        Ema(momentum=0.02),
+        Ema(gamma=100),
+        Ema(ema_type="StochasticWeightAverage"),
+        Ema(ema_type="MomentumAnnealingEMA"),
+        Ema(momentum=0.5, interval=10),
+        Ema(begin_epoch=10),
+    ],
+)
+def test_a_healthy_average_is_not_warned_of(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, plugin: Any
+) -> None:
+    short(make, plugin).train()
+    assert WARNING not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("plugin", "advice"),
+    [
+        (Ema(momentum=0.02, interval=10), "Use momentum=0.5, or"),
+        (Ema(momentum=0.002, begin_epoch=4), r"run of 80 updates: .*Use momentum=0\.1, or"),
+        (Ema(options=dict(momentum=0.001)), "because momentum=0.001"),
+        (Ema(plugin_name="slow"), "slow: this evaluates"),
+    ],
+)
+def test_the_warning_counts_updates_from_where_the_average_begins(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, plugin: Any, advice: str
+) -> None:
+    short(make, plugin).train()
+    assert WARNING in caplog.text
+    assert re.search(advice, caplog.text)
+
+
+def test_windows_of_accumulated_gradients_make_fewer_updates(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    short(make, "ema", dict(type="accumulate", steps=4)).train()
+    assert "run of 40 updates" in caplog.text
+
+
+def test_an_average_that_will_forget_its_start_is_only_explained(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        short(make, Ema(momentum=0.02)).train(max_epochs=5)
+    assert WARNING not in caplog.text
+    text = "still make up 68%. At the end of the run, they will make up 14%"
+    assert caplog.text.count(text) == 1
+
+
+def test_updates_count_over_the_whole_run(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = short(make, Ema(momentum=0.01, evaluate="raw"))
+    first.train(max_epochs=7)
+    second = short(make, Ema(momentum=0.01))
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert WARNING not in caplog.text
+
+
+def test_a_run_of_unknown_length_is_judged_by_its_updates_so_far(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unsized:
+        def __iter__(self) -> Any:
+            return iter(DataLoader(toy_data(), batch_size=4))
+
+    make(plugins=["ema"], train_dataloader=Unsized(), validate=True).train()
+    assert "run of 5 updates" in caplog.text
+
+
+def test_an_avg_func_of_unknown_weight_is_not_warned_of(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(ExponentialMovingAverage):
+        def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+            averaged_param.copy_(source_param)
+
+    short(make, Ema(ema_type=Own)).train()
+    assert WARNING not in caplog.text

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hookengine_averaging import Swa
+from hookengine_averaging.batch_norm import compute_statistics
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from hookengine import BaseModel, Plugin, Runner
 
@@ -45,17 +55,23 @@ def loader(samples: int = 20, seed: int = 0) -> DataLoader[Any]:
     return DataLoader(TensorDataset(inputs, labels), batch_size=4)
 
 
-def build(tmp_path: Path, *plugins: Any, epochs: int = EPOCHS, **options: Any) -> Runner:
+def build(
+    tmp_path: Path,
+    *plugins: Any,
+    epochs: int = EPOCHS,
+    model: Any = None,
+    cfg: Any = None,
+    **options: Any,
+) -> Runner:
+    options = {"train_dataloader": loader(), "defaults": (), **options}
     return Runner(
-        Net(),
+        Net() if model is None else model,
         tmp_path,
-        train_dataloader=loader(),
-        train_cfg=dict(max_epochs=epochs),
+        train_cfg=dict(max_epochs=epochs) if cfg is None else cfg,
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9)),
         val_dataloader=loader(10, 1),
         val_cfg=dict(loss=True),
         plugins=[*plugins],
-        defaults=(),
         **options,
     )
 
@@ -306,28 +322,453 @@ def test_an_error_in_the_pass_leaves_the_statistics(tmp_path: Path) -> None:
         assert swa.averaged.module.net[1].momentum == 0.1
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for begin in (0, -1, 1.5):
-        with pytest.raises(TypeError, match="begin"):
-            Swa(begin=begin)
-    with build(tmp_path, Swa(begin=9)) as runner:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(begin=0), "begin=0 must be a whole number of epochs, 1 or more"),
+        (dict(begin=-1), "begin=-1 must be a whole number"),
+        (dict(begin=1.5), "begin=1.5 must be an int, the number of epochs, a text"),
+        (dict(begin="soon"), "begin='soon' must be a whole number of epochs"),
+        (dict(begin="5 minutes"), "begin='5 minutes' must be"),
+        (dict(begin="0 steps"), "begin='0 steps' must be"),
+        (dict(interval=0), "interval=0 must be a whole number of epochs, 1 or more"),
+        (dict(interval="1.5 epochs"), "interval='1.5 epochs' must be"),
+        (dict(anneal_epochs=-1), "anneal_epochs=-1 must be a whole number of epochs, 0 or more"),
+    ],
+)
+def test_bad_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Swa(**options)
+
+
+def values(runner: Runner) -> list[int]:
+    """Note the iterations whose weights are averaged."""
+    taken: list[int] = []
+    update = runner.plugins["swa"].averaged.update_parameters
+
+    def note(model: Any) -> None:
+        taken.append(runner.progress.iter)
+        update(model)
+
+    runner.plugins["swa"].averaged.update_parameters = note
+    return taken
+
+
+# Epochs have five iterations; by "accumulate", two iterations make a step, and epochs three steps.
+TAKEN: list[tuple[Any, Any, Any, list[int]]] = [
+    (dict(max_epochs=6), 2, 1, [15, 20, 25, 30]),
+    (dict(max_epochs=6), 2, 2, [20, 30]),
+    (dict(max_epochs=6), 0.5, 1, [20, 25, 30]),
+    (dict(max_epochs=6), "2 epochs", "3 iterations", [13, 16, 19, 22, 25, 28]),
+    (dict(max_epochs=6), "12 iterations", "1 epoch", [15, 20, 25, 30]),
+    (dict(max_epochs=6), "12 iters", "9 iterations", [21, 30]),
+    (dict(max_epochs=3), "4 steps", "2 steps", [10, 14]),
+    (dict(max_epochs=3), "1 step", "1 epoch", [5, 10, 15]),
+    (dict(max_iters=23), 0.5, 1, [15, 20]),
+    (dict(max_iters=20), 0.5, 1, [15, 20]),
+    (dict(max_iters=23), 2, 1, [15, 20]),
+    (dict(max_iters=23), "15 iterations", "4 iterations", [19, 23]),
+    (dict(max_iters=23), 0.9, "1 iteration", [21, 22, 23]),
+]
+
+
+@pytest.mark.parametrize(("cfg", "begin", "interval", "taken"), TAKEN)
+def test_begin_and_interval_count_epochs_iterations_or_steps(
+    tmp_path: Path, cfg: Any, begin: Any, interval: Any, taken: list[int]
+) -> None:
+    accumulate = [dict(type="accumulate", steps=2)] * ("step" in str(begin))
+    with build(tmp_path, Swa(begin=begin, interval=interval), *accumulate, cfg=cfg) as runner:
+        seen = values(runner)
+        metrics = runner.train()
+        assert seen == taken
+        assert "swa/loss" in metrics
+
+
+@pytest.mark.parametrize(("cfg", "begin", "interval", "taken"), TAKEN)
+@pytest.mark.parametrize("at", [7, 15, 21])
+def test_a_run_of_any_units_that_is_cut_goes_on(
+    tmp_path: Path, cfg: Any, begin: Any, interval: Any, taken: list[int], at: int
+) -> None:
+    limit = cfg.get("max_iters") or 5 * cfg["max_epochs"]
+
+    def runner(cut: bool = False) -> Runner:
+        accumulate = [dict(type="accumulate", steps=2)] * ("step" in str(begin))
+        anneal = "6 iterations" if "iter" in str(begin) else 2
+        swa = Swa(begin=begin, interval=interval, lr=0.02, anneal_epochs=anneal)
+        made = build(tmp_path, swa, *accumulate, cfg=cfg)
+        if cut:
+            made.on("after_train_iter")(
+                lambda runner: (
+                    runner.stop("cut") if runner.progress.iter == min(at, limit - 1) else None
+                )
+            )
+        return made
+
+    straight, first, second = runner(), runner(cut=True), runner()
+    straight.train()
+    first.train()
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    second.train()
+    mine, theirs = second.state_dict(), straight.state_dict()
+    for key in ("state_dict", "swa_state_dict"):
+        for name, value in theirs[key].items():
+            assert torch.equal(mine[key][name], value), name
+    assert mine["plugins"]["swa"] == theirs["plugins"]["swa"]
+    for made in (straight, first, second):
+        made.close()
+
+
+@pytest.mark.parametrize("unit", ["iterations", "steps"])
+def test_rates_are_annealed_over_iterations_or_steps(tmp_path: Path, unit: str) -> None:
+    rates = Rates()
+    swa = Swa(begin=f"3 {unit}", lr=0.02, anneal_epochs=f"4 {unit}", anneal_strategy="linear")
+    with build(tmp_path, swa, rates, epochs=2) as runner:
         runner.train()
-        assert "averaging begins after epoch 9, but this run ends with epoch 6" in caplog.text
+    expected = [0.1, 0.1, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02, 0.02, 0.02]
+    assert rates.seen == pytest.approx(expected)
+
+
+def test_a_state_of_an_earlier_release_can_be_resumed(tmp_path: Path) -> None:
+    with build(tmp_path, Swa(begin=2, lr=0.03)) as straight:
+        straight.train()
+        for epochs in (1, 2, 4):
+            with build(tmp_path, Swa(begin=2, lr=0.03)) as first:
+                first.train(max_epochs=epochs)
+                state = first.state_dict()
+            for key in ("unit", "begun", "passed", "interval"):
+                del state["plugins"]["swa"][key]
+            with build(tmp_path, Swa(begin=2, lr=0.03)) as second:
+                second.load_state_dict(state)
+                second.train()
+                for key in ("state_dict", "swa_state_dict"):
+                    for name, value in straight.state_dict()[key].items():
+                        assert torch.equal(second.state_dict()[key][name], value), name
+
+
+# -- nothing to average -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cfg", "options", "message"),
+    [
+        (dict(max_epochs=6), dict(begin=9), "begins after 9 epochs, .*ends after 6 epochs"),
+        (dict(max_epochs=6), dict(begin=6), "begins after 6 epochs"),
+        (dict(max_epochs=6), dict(begin=4, interval=3), "would be averaged 3 epochs later"),
+        (dict(max_epochs=6), dict(begin="31 iterations"), "begins after 31 iterations"),
+        (dict(max_epochs=6), dict(begin="26 iterations", interval="5 iterations"), "later"),
+        (dict(max_epochs=6), dict(begin=5, interval="6 iterations"), "6 iterations later"),
+        (dict(max_epochs=6), dict(begin="30 steps"), "begins after 30 steps"),
+        (dict(max_iters=23), dict(begin=10), "begins after 10 epochs, .*after 23 iterations"),
+        (dict(max_iters=23), dict(begin=4), "begins after 4 epochs"),
+        (dict(max_iters=23), dict(begin=0.9), "begins after 20 iterations, .* 1 epoch later"),
+        (dict(max_iters=3), dict(), "begins after 2 iterations"),
+        (
+            dict(max_iters=23),
+            dict(begin="23 iterations", interval="1 iteration"),
+            "begins after 23",
+        ),
+    ],
+)
+def test_a_run_that_would_average_nothing_is_refused_before_it_starts(
+    tmp_path: Path, cfg: Any, options: Any, message: str
+) -> None:
+    with build(tmp_path, Swa(**options), cfg=cfg) as runner:
+        with pytest.raises(ValueError, match=f"swa: nothing would be averaged: .*{message}"):
+            runner.train()
+        assert runner.progress.iter == 0
+
+
+class Endless:
+    """Batches without a length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from loader()
+
+
+class Unsized:
+    """The batches of the loader, without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
+@pytest.mark.parametrize(
+    ("batches", "cfg", "begin"),
+    [
+        (Endless(), dict(max_iters=9), 2),
+        (Endless(), dict(max_iters=9), 0.5),
+        (Unsized(), dict(max_iters=9), 3),
+        (Unsized(), dict(max_epochs=2), "200 iterations"),
+    ],
+)
+def test_a_run_of_unknown_length_that_averaged_nothing_ends_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, batches: Any, cfg: Any, begin: Any
+) -> None:
+    with build(tmp_path, Swa(begin=begin), cfg=cfg, train_dataloader=batches) as runner:
+        metrics = runner.train()
+        assert "swa: nothing was averaged: averaging begins after" in caplog.text
+        assert "swa/loss" not in metrics
         with pytest.raises(RuntimeError, match="ready at the end of training"):
-            runner.plugins["swa"].export("x.pth")
-    with (
-        Runner(
-            Net(),
-            tmp_path,
-            train_dataloader=loader(),
-            train_cfg=dict(max_iters=9),
-            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
-            plugins=[Swa(begin=0.5)],
-            defaults=(),
-        ) as runner,
-        pytest.raises(ValueError, match="is a fraction of the epochs"),
-    ):
+            runner.plugins["swa"].export(tmp_path / "x.pth")
+
+
+def test_a_train_step_of_ones_own_may_take_more_steps_than_iterations(tmp_path: Path) -> None:
+    class Twice(Net):
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            super().train_step(data, optim_wrapper)
+            return super().train_step(data, optim_wrapper)
+
+    swa = Swa(begin="40 steps", interval="3 steps")
+    with build(tmp_path, swa, model=Twice()) as runner:
+        seen = values(runner)
         runner.train()
+        assert seen == [22, 23, 25, 26, 28, 29]
+
+
+@pytest.mark.parametrize("how", ["stop", "now", "interrupt"])
+def test_a_run_that_is_stopped_before_it_begins_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    with build(tmp_path, Swa(begin=3)) as runner:
+
+        @runner.on("safe_point")
+        def stop(runner: Any) -> None:
+            if runner.progress.iter == 7 and how == "interrupt":
+                raise KeyboardInterrupt
+            if runner.progress.iter == 7:
+                runner.stop("enough", now=how == "now")
+
+        if how == "interrupt":
+            with pytest.raises(KeyboardInterrupt):
+                runner.train()
+        else:
+            runner.train()
+    assert caplog.text.count("swa: nothing was averaged") == 1
+
+
+def test_training_piece_by_piece_is_only_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with build(tmp_path, Swa(begin=3)) as runner:
+        runner.train(max_epochs=2)
+        assert "this run ends after 2 epochs, so nothing is averaged" in caplog.text
+        assert caplog.text.count("swa: ") == 1
+        assert "swa/loss" in runner.train()
+    with build(tmp_path, Swa(begin=9)) as runner:
+        assert "swa/loss" in runner.train(max_epochs=10)
+
+
+# -- statistics of batch norm -------------------------------------------------------------------
+
+
+class Once:
+    """An iterable whose batches come only once."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = iter(batches)
+
+    def __iter__(self) -> Any:
+        return self.batches
+
+
+class OnceDataset(IterableDataset[Any]):
+    """A stream that is used up."""
+
+    def __init__(self, times: int) -> None:
+        data: Any = loader().dataset
+        self.samples = iter([sample for _ in range(times) for sample in data])
+
+    def __iter__(self) -> Any:
+        return self.samples
+
+
+class Shrinking:
+    """Five batches, of which few are left after two epochs."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.passes = left, 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter([*loader()][: 5 if self.passes <= 2 else self.left])
+
+
+def once(kind: str) -> tuple[Any, dict[str, int]]:
+    def generate() -> Any:
+        while True:
+            yield from loader()
+
+    return {
+        "generator": (generate(), dict(max_iters=12)),
+        "iterator": (iter([*loader()] * 3), dict(max_iters=12)),
+        "shared": (Once([*loader()] * 2), dict(max_iters=10)),
+        "stream": (DataLoader(OnceDataset(2), batch_size=4), dict(max_iters=10)),
+        "short stream": (DataLoader(OnceDataset(1), batch_size=4), dict(max_epochs=1)),
+        "empty": (Shrinking(0), dict(max_epochs=2)),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["generator", "iterator", "shared", "stream", "short stream", "empty"]
+)
+def test_without_a_second_pass_the_statistics_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    batches, cfg = once(kind)
+    swa = Swa(begin="2 iterations", interval="1 iteration")
+    with build(tmp_path, swa, cfg=cfg, train_dataloader=batches) as runner:
+        metrics = runner.train()
+        assert "gave no batch to compute batch-norm statistics of" in caplog.text
+        assert "swa/loss" in metrics
+        raw, averaged = runner.bare_model.net[1], swa.averaged.module.net[1]
+        path = swa.export(tmp_path / "swa.pth")
+        exported = torch.load(path, weights_only=True)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(exported[f"net.1.{name}"], getattr(raw, name))
+        assert averaged.running_mean.abs().max() > 0
+        with pytest.raises(RuntimeError, match=r"no batch .*finish\(runner, batches\)"):
+            swa.finish(runner)
+        assert torch.equal(averaged.running_mean, raw.running_mean)
+        swa.finish(runner, loader())
+        assert not torch.equal(averaged.running_mean, raw.running_mean)
+        assert averaged.num_batches_tracked == 5
+
+
+def test_an_iterator_is_left_where_training_continues(tmp_path: Path) -> None:
+    states = []
+    for plugins in ([], [Swa(begin="2 iterations", interval="1 iteration")]):
+        batches = iter([*loader()] * 4)
+        with build(tmp_path, *plugins, cfg=dict(max_iters=7), train_dataloader=batches) as runner:
+            runner.train()
+            runner.train(max_iters=12)
+            states.append(runner.bare_model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_a_dataloader_without_an_end_gives_as_many_batches_as_were_trained_on(
+    tmp_path: Path,
+) -> None:
+    swa = Swa(begin="2 iterations", interval="1 iteration")
+    with build(tmp_path, swa, cfg=dict(max_iters=13), train_dataloader=Endless()) as runner:
+        runner.train()
+    assert swa.averaged.module.net[1].num_batches_tracked == 13
+
+
+def test_few_batches_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with build(tmp_path, Swa(begin=1), epochs=2, train_dataloader=Shrinking(2)) as runner:
+        runner.train()
+    assert "the batch-norm statistics are of 2 batches only" in caplog.text
+
+
+class Spare(Net):
+    """Has batch norms that no batch passes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare: Any = nn.BatchNorm1d(3)
+        self.without = nn.BatchNorm1d(3, track_running_stats=False)
+        self.spare.running_mean.fill_(5)
+
+
+def test_a_layer_that_sees_no_batch_keeps_its_statistics(tmp_path: Path) -> None:
+    with build(tmp_path, Swa(begin=3), model=Spare()) as runner:
+        runner.train()
+        averaged = runner.plugins["swa"].averaged.module
+        assert averaged.spare.running_mean.tolist() == [5, 5, 5]
+        assert averaged.net[1].num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_a_low_precision_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 2).add(step / 100).to(dtype), None) for step in range(600)]
+
+    class Low(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def loss_step(self, data: Any) -> None:
+            self.norm(data[0])
+
+    low, high = Low().to(dtype), Low()
+    assert compute_statistics(low, batches, []) == 600
+    compute_statistics(high, [(inputs.float(), None) for inputs, _ in batches], [])
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        mine, expected = getattr(low.norm, name), getattr(high.norm, name)
+        assert mine.dtype == (torch.int64 if "num" in name else dtype)
+        torch.testing.assert_close(mine.float(), expected.float(), rtol=0.01, atol=0)
+
+
+class Reshuffles:
+    """Wraps a dataloader and draws from generators of its own."""
+
+    def __init__(self, dataloader: Any) -> None:
+        self.inner = [dataloader]
+        self.numpy = np.random.default_rng(0)
+        self.legacy = np.random.RandomState(0)
+        self.python = random.Random(0)
+
+    def __len__(self) -> int:
+        return len(self.inner[0])
+
+    def __iter__(self) -> Any:
+        for inputs, labels in self.inner[0]:
+            noise = self.numpy.normal() + self.legacy.normal() + self.python.random()
+            yield inputs + noise, labels
+
+
+class Batches(BatchSampler):
+    """A batch sampler around a sampler with a generator, with a generator of its own."""
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__(sampler, 4, False)
+        self.own = torch.Generator().manual_seed(4)
+
+    def __iter__(self) -> Any:
+        batches = [*super().__iter__()]
+        return iter([batches[i] for i in torch.randperm(len(batches), generator=self.own)])
+
+
+@pytest.mark.parametrize("defaults", [(), ("seed",)])
+@pytest.mark.parametrize("kind", ["sampler", "batch sampler", "wrapped", "dataset"])
+def test_generators_of_any_part_are_as_without_it(tmp_path: Path, kind: str, defaults: Any) -> None:
+    class Noisy(TensorDataset):
+        draws = torch.Generator()
+
+        def __getitem__(self, index: Any) -> Any:
+            inputs, labels = super().__getitem__(index)
+            return inputs + torch.randn(4, generator=self.draws), labels
+
+    def batches() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        data: Any = loader().dataset
+        sampler = RandomSampler(data, generator=generator)
+        if kind == "sampler":
+            return DataLoader(data, batch_size=4, sampler=sampler)
+        if kind == "batch sampler":
+            return DataLoader(data, batch_sampler=Batches(sampler))
+        if kind == "wrapped":
+            return Reshuffles(DataLoader(data, batch_sampler=Batches(sampler)))
+        noisy = Noisy(*data.tensors)
+        noisy.draws = torch.Generator().manual_seed(7)
+        return DataLoader(Subset(noisy, range(20)), batch_size=4)
+
+    states = []
+    for plugins in ([], [Swa(begin=1)]):
+        torch.manual_seed(0)
+        with build(tmp_path, *plugins, epochs=2, train_dataloader=batches()) as runner:
+            runner.train()
+            runner.train(max_epochs=4)
+            states.append(runner.bare_model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
 
 
 def test_a_checkpoint_that_was_cut_is_refused(tmp_path: Path) -> None:
