@@ -20,7 +20,8 @@ from hookengine.loop.life import Life
 from hookengine.loop.loops import EvalLoop, TrainLoop
 from hookengine.loop.optim import OptimWrapper, repeat
 from hookengine.loop.progress import Progress
-from hookengine.model.base_model import BaseModel, SupervisedModel, connect
+from hookengine.model.base_model import connect
+from hookengine.model.plain_model import PlainModel, is_plain
 from hookengine.records.log_context import make_logger
 from hookengine.records.record import check_logged
 from hookengine.records.run_folder import NamedRun
@@ -42,8 +43,8 @@ class Runner(Life, NamedRun):
     dataloader and an evaluator each.
 
     Args:
-        model: A ``BaseModel``; a plain ``nn.Module`` together with ``loss``; ``dict(type=NAME,
-            ...)``; or a function that returns one of these.
+        model: A ``BaseModel``; a plain ``nn.Module``, together with ``loss`` unless it returns its
+            loss; ``dict(type=NAME, ...)``; or a function that returns one of these.
         work_dir: Folder of all runs. The files of this run go to ``run_dir`` within it.
         train_dataloader: Any iterable that has a length or is used with ``max_iters``; or
             ``dict(dataset=..., batch_size=...)`` with the arguments of torch's DataLoader.
@@ -58,8 +59,9 @@ class Runner(Life, NamedRun):
             names of the model's parts that they train.
         val_evaluator: A metric or a list of metrics. See ``Evaluator``.
         test_evaluator: The same, for testing.
-        loss: The loss of a plain module, called as ``loss(output, target)``. A batch is then
-            (inputs, target).
+        loss: The loss of a plain module, called as ``loss(output, target)`` if a batch is (inputs,
+            target), and as ``loss(output, batch)`` if it is a dict. Without it, the loss is the
+            item or attribute ``loss`` of what the module returns.
         plugins: Names, ``dict(type=NAME, **options)``, instances, or ``"no:NAME"``, which disables
             a default plugin.
         defaults: Plugins that are enabled without being named. Pass ``()`` for the bare kernel.
@@ -169,11 +171,11 @@ class Runner(Life, NamedRun):
     def wrap(self, model: nn.Module, role: Literal["train", "average"]) -> nn.Module:
         """Move ``model`` to the device and let the plugins wrap it (DDP, FSDP, compile).
 
-        A plain module is first combined with the Runner's loss into a module with ``train_step``,
-        ``val_step`` and ``test_step``.
+        A plain module is first made a module with ``train_step``, ``val_step`` and ``test_step``,
+        together with the Runner's loss if there is one.
         """
-        if self.loss is not None and not isinstance(model, BaseModel):
-            model = SupervisedModel(model, self.loss)
+        if is_plain(model, self.loss):
+            model = PlainModel(model, self.loss)
         if role == "train":
             connect(model, self.hooks)
         return self.hooks.wrap_model(self, model.to(self.device), role)
@@ -403,9 +405,8 @@ class Runner(Life, NamedRun):
 
     def _let_go(self) -> None:
         self._release_folder()
-        for module in self.model.modules() if self.model is not None else ():
-            if isinstance(module, BaseModel):
-                module._hooks = SILENT
+        if self.model is not None:
+            connect(self.model, SILENT)
         for wrapper in self.optim_wrappers.values():
             wrapper.hooks = SILENT
 

@@ -1,4 +1,4 @@
-"""The base class of models that the Runner trains, and a wrapper for plain modules."""
+"""The base class of models that the Runner trains."""
 
 from __future__ import annotations
 
@@ -160,31 +160,6 @@ class BaseModel(BaseModule):
                 f"torch does not know the device {backend!r}. Import torch_{backend} first"
             ) from error
         return self.to(target)
-
-
-class SupervisedModel(BaseModel):
-    """Combine a plain module and a loss function into a BaseModel.
-
-    The Runner wraps a plain ``nn.Module`` in this class when you pass it ``loss=``. A batch must
-    be (inputs, target); metrics receive (output, target).
-
-    Args:
-        module: Called as ``module(inputs)``.
-        loss: Called as ``loss(output, target)``; returns a scalar tensor, or a dict of them.
-    """
-
-    def __init__(self, module: nn.Module, loss: Any) -> None:
-        super().__init__()
-        self.module = module
-        self.loss = loss
-
-    def forward(self, inputs: Any, target: Any, mode: str = "tensor") -> Any:
-        """Return the loss, (output, target) or the output: mode "loss", "predict" or "tensor"."""
-        output = self.module(inputs)
-        if mode == "loss":
-            loss = self.loss(output, target)
-            return loss if isinstance(loss, dict) or loss is None else {"loss": loss}
-        return (output, target) if mode == "predict" else output
 
 
 def connect(model: nn.Module, hooks: HookSpecs) -> None:

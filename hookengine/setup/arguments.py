@@ -20,6 +20,7 @@ from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import compile_in_place
+from hookengine.model.plain_model import is_plain, parameters_of
 from hookengine.records.run_folder import absolute_path
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
@@ -148,13 +149,23 @@ def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Seque
                 "nor saved. Make the loss part of a hookengine.BaseModel"
             )
         return
-    missing = [f"{phase}_step" for phase in phases if not hasattr(model, f"{phase}_step")]
+    if is_plain(model, loss):
+        missing = ["train_step"] if "train" in phases and not _may_return_a_loss(model) else []
+    else:
+        missing = [f"{phase}_step" for phase in phases if not hasattr(model, f"{phase}_step")]
     if missing:
         raise TypeError(
             f"{type(model).__name__} has no {', '.join(missing)}. Derive it from "
             "hookengine.BaseModel, or pass a plain module together with a loss, as in "
-            "Runner(model, loss=F.cross_entropy, ...)"
+            "Runner(model, loss=F.cross_entropy, ...). A module that returns its own loss from "
+            "the inputs alone needs loss=lambda loss, batch: loss"
         )
+
+
+def _may_return_a_loss(model: nn.Module) -> bool:
+    """Return whether a plain module takes more than its inputs, such as labels."""
+    takes = parameters_of(model)
+    return takes.any_name or max(takes.positional, len(takes.names)) > 1
 
 
 def _wrapped(model: nn.Module, phases: Sequence[str], has_loss: bool) -> nn.Module | None:

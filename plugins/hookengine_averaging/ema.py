@@ -187,8 +187,8 @@ class Ema(Plugin, name="ema"):
         gamma = gamma and f"{gamma} starts with a larger momentum"
         given = getattr(averaged, "momentum", None)
         runner.logger.warning(
-            f"{text}, because momentum={given} is small for a run of {planned} updates: the metrics "
-            f"are nearly those of the start. Use momentum={momentum:.1g}{gamma}"
+            f"{text}, because momentum={given} is small for a run of {planned} updates: the "
+            f"metrics are nearly those of the start. Use momentum={momentum:.1g}{gamma}"
         )
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

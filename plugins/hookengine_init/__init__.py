@@ -42,7 +42,7 @@ from hookengine_init.initializers import (
     bias_init_with_prob,
 )
 from hookengine_init.pretrained import PretrainedInit
-from hookengine_init.record import named_tensors, update_init_info
+from hookengine_init.record import InitRecord, named_tensors, update_init_info
 from hookengine_init.tree import init_model, init_weights
 from hookengine_init.weights import load_weights
 
@@ -124,10 +124,26 @@ class Init(Plugin, name="init"):
             record = init_model(model, self.keep, runner.logger, True, foreign)
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
-        if record.foreign and self.init_foreign is None:
-            names = [f"{record.name_of(m)!r} ({_class_of(m)})" for m in record.foreign]
+        for module, before in record.foreign:
+            self._tell_of_foreign(runner, module, before, record)
+
+    def _tell_of_foreign(
+        self, runner: Runner, module: nn.Module, before: dict[str, str], record: InitRecord
+    ) -> None:
+        """Log that ``init_weights()`` of a module was not called, and what has changed in it."""
+        name = record.name_of(module)
+        cls = f"{type(module).__module__}.{type(module).__qualname__}"
+        after = record.written(module)
+        drawn = [key for key, info in before.items() if after.get(key) == info]
+        if drawn:
             runner.logger.warning(
-                f"init: init_weights() of {', '.join(names)} was not called, because it is not a "
+                f"init: an init_cfg around {name!r} ({cls}) has initialized {len(drawn)} of its "
+                f"parameters ({drawn[0]}, ...). If they were pretrained, keep them with "
+                f"dict(type='init', keep=({name!r},))"
+            )
+        elif self.init_foreign is None and len(after) < len([*module.parameters()]):
+            runner.logger.warning(
+                f"init: init_weights() of {name!r} ({cls}) was not called, because it is not a "
                 "BaseModule: its weights are those from its construction. To call it, use "
                 "dict(type='init', init_foreign=True); False hides this message"
             )
@@ -157,10 +173,6 @@ class Init(Plugin, name="init"):
                     "trains loads. Load weights, or call the model's init_weights() first"
                 )
                 return
-
-
-def _class_of(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _seed_all(seed: int) -> None:

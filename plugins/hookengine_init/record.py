@@ -53,7 +53,8 @@ class InitRecord:
 
     Attributes:
         init_foreign: Whether to call ``init_weights()`` of modules that are no BaseModules.
-        foreign: Those for which it was therefore not called.
+        foreign: Those for which it was therefore not called, and how their parameters were
+            initialized by the ``init_cfg`` of modules around them.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class InitRecord:
         self.kept = kept
         self.logger = logger if logger is not None else console()
         self.init_foreign = True
-        self.foreign: list[nn.Module] = []
+        self.foreign: list[tuple[nn.Module, dict[str, str]]] = []
         self.notes: dict[str, list[str]] = {}
         self.title = f"weights of {type(root).__name__}, {{}} parameters"
         self._entries: dict[int, _Entry] = {}
@@ -137,6 +138,12 @@ class InitRecord:
     def changed(self) -> bool:
         """Whether anything was initialized, or deliberately left unchanged."""
         return bool(self.kept) or any(e.info is not None for e in self._entries.values())
+
+    def written(self, module: nn.Module) -> dict[str, str]:
+        """Return how the parameters of a module were initialized, those that were, by name."""
+        infos = {key: entry.info for key, entry in self._entries.items() if key not in self.kept}
+        named = {name: infos.get(id(p)) for name, p in module.named_parameters()}
+        return {name: info for name, info in named.items() if info is not None}
 
     def rows(self) -> list[tuple[str, Tensor, str]]:
         """Return for each parameter its name, the parameter, and how it was initialized."""

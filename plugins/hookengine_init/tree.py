@@ -165,7 +165,7 @@ def _pass_over(child: nn.Module, record: InitRecord, direct: bool) -> None:
     if record.keeps_all_of(child):
         return
     if direct:
-        record.foreign.append(child)
+        record.foreign.append((child, record.written(child)))
         return
     record.note(
         f"init_weights() of {type(child).__name__} was not called, since it is not a direct child "

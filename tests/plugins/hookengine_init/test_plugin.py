@@ -319,6 +319,31 @@ def test_weights_loaded_into_a_plain_module_stay(
     assert "backbone.stem.weight   [4, 4]  already loaded from a state dict: left unch" in text
 
 
+def test_an_init_cfg_that_reaches_into_a_module_of_others_is_told_of(
+    make: MakeRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (None, False):
+        model: Any = Net(dict(type="Constant", val=5, layer="Linear"))
+        model.backbone = LikeTimm()
+        plugins = [dict(type="init", init_foreign=option)]
+        make(model=model, plugins=plugins, defaults=("init", "logging"))
+        text = capsys.readouterr().out
+        assert "an init_cfg around 'backbone'" in text
+        assert "has initialized 2 of its parameters (stem.weight, ...)" in text
+        assert "keep=('backbone',)" in text
+
+    source = LikeTimm()
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    loading = dict(type="Pretrained", name="backbone", checkpoint=str(tmp_path / "net.pth"))
+    model = Net(dict(type="Constant", val=5, layer="Linear", override=loading))
+    model.backbone = LikeTimm()
+    make(model=model, defaults=("init", "logging"))
+    assert torch.equal(model.backbone.stem.weight, source.stem.weight)
+    text = capsys.readouterr().out
+    assert "an init_cfg around" not in text
+    assert "was not called" not in text
+
+
 def test_a_backbone_that_is_loaded_as_a_whole_is_not_told_of(
     make: MakeRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
