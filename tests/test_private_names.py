@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -225,6 +226,16 @@ def _order_of_hooks() -> None:
     assert manager.hook.event() == plugins
 
 
+def _fork_servers() -> None:
+    from multiprocessing import forkserver, popen_forkserver
+
+    server: Any = vars(forkserver)["_forkserver"]
+    assert isinstance(server._preload_modules, list)
+    # A worker starts from another server while this name stands for that server's method.
+    assert "forkserver.connect_to_new_process(" in inspect.getsource(popen_forkserver.Popen)
+    assert forkserver.ForkServer().connect_to_new_process is not None
+
+
 CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_modules", "_parameters", "_buffers"): _registries,
     ("_non_persistent_buffers_set",): _non_persistent,
@@ -245,6 +256,7 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_get_metadata_path", "_get_layout"): _shards,
     ("_BatchNorm",): _normalizations,
     ("_showwarnmsg_impl", "_showwarning_orig"): _warning_functions,
+    ("_forkserver", "_preload_modules"): _fork_servers,
     ("_hookimpls",): _order_of_hooks,
     ("_opt_called",): _steps_before_schedules,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -32,6 +32,7 @@ from hookengine_checkpoint.resuming import find_on_all_ranks, load_initial_weigh
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.saving import Saver
 from hookengine_checkpoint.weights import find_weights
+from hookengine_checkpoint.workers import protected
 
 __all__ = ["EXIT_CODE", "Checkpoint", "export_weights", "find_weights"]
 
@@ -117,8 +118,17 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._preemption: Preemption | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._training = False
+        self._restore: list[Callable[[], None]] = []  # what dataloaders had before
         self._log: list[str] = []  # until the log of the run is open
         self._found = find_on_all_ranks(runner, self._log.append)
+
+    @hookimpl(tryfirst=True, before=("distributed", "seed"))  # before they copy it
+    def setup_dataloader(self, dataloader: Iterable[Any]) -> Any:
+        """Keep signals to the whole group of processes from ending the workers."""
+        changed, restore = protected(dataloader) if self.signals else (dataloader, None)
+        if restore is not None:
+            self._restore.append(restore)
+        return changed
 
     @hookimpl(after="*")  # after all initialization, before plugins copy or convert the model
     def initialize_model(self, runner: Runner, model: nn.Module) -> None:
@@ -280,6 +290,8 @@ class Checkpoint(Plugin, name="checkpoint"):
 
     def unconfigure(self, runner: Runner) -> None:
         """Finish what is being written, and end the thread."""
+        while self._restore:
+            self._restore.pop()()
         self._writer.close(runner)
 
     def state_dict(self) -> dict[str, Any]:

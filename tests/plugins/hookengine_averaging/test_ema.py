@@ -593,8 +593,8 @@ def test_an_average_that_is_still_where_it_began_is_warned_of_once(
     assert (
         "ema: this evaluates an average of 20 updates, of which the weights that it began with "
         "still make up 100%, because momentum=0.0002 is small for a run of 160 updates: the "
-        "metrics are nearly those of the start. Use momentum=0.06, or gamma=10, which starts with a larger "
-        "momentum"
+        "metrics are nearly those of the start. Use momentum=0.06, or gamma=10, which starts with "
+        "a larger momentum"
     ) in caplog.text
 
 

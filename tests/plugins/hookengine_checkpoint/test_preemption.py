@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -124,6 +126,76 @@ def test_a_signal_to_the_whole_group_is_for_the_main_process(tmp_path: Path, end
     assert only(tmp_path).iter == 5
     again = run(tmp_path, "SIGTERM", "never", workers=2)
     assert "\n".join(again.stdout.splitlines()[-2:]) == end
+
+
+KICK = """
+class Kick:  # where it is unpickled, in a worker that starts, the whole group gets the signal
+    def __reduce__(self):
+        return os.killpg, (0, getattr(signal, name))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("method", "name", "when"),
+    [
+        ("spawn", "SIGINT", "starting"),
+        ("spawn", "SIGUSR1", "training"),
+        ("forkserver", "SIGUSR1", "starting"),
+        ("forkserver", "SIGTERM", "training"),
+    ],
+)
+def test_workers_that_are_not_forked_leave_it_to_the_main_process(
+    tmp_path: Path, end: str, method: str, name: str, when: str
+) -> None:
+    """The window of three batches needs the workers after the signal."""
+    starting = when == "starting"
+    init = "functools.partial(print, 'worker'" + ", Kick()" * starting + ")"
+    loader = f"num_workers=1, multiprocessing_context={method!r}, worker_init_fn={init}"
+    script = SCRIPT.replace("num_workers=int(workers)", loader)
+    script = script.replace("import os,", "import functools, os,").replace(
+        "class Count", f"{KICK}\nclass Count"
+    )
+    script = script.replace("os.kill(os.getpid(),", "os.killpg(0,")
+    event = "never" if starting else "before_train_iter"
+    done = forks.run(script, str(tmp_path), name, event, "4", "1", "1", new_session=True)
+    assert done.returncode == EXIT_CODE, done.stderr
+    assert "handlers are back: True" in done.stdout
+    assert ("worker None 0" if starting else "worker 0") in done.stdout
+    assert only(tmp_path).iter == (3 if starting else 5)
+    again = run(tmp_path, name, "never", workers=1)
+    assert "\n".join(again.stdout.splitlines()[-2:]) == end
+
+
+@pytest.mark.process
+def test_forked_workers_leave_it_to_the_main_process_without_the_seed_plugin(
+    tmp_path: Path,
+) -> None:
+    script = SCRIPT.replace("os.kill(os.getpid(),", "os.killpg(0,").replace(
+        '"no:progress_bar"', '"no:progress_bar", "no:seed"'
+    )
+    arguments = [str(tmp_path), "SIGTERM", "before_train_iter", "4", "1", "2"]
+    done = forks.run(script, *arguments, new_session=True)
+    assert done.returncode == EXIT_CODE, done.stderr
+    assert only(tmp_path).iter == 5
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path: Path, method: str) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    held = f"functools.partial(os.open, {str(fifo)!r}, os.O_WRONLY)"  # as long as a worker lives
+    loader = f"num_workers=1, multiprocessing_context={method!r}, worker_init_fn={held}"
+    script = SCRIPT.replace("num_workers=int(workers)", loader)
+    script = script.replace("import os,", "import functools, os,")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    arguments = [str(tmp_path), "SIGKILL", "before_train_iter", "4", "1", "1"]
+    done = forks.run(script, *arguments, new_session=True)
+    assert done.returncode == -signal.SIGKILL
+    assert select.select([reader], [], [], 60)[0]  # its end
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 @pytest.mark.process
