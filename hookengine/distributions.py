@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -69,8 +70,13 @@ def load(point: EntryPoint, kind: str) -> Any:
 
 def _name_of(point: EntryPoint) -> str:
     """Return the name of an entry point's distribution, or "" if its metadata is broken."""
+    return "" if point.dist is None else _name_in_metadata(point.dist)
+
+
+@functools.lru_cache  # each look at the name reads and parses the metadata
+def _name_in_metadata(dist: Distribution) -> str:
     try:
-        return (point.dist.name if point.dist is not None else "") or ""
+        return dist.name or ""
     except Exception:
         return ""
 

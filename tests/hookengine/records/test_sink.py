@@ -564,7 +564,7 @@ def test_whatever_a_sink_raises_training_is_the_same(
     def raising(self: Any) -> None:
         raise error
 
-    members = {"write": lambda self: None, event: raising}
+    members: dict[str, Any] = {"write": lambda self: None, event: raising}
     if event.endswith("state_dict"):
         members[f"load_{event}"] = lambda self, state: None
     sink = type("Raiser", (Sink,), members)()
