@@ -177,7 +177,7 @@ def test_a_length_that_raises_is_as_unknown_as_a_missing_one(
             plugins=[
                 dict(type="schedule", scheduler=dict(type="StepLR", step_size=1)),
                 dict(type="accumulate", steps=2),
-                dict(type="swa", begin=0),
+                dict(type="swa", begin="1 iterations", interval="1 iterations"),
             ],
         )
         if state is not None:
