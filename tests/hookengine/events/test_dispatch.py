@@ -135,7 +135,7 @@ def both(event: str, several: list[Drawn]) -> tuple[Any, Any]:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_events_are_called_as_pluggy_calls_them(data: st.DataObject) -> None:
     event = data.draw(st.sampled_from(PLAIN))
     (expected, calls), (found, generated_calls) = both(event, data.draw(implementations(event)))
@@ -146,7 +146,7 @@ def test_events_are_called_as_pluggy_calls_them(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_decisions_are_taken_as_pluggy_takes_them(data: st.DataObject) -> None:
     event = data.draw(st.sampled_from(KINDS["decision"]))
     expected, found = both(event, data.draw(implementations(event)))
@@ -162,7 +162,7 @@ def is_due(what: Drawn, count: int, called: set[str]) -> bool:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_changes_in_mid_run_only_those_that_are_due_are_called_and_in_order(
     data: st.DataObject,
 ) -> None:
@@ -205,7 +205,7 @@ def ordered(event: str, several: list[Drawn]) -> Iterator[Drawn]:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_transforms_are_a_fold(data: st.DataObject) -> None:
     event = data.draw(st.sampled_from(KINDS["transform"]))
     several = data.draw(implementations(event, rhythms=True))
