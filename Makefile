@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-fast lint types format bench docs clean
+.PHONY: demo test test-fast matrix lint types format bench docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -16,6 +16,10 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(PYTEST) -m "not process"
+
+# Of CELLS="lowest-3.11 newest-3.13", or of all; see tests/matrix.py.
+matrix: .venv/installed
+	$(BIN)/python tests/matrix.py $(CELLS)
 
 lint: types
 	$(BIN)/ruff check .
@@ -51,4 +55,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv work_dir .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-matrix work_dir .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy.testing  # noqa: F401 - numpy 1 starts a process as this is imported
 import pytest
 import torch
 from torch.utils.data import DataLoader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,6 @@ def test_a_test_without_its_marker_fails(pytester: pytest.Pytester) -> None:
         ("ranks", "hookengine.tests.ranks"),
         ("process", "torch.compile"),
     ]:
-        assert f"without the marker '{marker}' it must not use {what}" in printed
+        # Python 3.13 names the system's call before it.
+        text = rf"the marker '{marker}' it must not use (os\.posix_spawn, )?{re.escape(what)}"
+        assert re.search(text, printed), what

@@ -78,7 +78,7 @@ class Compile(Plugin, name="compile"):
                 "modules=('generator', ...)"
             )
         for part in parts:
-            part.compile(**self._arguments())
+            _compile(part, self._arguments())
         runner.logger.info("compile: the first iterations compile the model, so they take longer")
 
     def _arguments(self) -> dict[str, Any]:
@@ -113,6 +113,22 @@ class Compile(Plugin, name="compile"):
 
 def _something_small(x: torch.Tensor) -> torch.Tensor:
     return (x * 2).sum()
+
+
+def _compile(part: nn.Module, arguments: dict[str, Any]) -> None:
+    """Compile a module in place.
+
+    Before torch 2.14, ``Module.compile`` compiles nothing in a module whose ``forward`` is torch's
+    own, such as ``nn.Sequential``: the compiler skips torch's functions until it meets another one.
+    """
+    if not type(part).forward.__module__.startswith("torch."):
+        part.compile(**arguments)
+        return
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        return part._call_impl(*inputs, **options)  # type: ignore[no-untyped-call]
+
+    part._compiled_call_impl = torch.compile(call, **arguments)
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -107,6 +107,49 @@ def test_parts_by_name(make: MakeRunner, graphs: tuple[Any, list[int]]) -> None:
         make(plugins=[Compile(backend=backend, modules=("head",))])
 
 
+class Layers(nn.Sequential):
+    """A subclass of torch's container without a forward of its own."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs).relu()
+
+
+PARTS = {
+    "a layer": lambda: nn.Linear(4, 4),
+    "a container": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
+    "a subclass of a container": lambda: Layers(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+    "a module with its own forward": Block,
+    "that in a container": lambda: nn.Sequential(Block(), Block()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_every_kind_are_compiled(
+    make: MakeRunner, graphs: tuple[Any, list[int]], kind: str
+) -> None:
+    backend, sizes = graphs
+    torch.manual_seed(0)
+    model = nn.Sequential(PARTS[kind](), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    plugin = Compile(backend=backend, modules=("0",))
+    compiled = make(model=model, loss=F.cross_entropy, plugins=[plugin])
+    before = len(sizes)
+    compiled.train()
+    assert len(sizes) == before + 1
+    plain = make(model=twin, loss=F.cross_entropy)
+    plain.train()
+    state, expected = (runner.state_dict()["state_dict"] for runner in (compiled, plain))
+    assert state.keys() == expected.keys(), "no prefix"
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
 def test_a_train_step_of_its_own_is_warned_of(
     make: MakeRunner,
     graphs: tuple[Any, list[int]],

@@ -191,8 +191,9 @@ def test_a_histogram_is_numpys(values: list[float], bins: int) -> None:
     histogram = Histogram(np.array(values), bins=bins)
     assert sum(histogram.counts) == len(values)
     try:
-        counts, edges = np.histogram(np.array(values), bins=bins)
-    except ValueError:  # numpy refuses ranges that have no room for so many bins
+        with np.errstate(invalid="ignore"):
+            counts, edges = np.histogram(np.array(values), bins=bins)
+    except (ValueError, IndexError):  # no room for so many bins; an IndexError in numpy 1
         return
     assert histogram.edges == edges.tolist()
     assert histogram.counts == counts.tolist()
