@@ -27,6 +27,7 @@ from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import names_as_in, original_names
 from hookengine.model.loaded import loaded_tensors, remember_loaded
 from hookengine.model.modules import BaseModule, ModuleDict, ModuleList, Sequential
+from hookengine.monitored import MonitoredMetric
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
@@ -68,6 +69,7 @@ __all__ = [
     "Image",
     "ModuleDict",
     "ModuleList",
+    "MonitoredMetric",
     "Observer",
     "OptimWrapper",
     "OptimWrapperDict",

@@ -203,6 +203,10 @@ class Evaluator:
         metrics: A ``BaseMetric``, a ``torchmetrics.Metric``, ``dict(type=class, ...)``, a list of
             these, or a dict of these by name. The name in the dict becomes the name of a
             torchmetrics metric, and the prefix of any other metric.
+
+    Attributes:
+        metrics: The metrics.
+        silent: Those that have been evaluated, and have reported nothing so far.
     """
 
     def __init__(self, metrics: Any) -> None:
@@ -214,6 +218,8 @@ class Evaluator:
         if not several:
             raise ValueError("an evaluator needs at least one metric, got none")
         self.metrics: list[BaseMetric] = several
+        self.silent: list[BaseMetric] = []
+        self._heard: set[int] = set()
 
     def __repr__(self) -> str:
         return f"Evaluator({[type(metric).__name__ for metric in self.metrics]})"
@@ -240,14 +246,17 @@ class Evaluator:
         """
         metrics: dict[str, Any] = {}
         shared = {"consecutive": True} if consecutive else {}  # an override may lack this parameter
-        for metric in self.metrics:
-            for name, value in metric.evaluate(size, **shared).items():
+        for number, metric in enumerate(self.metrics):
+            reported = metric.evaluate(size, **shared)
+            self._heard |= {number} if reported else set()
+            for name, value in reported.items():
                 if name in metrics:
                     raise ValueError(
                         f"two metrics report {name!r}. Give one of them a prefix, as in "
                         f"{type(metric).__name__}(prefix='other')"
                     )
                 metrics[name] = value
+        self.silent = [m for number, m in enumerate(self.metrics) if number not in self._heard]
         return metrics
 
     def reset(self) -> None:

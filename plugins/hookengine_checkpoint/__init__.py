@@ -15,7 +15,6 @@ from hookengine import (
     greater_is_better,
     hookimpl,
     metric_numbers,
-    metric_value,
 )
 from hookengine_checkpoint.background import BackgroundWriter
 from hookengine_checkpoint.best import Best, optimizer_steps
@@ -202,7 +201,9 @@ class Checkpoint(Plugin, name="checkpoint"):
         if self.keep_best is None or not runner.progress.val_due:
             return
         self._best.known = dist.broadcast_object(self.best)  # only rank 0 learns of a failed save
-        self._best.compare(metric_value(metrics, self.keep_best), optimizer_steps(runner))
+        value = self._best.read.read(runner, metrics)
+        if value is not None:
+            self._best.compare(value, optimizer_steps(runner))
 
     @hookimpl(after="*")  # changes that other plugins make at a safe point are saved, too
     def safe_point(self, runner: Runner, agreed: Mapping[str, str]) -> None:

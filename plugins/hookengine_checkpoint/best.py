@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hookengine import Runner
+from hookengine import MonitoredMetric, Runner
 
 
 def optimizer_steps(runner: Runner) -> list[int]:
@@ -24,12 +24,14 @@ class Best:
     Attributes:
         another: The metric that a loaded state has compared instead, or in the other direction.
         known: ``{"metric", "value", "number", "greater"}`` of the best checkpoint, or None.
+        read: Reads the metric of a validation.
     """
 
     def __init__(self, metric: str | None, greater: bool) -> None:
         self.metric = metric
         self.greater = greater
         self.another: str | None = None
+        self.read = MonitoredMetric(metric or "", "checkpoint")
         self.known: dict[str, Any] | None = None
         self._pending: tuple[float, list[int]] | None = None  # the value, and the steps until then
         self._previous: tuple[dict[str, Any] | None, ...] = ()  # while the save is in progress
@@ -104,11 +106,13 @@ class Best:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best checkpoint so far."""
-        return {} if self.known is None else {"best": self.known}
+        """Return the best checkpoint so far, and whether a validation has reported the metric."""
+        best = {} if self.known is None else {"best": self.known}
+        return {**best, "seen": self.metric} if self.read.seen else best
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the best checkpoint, unless another metric or direction is compared now."""
+        self.read.seen = self.metric is not None and state.get("seen") == self.metric
         best = state.get("best")
         if best is None:
             return

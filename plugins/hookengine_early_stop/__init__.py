@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hookengine import Plugin, Runner, greater_is_better, hookimpl, metric_value
+from hookengine import MonitoredMetric, Plugin, Runner, greater_is_better, hookimpl
 
 __all__ = ["EarlyStop"]
 
@@ -50,6 +50,7 @@ class EarlyStop(Plugin, name="early_stop"):
     def configure(self, runner: Runner) -> None:
         """Reset the state; raise a ValueError if training never validates."""
         self._best = -math.inf
+        self._read = MonitoredMetric(self.metric, "early_stop")
         self._waited = 0
         self._stopped = False  # for a reason other than patience
         self._asked = False  # this process has requested a stop
@@ -82,7 +83,9 @@ class EarlyStop(Plugin, name="early_stop"):
         """Compare the metric with the best one, after a validation that training requested."""
         if not runner.progress.val_due:
             return
-        value = metric_value(metrics, self.metric)
+        value = self._read.read(runner, metrics)
+        if value is None:
+            return
         score = self._sign * value
         if self.check_finite and not math.isfinite(value):
             self._stopped = self._asked = True
@@ -109,6 +112,7 @@ class EarlyStop(Plugin, name="early_stop"):
             "waited": self._waited,
             "stopped": self._stopped,
             "monitored": self._monitored(),
+            "seen": self._read.seen,
         }
 
     def _monitored(self) -> str:
@@ -123,3 +127,4 @@ class EarlyStop(Plugin, name="early_stop"):
             return
         self._best, self._waited = state["best"], state["waited"]
         self._stopped = state["stopped"]
+        self._read.seen = state.get("seen", False)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hookengine import OptimWrapper, Plugin, Runner, hookimpl, metric_value
+from hookengine import MonitoredMetric, OptimWrapper, Plugin, Runner, hookimpl
 from hookengine_schedule.build import Built, build_scheduler, check_plain, is_by_step
 from hookengine_schedule.length import total_epochs, total_steps
 from hookengine_schedule.warmup import Warmup
@@ -65,6 +65,7 @@ class Schedule(Plugin, name="schedule"):
         self._another: str | None = None  # the metric of the plateau before a resume
         self._tracks: dict[str, _Track] = {}
         self._resumed = False
+        self._read = MonitoredMetric(self.metric or "", "schedule")
 
     @hookimpl(trylast=True)  # after plugins that accumulate gradients have set window_length
     def setup_optimizer(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
@@ -192,14 +193,16 @@ class Schedule(Plugin, name="schedule"):
         """Step ReduceLROnPlateau with the metric of a validation that training has started."""
         if not runner.progress.val_due:
             return
-        for track in self._tracks.values():
-            if isinstance(track.scheduler, ReduceLROnPlateau):
-                track.step(metric_value(metrics, self.metric or ""))
+        tracks = [t for t in self._tracks.values() if isinstance(t.scheduler, ReduceLROnPlateau)]
+        value = self._read.read(runner, metrics) if tracks else None
+        if value is not None:
+            for track in tracks:
+                track.step(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each optimizer's schedule."""
         return {
-            name: {**track.state_dict(), "metric": self.metric}
+            name: {**track.state_dict(), "metric": self.metric, "seen": self._read.seen}
             for name, track in self._tracks.items()
         }
 
@@ -208,6 +211,8 @@ class Schedule(Plugin, name="schedule"):
         for name, track in self._tracks.items():
             track.load_state_dict(state[name])
             before = state[name].get("metric", self.metric)
+            if before == self.metric:
+                self._read.seen = state[name].get("seen", False)
             if isinstance(track.scheduler, ReduceLROnPlateau) and before != self.metric:
                 track.forget_the_best()
                 self._another = before
