@@ -46,6 +46,7 @@ from hookengine_logging.meter import Medium, Meter, Rejections
 from hookengine_logging.output import Output
 from hookengine_logging.run_file import RunFile
 from hookengine_logging.training import TrainingInterval
+from hookengine_logging.untrained import UntrainedParameters
 
 __all__ = ["Logging"]
 
@@ -61,7 +62,8 @@ class Logging(Plugin, name="logging"):
     and both over ranks. Nothing in between synchronizes the device. Only rank 0 writes.
 
     If a loss is NaN or infinite, the next record, or the next checkpoint if that comes first, ends
-    the run with an error that names the iteration and the terms of the loss.
+    the run with an error that names the iteration and the terms of the loss. A warning names
+    parameters that get gradients, but are in no optimizer.
     """
 
     interval: int = Field(default=50, gt=0, description="iterations between two training records")
@@ -89,6 +91,7 @@ class Logging(Plugin, name="logging"):
         self._meters = {phase: Meter(self._rejections) for phase in ("train", "val", "test")}
         self._losses = RecentLosses(self.nonfinite)
         self._training = TrainingInterval(self._meters["train"], self._losses)
+        self._untrained = UntrainedParameters()
         self._evaluation = Evaluation(self._meters)
         self._history = History()
         self._run_file: RunFile | None = None
@@ -181,6 +184,8 @@ class Logging(Plugin, name="logging"):
     def after_train(self, runner: Runner) -> None:
         """Write the rest when the limit is reached or the run was stopped."""
         self._write_training(runner)
+        if self._main:
+            self._untrained.check(runner, now=True)
 
     @hookimpl(tryfirst=True)  # nothing is saved after a bad loss
     def before_save_checkpoint(self, runner: Runner) -> None:
@@ -199,6 +204,8 @@ class Logging(Plugin, name="logging"):
 
     def _write_training(self, runner: Runner) -> None:
         if self._training.stopwatch.iterations:
+            if self._main:
+                self._untrained.check(runner)
             scalars, media, problem = self._training.finish(runner)
             self._write(runner, "train", scalars, media)
             if problem is not None:

@@ -46,8 +46,9 @@ def param_groups(
 
     Each multiplier of a parameter comes from the first of these that sets it: ``custom_keys`` (the
     longest match first), the multipliers for biases, those for norm layers, ``layers`` (the nearest
-    class first), those for flat parameters. Otherwise, it is 1. Parameters that do not require a
-    gradient are left out. Parameters with the same multipliers share a group.
+    class first), those for flat parameters. Otherwise, it is 1. Parameters with the same
+    multipliers share a group. Frozen parameters (``requires_grad=False``) are in their groups too:
+    optimizers skip them until you unfreeze them.
 
     ::
 
@@ -71,8 +72,8 @@ def param_groups(
         ``group_name``, which states their multipliers. The group without any comes first.
 
     Raises:
-        ValueError: A key matches nothing, a multiplier is invalid or has nothing to multiply, all
-            parameters are frozen, or the names of one parameter (tied weights) get different
+        ValueError: A key matches nothing, a multiplier is invalid or has nothing to multiply, the
+            module has no parameters, or the names of one parameter (tied weights) get different
             multipliers.
         TypeError: A rule is not a dict of multipliers.
     """
@@ -91,8 +92,6 @@ def param_groups(
     chosen: dict[nn.Parameter, tuple[str, Multipliers]] = {}
     for name, parameter, owner in _parameters(module):
         multipliers = rules.of(name, parameter, owner)
-        if not parameter.requires_grad:
-            continue
         first, others = chosen.setdefault(parameter, (name, multipliers))
         if others != multipliers:
             raise ValueError(
@@ -107,9 +106,7 @@ def param_groups(
             groups[multipliers] = {"params": [], **_options(multipliers, lr, weight_decay)}
         groups[multipliers]["params"].append(parameter)
     if not groups:
-        raise ValueError(
-            f"paramwise: every parameter of {type(module).__name__} is frozen (requires_grad=False)"
-        )
+        raise ValueError(f"paramwise: {type(module).__name__} has no parameters")
     # The group without multipliers comes first: its learning rate is read as the optimizer's.
     return [groups[key] for key in sorted(groups, key=lambda pair: (pair[0] != 1, pair[1] != 1))]
 

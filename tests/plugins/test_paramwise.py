@@ -104,14 +104,40 @@ def test_norms_of_others_are_known_by_name() -> None:
     assert treatment(nn.Sequential(LlamaRMSNorm()), norm_decay_mult=0) == {"0.weight": (1, 0)}
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_stay_in_their_groups() -> None:
     net = Net()
+    expected = treatment(net, custom_keys={"backbone": dict(lr_mult=0.1)})
     net.backbone.requires_grad_(False)
-    treated = treatment(net, custom_keys={"backbone": dict(lr_mult=0.1)})
-    assert {*treated} == {"embed.weight", "scale", "head.weight", "head.bias"}
+    assert treatment(net, custom_keys={"backbone": dict(lr_mult=0.1)}) == expected
     net.requires_grad_(False)
-    with pytest.raises(ValueError, match="every parameter of Net is frozen"):
-        param_groups(net, lr=0.1)
+    assert treatment(net, custom_keys={"backbone": dict(lr_mult=0.1)}) == expected
+    with pytest.raises(ValueError, match="Sequential has no parameters"):
+        param_groups(nn.Sequential(), lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_layer_that_is_unfrozen_later_trains(
+    make: MakeRunner, toy: type[Toy], optimizer: str
+) -> None:
+    def run(paramwise: dict[str, Any] | None) -> Any:
+        torch.manual_seed(0)
+        model = toy()
+        model.net.bias.requires_grad_(False)
+        cfg = dict(optimizer=dict(type=optimizer, lr=0.1, weight_decay=0.5), paramwise=paramwise)
+        runner = make(model=model, optim_wrapper=cfg if paramwise else dict(cfg, paramwise=None))
+        frozen = model.net.bias.clone()
+
+        @runner.on("before_train_epoch")
+        def unfreeze(runner: Any) -> None:
+            if runner.progress.epoch == 1:
+                assert torch.equal(model.net.bias, frozen)
+                model.net.bias.requires_grad_(True)
+
+        runner.train()
+        assert not torch.equal(model.net.bias, frozen)
+        return model.net.bias
+
+    assert torch.equal(run(dict(custom_keys={"bias": dict(lr_mult=1.0)})), run(None))
 
 
 def test_tied_weights_are_taken_once_and_refused_where_they_are_treated_in_two_ways() -> None:
