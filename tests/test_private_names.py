@@ -202,6 +202,15 @@ def _steps_before_schedules() -> None:
         assert len(caught) == warns
 
 
+def _parts_of_schedules() -> None:
+    schedulers = torch.optim.lr_scheduler
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    part = schedulers.StepLR(optimizer, 1)
+    sequence = schedulers.SequentialLR(optimizer, [part], [])
+    assert (sequence._schedulers, sequence._milestones) == ([part], [])
+    assert schedulers.ChainedScheduler([part])._schedulers == [part]
+
+
 def _order_of_hooks() -> None:
     import pluggy
 
@@ -259,6 +268,7 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_forkserver", "_preload_modules"): _fork_servers,
     ("_hookimpls",): _order_of_hooks,
     ("_opt_called",): _steps_before_schedules,
+    ("_schedulers", "_milestones"): _parts_of_schedules,
 }
 DOCUMENTED = {"_exit", "_getframe", "_asdict"}  # of os, sys, tuples: private by name only
 OWN_KEYS = {  # parts of our own names, in strings

@@ -50,7 +50,7 @@ an event, unless it is a plain *event*; the kinds are explained below. ::
 ``runner.log(...)`` emits ``log``. The plugin that reduces the logged values emits ``write`` for the
 sinks. ``runner.state_dict()`` emits ``before_save_checkpoint``. The plugin that has written a
 checkpoint to disk emits ``after_save_checkpoint``. ``runner.load_state_dict()`` emits
-``after_load_checkpoint``, during which each sink emits ``history``.
+``before_load_checkpoint``, and ``after_load_checkpoint``, during which each sink emits ``history``.
 
 Kinds
 -----
@@ -505,6 +505,15 @@ class State(Protocol):
         ``path`` is the folder of the checkpoint, which may be renamed or removed when later ones
         are saved. ``best`` tells whether the checkpoint is the best one so far. If a validation
         shows that later, the event is emitted again for the same checkpoint, with ``best=True``.
+        """
+
+    @event
+    def before_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Prepare for a state that ``runner.load_state_dict()`` is about to load.
+
+        Add to the Runner what your plugin had added during training before the state was saved,
+        such as a parameter group; only then is the Runner compared with the state. You may also
+        change entries of ``checkpoint``. Tensors of a sharded checkpoint may not be read yet.
         """
 
     @event

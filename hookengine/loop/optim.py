@@ -62,6 +62,8 @@ class OptimWrapper:
 
     Attributes:
         hooks: The events that the wrapper emits. A Runner that receives the wrapper sets them.
+        given: The options of each parameter group, such as ``lr``, as the script gave them. The
+            Runner sets it; when a run is resumed, it is compared with that of the checkpoint.
         will_step: Whether the current iteration ends with a step; known before the forward pass.
             A direct call of ``step`` may close a window in any other iteration: a plugin that
             synchronizes gradients only when ``will_step`` is True must then do so in
@@ -81,6 +83,7 @@ class OptimWrapper:
         self.optimizer = optimizer
         self.name = name
         self.hooks: HookSpecs = SILENT
+        self.given: list[dict[str, Any]] = []
         self.will_step = True
         self.window_length = 1
         self.window_open = False

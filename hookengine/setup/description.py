@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ def describe_state(runner: Runner) -> dict[str, Any]:
     """Return what a checkpoint must match: model, plugins, optimizers, data, number of ranks."""
 
     def parameters(wrapper: OptimWrapper) -> dict[str, Any]:
-        return {"parameters": _parameter_names(runner.bare_model, wrapper)}
+        names = _parameter_names(runner.bare_model, wrapper)
+        return {"parameters": names, "given": given_options(wrapper)}
 
     loops = {"train": runner.train_loop, "val": runner.val_loop}
     return {
@@ -103,11 +104,27 @@ def _optimizers(
 
 def _options(wrapper: OptimWrapper) -> dict[str, Any]:
     """Return the options that all parameter groups share, and under ``groups`` the others."""
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in wrapper.param_groups]
-    groups = [as_json(group) for group in groups]
+    groups = group_options(wrapper.param_groups)
     same = {k: v for k, v in groups[0].items() if all(g.get(k) == v for g in groups)}
     others = [{k: v for k, v in group.items() if k not in same} for group in groups]
     return {**same, **({"groups": others} if any(others) else {})}
+
+
+def given_options(wrapper: OptimWrapper) -> list[dict[str, Any]]:
+    """Return the options that the script gave to each parameter group, including added ones."""
+    return [*wrapper.given, *group_options(wrapper.param_groups[len(wrapper.given) :])]
+
+
+def group_options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options of parameter groups, without their tensors, as values for JSON."""
+    return [
+        {
+            name: as_json(value.tolist() if isinstance(value, Tensor) else value)
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in groups
+    ]
 
 
 def _parameter_names(model: nn.Module, wrapper: OptimWrapper) -> list[list[str]]:

@@ -14,6 +14,7 @@ from hookengine.events.blame import note
 from hookengine.model.compiled import names_as_in, original_names, without_inner
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
+from hookengine.setup.optimizer_options import load_optimizer
 from hookengine.setup.plain import as_plain
 from hookengine.setup.position import describe_position, resume_position
 
@@ -68,7 +69,7 @@ def warn_of_open_window(runner: Runner) -> bool:
     return True
 
 
-def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
+def load(runner: Runner, checkpoint: dict[str, Any], allow: Iterable[str] = ()) -> None:
     """Load a state, after comparing all of it with the Runner.
 
     Args:
@@ -93,6 +94,7 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
     known = {*_NAMES, *runner.plugins, *checkpoint["plugins"], *PLUGINS.names()}
     for name in allowed - known:
         raise KeyError(unknown("name in allow", name, known))
+    runner.hooks.before_load_checkpoint(runner, checkpoint)
     found = list(differences(runner, checkpoint))
     refused = [(name, text) for name, text in found if name not in allowed]
     if refused:
@@ -102,9 +104,7 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         runner.bare_model.load_state_dict(weights)
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
-        _warn_of_rates(runner, checkpoint["optimizer"])
-        with _raised_by("the optimizer, method 'load_state_dict'"):
-            runner.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        _load_optimizers(runner, checkpoint)
     runner.progress.load_state_dict(resume_position(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
     metrics = checkpoint.get("metrics")
@@ -112,26 +112,18 @@ def load(runner: Runner, checkpoint: Mapping[str, Any], allow: Iterable[str] = (
         runner.val_loop.metrics = dict(metrics)
 
 
-def _warn_of_rates(runner: Runner, saved: Mapping[str, Any]) -> None:
-    """Warn if the script's learning rate differs from the checkpoint's, which takes effect."""
-    for group, old in _groups(runner, saved):
-        # torch's schedulers keep the rate that the user gave, and change the other one.
-        given, then = (g.get("initial_lr", g.get("lr")) for g in (group, old))
-        if given is not None and then is not None and float(given) != float(then):
-            runner.logger.warning(
-                f"the learning rate {float(given):g} of the script is ignored; the run resumes "
-                f"with {float(then):g} from the checkpoint. To change it, set it in "
-                "optim_wrapper.param_groups"
-            )
-
-
-def _groups(runner: Runner, saved: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Return pairs of parameter groups, of the Runner and of the state."""
-    pairs: list[tuple[Any, Any]] = []
+def _load_optimizers(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+    """Load the states of the optimizers; warn of options that replace those of the script."""
+    saved = checkpoint["optimizer"]
+    meta = checkpoint.get("meta", {}).get("optimizers", {})
     for name, wrapper in runner.optim_wrappers.items():
-        old = saved if "param_groups" in saved else saved.get(name, {})
-        pairs += zip(wrapper.param_groups, old.get("param_groups", ()), strict=False)
-    return pairs
+        single = runner.optim_wrapper is wrapper
+        path = "runner.optim_wrapper" if single else f"runner.optim_wrapper[{name!r}]"
+        given = meta.get(name, {}).get("given", [])
+        with _raised_by("the optimizer, method 'load_state_dict'"):
+            warning = load_optimizer(wrapper, saved if single else saved[name], given, path)
+        if warning:
+            runner.logger.warning(warning)
 
 
 def _report(refused: list[tuple[str, str]]) -> str:
@@ -249,7 +241,10 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
         sizes = [len(group["params"]) for group in wrapper.param_groups]
         others = [len(group["params"]) for group in saved[name]["param_groups"]]
         if sizes != others:
-            return f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint"
+            return (
+                f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint. A "
+                "plugin that adds a group during training adds it again in before_load_checkpoint"
+            )
         groups = [[without_inner(n) for n in group] for group in then["parameters"]]
         if groups != now["parameters"]:
             return f"{label}has different parameters in its groups, or in a different order"

@@ -90,9 +90,7 @@ class Accumulate(Plugin, name="accumulate"):
     def before_train_epoch(self, runner: Runner) -> None:
         """Find the parameters whose gradients are summed in float32."""
         for name, window in self._windows.items():
-            # Those of several ranks are exchanged while autograd sums them.
-            alone = dist.get_world_size() == 1
-            window.sums.use(runner.optim_wrappers[name].parameters() if alone else ())
+            _choose_sums(window, runner.optim_wrappers[name])
 
     def unconfigure(self, runner: Runner) -> None:
         """Reset the window lengths, so that every iteration steps again."""
@@ -158,6 +156,8 @@ class Accumulate(Plugin, name="accumulate"):
             return None
         if not optim_wrapper.window_open and not optim_wrapper.stepping:
             window.open()
+            if window.groups != len(optim_wrapper.param_groups):
+                _choose_sums(window, optim_wrapper)
         else:
             window.sums.take()
         if window.asked or window.held == 0 or window.iteration != runner.progress.iter:
@@ -255,6 +255,12 @@ class Accumulate(Plugin, name="accumulate"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the expected weight saved by ``state_dict``."""
         self._reference, self._last = state["reference"], state["last"]
+
+
+def _choose_sums(window: Window, optim_wrapper: OptimWrapper) -> None:
+    """Choose the gradients that are summed in float32; autograd sums those that ranks exchange."""
+    window.groups = len(optim_wrapper.param_groups)
+    window.sums.use(optim_wrapper.parameters() if dist.get_world_size() == 1 else ())
 
 
 def _zero_loss(optim_wrapper: OptimWrapper, loss: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Window:
             the same one.
         iteration: The iteration of the last micro-batch.
         sums: The sums of gradients with a low precision.
+        groups: Number of parameter groups of the optimizer when ``sums`` was set up.
     """
 
     def __init__(self, steps: int) -> None:
@@ -33,6 +34,7 @@ class Window:
         self.asked = False
         self.iteration = -1
         self.sums = GradientSums()
+        self.groups = 0
         self._total: Weight = 0.0
 
     def open(self, expected: Weight | None = None) -> None:

@@ -14,6 +14,9 @@ from hookengine import OptimWrapper
 class Rates:
     """The learning rates of one optimizer while weights are averaged.
 
+    A parameter group that is added in between moves from its learning rate to the constant one too,
+    and has that one at once if the others have reached it.
+
     Args:
         optim_wrapper: The wrapper of the optimizer.
         scheduler: The scheduler that changes the learning rates.
@@ -26,6 +29,7 @@ class Rates:
 
     def restore(self) -> None:
         """Set the learning rates, overriding what other code has set."""
+        self._fit()
         for group, lr in zip(self.optim_wrapper.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -40,12 +44,32 @@ class Rates:
         self.scheduler.step()
         self._rates = self.optim_wrapper.get_lr()
 
+    def _fit(self) -> None:
+        """Include parameter groups that were added to the optimizer.
+
+        Raises:
+            ValueError: Groups were removed.
+        """
+        groups, known = self.optim_wrapper.param_groups, len(self._rates)
+        if len(groups) < known:
+            raise ValueError(
+                f"swa: the optimizer {self.optim_wrapper.name!r} had {known} parameter groups and "
+                f"now has {len(groups)}. Keep the groups; to stop training some parameters, use "
+                "requires_grad_(False)"
+            )
+        for group in groups[known:]:
+            group["swa_lr"] = groups[0]["swa_lr"]
+            ended = self.scheduler.last_epoch >= self.scheduler.anneal_epochs
+            self._rates.append(float(group["swa_lr"] if ended else group["lr"]))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain containers."""
+        self._fit()
         return {"scheduler": self.scheduler.state_dict(), "rates": self._rates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the learning rates saved by ``state_dict``."""
         self.scheduler.load_state_dict(state["scheduler"])
-        self._rates = list(state["rates"])
+        # A resume may start the optimizer over, with other groups.
+        self._rates = list(state["rates"])[: len(self.optim_wrapper.param_groups)]
         self.restore()

@@ -27,7 +27,7 @@ from hookengine_checkpoint.checks import (
 from hookengine_checkpoint.export import export_weights
 from hookengine_checkpoint.interval import SaveTimer, parse_interval
 from hookengine_checkpoint.preemption import EXIT_CODE, Preemption
-from hookengine_checkpoint.resuming import find_on_all_ranks, load_initial_weights, load_run
+from hookengine_checkpoint.resuming import find_on_all_ranks, load_initial_weights, load_run, shard
 from hookengine_checkpoint.retention import RunCheckpoints
 from hookengine_checkpoint.saving import Saver
 from hookengine_checkpoint.weights import find_weights
@@ -116,7 +116,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self._saver = Saver(self._writer, self._checkpoints, self._best, self.plugin_name)
         self._preemption: Preemption | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
-        self._training = False
+        self._training = self._loading = False
         self._restore: list[Callable[[], None]] = []  # what dataloaders had before
         self._log: list[str] = []  # until the log of the run is open
         self._found = find_on_all_ranks(runner, self._log.append)
@@ -144,7 +144,9 @@ class Checkpoint(Plugin, name="checkpoint"):
         found = self._found
         if found is None:
             return
+        self._loading = True
         load_run(runner, found, self.allow, self._log.append)
+        self._loading = False
         if found.continues(runner) and dist.is_main_process():
             self._checkpoints.adopt(found)
         if not dist.broadcast_object(self._checkpoints.holds(self._best.number)):
@@ -156,6 +158,12 @@ class Checkpoint(Plugin, name="checkpoint"):
             )
         self._writer.mark_saved(runner.progress)
         self._log.append(f"resuming from {found.path}: {runner.progress}")
+
+    @hookimpl(after="*")  # after plugins that add parameter groups
+    def before_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Read the tensors of a sharded checkpoint."""
+        if self._loading and self._found is not None:
+            shard(runner, self._found, checkpoint)
 
     def before_run(self, runner: Runner) -> None:
         """Log how the run starts, now that its log is open."""

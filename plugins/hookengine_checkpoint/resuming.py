@@ -46,7 +46,7 @@ def load_run(
         ValueError: The state does not fit the Runner; the message names all differences.
         DamagedError: The checkpoint cannot be read.
     """
-    state = _read(runner, found)
+    state = read_state(found.state)
     ranks = state.pop("ranks", [])
     try:
         runner.load_state_dict(state, allow=allow)
@@ -59,16 +59,22 @@ def load_run(
         raise
 
 
-def _read(runner: Runner, found: Found) -> dict[str, Any]:
-    """Read a state, with its tensors sharded as the Runner's are."""
-    state = read_state(found.state)
+def shard(runner: Runner, found: Found, state: dict[str, Any]) -> None:
+    """Read the sharded tensors of a state, or shard the tensors, as the Runner's are.
+
+    Args:
+        runner: The Runner.
+        found: The checkpoint.
+        state: The state in its file, which is changed in place.
+    """
     if not found.is_sharded and not dist.is_distributed():
-        return state
+        return
     from hookengine_checkpoint import sharded  # slow to import, and rarely needed
 
     if found.is_sharded:
-        return sharded.load(found.path, state, runner)
-    return sharded.spread(state, runner) if sharded.is_sharded(runner) else state
+        state.update(sharded.load(found.path, state, runner))
+    elif sharded.is_sharded(runner):
+        state.update(sharded.spread(state, runner))
 
 
 def _load_rank_state(

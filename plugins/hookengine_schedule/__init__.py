@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hookengine import MonitoredMetric, OptimWrapper, Plugin, Runner, hookimpl
-from hookengine_schedule.build import Built, build_scheduler, check_plain, is_by_step
+from hookengine_schedule.build import build_scheduler, check_plain, is_by_step
 from hookengine_schedule.length import total_epochs, total_steps
+from hookengine_schedule.track import Track
 from hookengine_schedule.warmup import Warmup
 
 __all__ = ["Schedule"]
@@ -29,6 +30,10 @@ class Schedule(Plugin, name="schedule"):
     A warm-up multiplies the learning rates by a factor that grows linearly to 1 over the first
     optimizer steps. A scheduler that steps per optimizer step starts after the warm-up. One that
     steps per epoch also counts the epochs of the warm-up.
+
+    A parameter group that is added during training follows the schedule as if it had been there
+    from the start: its ``lr`` is the initial learning rate. The same holds for a new ``initial_lr``
+    that you set in a group before training.
     """
 
     scheduler: Any = Field(
@@ -63,7 +68,7 @@ class Schedule(Plugin, name="schedule"):
     def configure(self) -> None:
         """Start without schedules; ``setup_optimizer`` adds one per optimizer."""
         self._another: str | None = None  # the metric of the plateau before a resume
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: dict[str, Track] = {}
         self._resumed = False
         self._read = MonitoredMetric(self.metric or "", "schedule")
 
@@ -92,7 +97,15 @@ class Schedule(Plugin, name="schedule"):
         self._check_metric(runner, isinstance(built.scheduler, ReduceLROnPlateau))
         if self.by_epoch is None and is_by_step(built.kind):
             by_epoch = False  # the scheduler comes from a function
-        track = _Track(optim_wrapper, built, by_epoch)
+
+        def build(length: int | None, optimizer: Optimizer) -> LRScheduler:
+            length = total if length is None else length
+            cfg, milestones = self.scheduler, self.milestones
+            return build_scheduler(cfg, optimizer, milestones, length, self.metric).scheduler
+
+        given = self.scheduler if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
+        made_before = any(isinstance(one, LRScheduler) for one in given)
+        track = Track(optim_wrapper, built, by_epoch, None if made_before else build)
         if warmup:
             track.warmup = Warmup(optim_wrapper.optimizer, warmup, self.warmup_factor)
         check_plain(built.scheduler)
@@ -167,14 +180,31 @@ class Schedule(Plugin, name="schedule"):
                     f"schedule: the {track.kind} was made for {planned} {unit}, but the resumed "
                     f"run ends after {total}. The learning rate does not reach its last value"
                 )
-            if track.warmup is not None:
-                track.warmup.apply()
+            self._fit(runner, track)
+            track.follow_initial_rates()
             if steps is not None and track.warmup_steps >= steps:
                 runner.logger.warning(
                     f"schedule: the warm-up of {track.warmup_steps} optimizer steps does not end "
                     f"within this run of {steps}"
                 )
         self._resumed = False
+
+    @hookimpl(tryfirst=True)  # the others see the learning rate of this step
+    def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:
+        """Let parameter groups that were added since the last step follow the schedule."""
+        track = self._tracks.get(optim_wrapper.name)
+        if track is not None:
+            self._fit(runner, track)
+
+    def _fit(self, runner: Runner, track: Track) -> None:
+        for index in track.fit():
+            wrapper = track.optim_wrapper
+            group = wrapper.param_groups[index]
+            initial = float(group.get("initial_lr", group["lr"]))
+            runner.logger.info(
+                f"schedule: parameter group {index} of {wrapper.name!r}, which was added, has the "
+                f"initial learning rate {initial:g}, and now {float(group['lr']):g}"
+            )
 
     @hookimpl(tryfirst=True)  # others see the learning rate of the next step
     def after_optim_step(self, optim_wrapper: OptimWrapper) -> None:
@@ -218,132 +248,19 @@ class Schedule(Plugin, name="schedule"):
                 self._another = before
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
-        """Scale the learning rates of an optimizer whose state was not loaded.
+        """Compute the learning rates of an optimizer whose state was not loaded.
 
         The option ``allow`` permits that. torch's schedulers continue from the current learning
-        rate, which is part of the optimizer's state, so it is set to the same share of the initial
-        learning rate as in the checkpoint.
+        rate, which is part of the optimizer's state, so it is computed again.
         """
         self._resumed = True
         saved = checkpoint.get("optimizer", {})
         for name, track in self._tracks.items():
             old = saved if "param_groups" in saved else saved.get(name, {})
             track.match_rates(old.get("param_groups", ()))
-
-
-class _Track:
-    """The schedule of one optimizer.
-
-    Args:
-        optim_wrapper: The wrapper of the optimizer.
-        built: torch's scheduler, and where it ends.
-        by_epoch: Whether it steps per epoch instead of per optimizer step.
-    """
-
-    def __init__(self, optim_wrapper: OptimWrapper, built: Built, by_epoch: bool) -> None:
-        self.optim_wrapper = optim_wrapper
-        self.scheduler, self.kind, self.length, self.end = built
-        self.by_epoch: bool | None = by_epoch
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.by_epoch = None  # per validation
-        self.warmup: Warmup | None = None
-        self._steps = optim_wrapper.steps  # at the end of the last epoch
-        # torch knows only the steps of this process, and would warn where a resume took none yet.
-        optim_wrapper.optimizer._opt_called = True  # type: ignore[attr-defined]
-
-    @property
-    def warmup_steps(self) -> int:
-        """The number of optimizer steps of the warm-up."""
-        return 0 if self.warmup is None else self.warmup.steps
-
-    @property
-    def planned(self) -> int | None:
-        """The epochs or optimizer steps that it was made for; None if no length was filled in."""
-        if self.length is None:
-            return None
-        return self.length + (0 if self.by_epoch else self.warmup_steps)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has reached the length that was filled in."""
-        return self.end is not None and self.scheduler.last_epoch >= self.end
-
-    @property
-    def how(self) -> str:
-        """The scheduler's class, and when it steps."""
-        how = {None: "per validation", True: "per epoch", False: "per optimizer step"}
-        return f"{self.kind} {how[self.by_epoch]}"
-
-    def describe(self) -> str:
-        """Return a description for the log."""
-        text = self.how
-        if self.planned is not None:
-            text += f", made for {self.planned}"
-        return f"{text}, warm-up over {self.warmup_steps} steps" if self.warmup_steps else text
-
-    def after_step(self) -> None:
-        """Step the warm-up; once it is over, step a scheduler that steps per optimizer step."""
-        if self.warmup is not None and not self.warmup.over:
-            self.warmup.step()
-        elif self.by_epoch is False and not self.ended:
-            self.scheduler.step()
-
-    def after_epoch(self) -> None:
-        """Step a scheduler that steps per epoch, unless the epoch had no optimizer step."""
-        moved = self.optim_wrapper.steps > self._steps
-        if self.by_epoch and moved and not self.ended:
-            self.step()
-        self._steps = self.optim_wrapper.steps
-
-    def step(self, *metric: float) -> None:
-        """Step the scheduler, which does not see the factor of a warm-up in progress."""
-        step: Callable[..., None] = self.scheduler.step
-        going_on = self.warmup is not None and not self.warmup.over
-        lifted = self.warmup.lifted() if self.warmup is not None and going_on else nullcontext()
-        with lifted:
-            step(*metric)
-
-    def forget_the_best(self) -> None:
-        """Let ReduceLROnPlateau compare only values from now on."""
-        scheduler: Any = self.scheduler
-        scheduler.best = scheduler.mode_worse
-        scheduler.num_bad_epochs = scheduler.cooldown_counter = 0
-
-    def match_rates(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        """Scale the learning rates of groups that were not loaded as the saved ones were scaled."""
-        for group, old in zip(self.optim_wrapper.param_groups, saved, strict=False):
-            first = old.get("initial_lr")
-            if first and group["lr"] != old["lr"]:  # it was not loaded
-                group["lr"] = group["initial_lr"] * (old["lr"] / first)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in plain containers."""
-        return {
-            "how": self.how,
-            "scheduler": self.scheduler.state_dict(),
-            "length": self.length,
-            "end": self.end,
-            "warmup": {} if self.warmup is None else self.warmup.state_dict(),
-            "steps": self._steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the schedule as it was made, whatever the length of this run.
-
-        The learning rates themselves are part of the optimizer's state.
-
-        Raises:
-            ValueError: The state belongs to another scheduler.
-        """
-        if state["how"] != self.how:
-            raise ValueError(
-                f"schedule: the saved state is of {state['how']}, but this run has {self.how}. "
-                "Resume with the same scheduler. To start a new schedule, delete 'schedule' from "
-                "checkpoint['plugins'] and set allow=['schedule']"
-            )
-        self.length, self.end = state["length"], state["end"]
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.warmup = None
-        if state["warmup"]:
-            self.warmup = Warmup.from_state_dict(self.optim_wrapper.optimizer, state["warmup"])
-        self._steps = state["steps"]
+            if track.replaced:
+                runner.logger.warning(
+                    f"schedule: the run continues the schedule in the checkpoint, which has "
+                    f"{', '.join(track.replaced)} in the script. For another schedule, start a new "
+                    "run with load_from="
+                )

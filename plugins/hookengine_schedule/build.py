@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.optim.lr_scheduler as torch_schedulers
@@ -160,6 +160,29 @@ def _from_dict(
         raise TypeError(f"schedule: {kind!r} must create an LRScheduler, got {scheduler!r}")
     length = None if end is None else total
     return Built(scheduler, type(scheduler).__name__, length, end)
+
+
+def options_replaced(
+    scheduler: Any, own: Mapping[str, Any], saved: Mapping[str, Any], known: Container[str]
+) -> Iterator[str]:
+    """Describe the options with which a scheduler was created, and which a saved state replaces.
+
+    Args:
+        scheduler: The scheduler.
+        own: Its state before it loads the other one.
+        saved: The state that it loads.
+        known: Options to leave out.
+    """
+    for name in inspect.signature(type(scheduler)).parameters:
+        if name in known or name not in own or name not in saved or name == "last_epoch":
+            continue
+        if own[name] != saved[name]:
+            yield f"{name} {saved[name]} instead of {own[name]}"
+    if own.get("_milestones") != saved.get("_milestones"):  # of SequentialLR
+        yield f"milestones {saved['_milestones']} instead of {own['_milestones']}"
+    parts = zip(getattr(scheduler, "_schedulers", ()), own.get("_schedulers", ()), strict=True)
+    for (part, mine), theirs in zip(parts, saved.get("_schedulers", ()), strict=True):
+        yield from options_replaced(part, mine, theirs, known)
 
 
 def check_plain(scheduler: LRScheduler) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-from torch import Tensor
 from torch.optim import Optimizer
+
+from hookengine_schedule.groups import set_rate
 
 
 class Warmup:
@@ -64,6 +65,10 @@ class Warmup:
         finally:
             self.apply()
 
+    def set_base(self, index: int, lr: float) -> None:
+        """Set the learning rate of a parameter group without the factor; see ``apply``."""
+        self._base[index : index + 1] = [lr]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers."""
         return {
@@ -87,7 +92,4 @@ class Warmup:
 
     def _write(self, rates: Sequence[float]) -> None:
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            set_rate(group, lr)

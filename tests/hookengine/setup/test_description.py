@@ -46,9 +46,10 @@ def test_options_that_differ_between_groups_stand_apart(make: MakeRunner, toy: t
 def test_a_state_says_what_it_belongs_to(make: MakeRunner) -> None:
     meta = describe_state(make(validate=True))
     assert meta["model"] == "Toy"
-    assert meta["optimizers"] == {
-        "optimizer": {"type": "SGD", "parameters": [["net.weight", "net.bias"]]}
-    }
+    described = meta["optimizers"]["optimizer"]
+    assert described["type"] == "SGD"
+    assert described["parameters"] == [["net.weight", "net.bias"]]
+    assert [given["lr"] for given in described["given"]] == [0.1]
     assert meta["dataset"] == {
         "train": {"samples": 20, "batches": 5},
         "val": {"samples": 10, "batches": 3},

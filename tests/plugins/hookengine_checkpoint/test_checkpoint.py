@@ -1057,7 +1057,7 @@ def test_another_learning_rate_is_said(
     first.train()
     other = dict(optimizer=dict(type="SGD", lr=0.2))
     make(plugins=["checkpoint", "logging"], optim_wrapper=other, resume=first.run_dir)
-    said = "the learning rate 0.2 of the script is ignored"
+    said = "lr 0.1 from the checkpoint, instead of 0.2"
     assert said in capsys.readouterr().out
 
 
