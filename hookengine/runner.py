@@ -178,7 +178,8 @@ class Runner(Life, NamedRun):
             model = PlainModel(model, self.loss)
         if role == "train":
             connect(model, self.hooks)
-        return self.hooks.wrap_model(self, model.to(self.device), role)
+        wrapped = self.hooks.wrap_model(self, model.to(self.device), role)
+        return arguments.check_wrapped(self, wrapped, role)
 
     def _build_optimizers(self, cfg: Any) -> None:
         if not self.optimizer_names:

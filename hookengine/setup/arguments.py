@@ -117,6 +117,28 @@ def check_beginning(runner: Runner) -> None:
         )
 
 
+def check_wrapped(runner: Runner, wrapped: nn.Module, role: str) -> nn.Module:
+    """Return a model that plugins may have wrapped, if it has the steps that this Runner calls.
+
+    Args:
+        runner: The Runner.
+        wrapped: What the event ``wrap_model`` returned.
+        role: ``"train"``, or ``"average"`` for a model that is only evaluated.
+
+    Raises:
+        TypeError: A step is missing, and a plugin has wrapped the model.
+    """
+    phases = ("train", "val", "test") if role == "train" else ("val", "test")
+    steps = [f"{phase}_step" for phase in phases if getattr(runner, f"{phase}_cfg") is not None]
+    missing = [step for step in steps if not hasattr(wrapped, step)]
+    if missing and (plugin := runner.hooks.replaced.get("wrap_model")):
+        raise TypeError(
+            f"plugin {plugin!r} returned a {type(wrapped).__name__} from wrap_model, which has no "
+            f"{', '.join(missing)}. Define it in the wrapper, so that it calls that of the model"
+        )
+    return wrapped
+
+
 def check_model(model: nn.Module, loss: Callable[..., Any] | None, phases: Sequence[str]) -> None:
     """Check that the model has the methods that the Runner calls, and that ``loss`` fits it.
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from hookengine import (
     MODELS,
     OptimWrapper,
+    Plugin,
 )
 from hookengine.loop.data import dataset_size, length_of
 from hookengine.setup.arguments import build_dataloader
@@ -330,3 +331,15 @@ def test_more_mistakes_are_answered(make: MakeRunner, data: MakeData) -> None:
         TypeError, match=r"a tuple of 3 \(Tensor\[2, 4\], Tensor\[2\], Tensor\[2\]\)"
     ):
         make(model=Plain(), loss=F.cross_entropy, train_dataloader=three).train()
+
+
+def test_a_wrapper_without_the_steps_of_the_model_is_refused(make: MakeRunner) -> None:
+    class Wrapping(Plugin, name="wrapping"):
+        def wrap_model(self, model: nn.Module) -> nn.Module:
+            return nn.Sequential(model)
+
+    expected = (
+        r"plugin 'wrapping' returned a Sequential from wrap_model, .* no train_step, val_step\."
+    )
+    with pytest.raises(TypeError, match=expected):
+        make(plugins=[Wrapping()], validate=True)
