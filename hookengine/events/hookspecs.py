@@ -537,7 +537,7 @@ class Records(Protocol):
         """Return the records of the run so far, oldest first. They are iterated over once.
 
         A ``RecordHistory`` may be iterated over twice. It also tells which later records training
-        is about to cut, because the run resumes before them.
+        is about to cut, because the run resumes before them, and which file holds all records.
 
         A sink emits this event to write the records that it does not hold yet:
 
@@ -545,6 +545,8 @@ class Records(Protocol):
           resumes,
         - when you add the sink in the middle of a run,
         - on its own thread, when its queue has drained after it dropped records.
+
+        It also emits it before it warns of lost records, to name the file.
         """
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -96,6 +97,7 @@ class Delivery:
         self._opened = self._retired = False
         self._behind = self._warned_behind = False
         self._left_behind = 0
+        self._replayed_from: Path | None = None
 
     def retire(self) -> None:
         """Stop writing, because the sink now serves another Runner."""
@@ -127,7 +129,7 @@ class Delivery:
                 return
         if not self._warned_behind:
             self._warned_behind = True
-            self.warn("cannot keep up; records are dropped for now (metrics.jsonl has them all)")
+            self.warn(f"cannot keep up; records are dropped for now{self._kept_in()}")
 
     def replay(self, history: RecordHistory, resumed_at: int) -> None:
         """Write the records that the sink does not hold, however many jobs are waiting.
@@ -144,6 +146,7 @@ class Delivery:
         Args:
             records: The records, oldest first; iterated over once, on the thread.
         """
+        self._replayed_from = getattr(records, "path", None)
         self.put(lambda: self._hold_exactly(records))
 
     def cut_back(self) -> None:
@@ -256,6 +259,14 @@ class Delivery:
     def _history(self) -> Iterable[Record] | None:
         hooks: HookSpecs | None = getattr(self.runner, "hooks", None)  # a past run has none
         return None if hooks is None else hooks.history(hooks.runner)
+
+    def _kept_in(self) -> str:
+        """Return the end of a message on lost records: which file has them, if one has all."""
+        path = self._replayed_from
+        with suppress(Exception):  # it is only for a message
+            history = self._history()
+            path = path if history is None else getattr(history, "path", None)
+        return "" if path is None else f"; {path} has them all"
 
     def _fill(self, records: Iterable[Record]) -> bool:
         """Write the records that the sink does not hold; return whether all could be read."""
@@ -391,7 +402,7 @@ class Delivery:
         self.thread = None
         if self.failures or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
-            self.warn(f"lost records: {counts}; metrics.jsonl has them all")
+            self.warn(f"lost records: {counts}{self._kept_in()}")
 
 
 def _described(error: BaseException) -> str:

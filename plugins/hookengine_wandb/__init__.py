@@ -144,9 +144,10 @@ class Wandb(Sink, name="wandb"):
         if answer["warning"]:
             runner.logger.warning(f"wandb: the run is offline, since {answer['warning']}")
         if answer["left"]:
+            holds = "the whole history" if self.continues else "the records from now on"
             runner.logger.warning(
                 f"wandb: the W&B run {answer['left']} holds records after iteration {left}, which "
-                "this run has left and W&B cannot remove. A new W&B run has the whole history"
+                f"this run has left and W&B cannot remove. A new W&B run has {holds}"
             )
         runner.logger.info(f"wandb: run {answer['id']}: {answer['where']}")
 
@@ -204,9 +205,12 @@ class Wandb(Sink, name="wandb"):
         answer = session.finish(exit_code, files)
         if answer["timed_out"]:
             run_dir = shlex.quote(str(folder.path))
+            fix = "Set a longer finish_timeout"
+            if folder.metrics.is_file() and folder.description.is_file():
+                replay = f"python -m hookengine_logging.replay {run_dir} --to wandb"
+                fix = f"To upload the rest: {replay}"
             runner.logger.warning(
-                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. To upload "
-                f"the rest: python -m hookengine_logging.replay {run_dir} --to wandb"
+                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. {fix}"
             )
         if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
