@@ -49,7 +49,8 @@ an event, unless it is a plain *event*; the kinds are explained below. ::
 
 ``runner.log(...)`` emits ``log``. The plugin that reduces the logged values emits ``write`` for the
 sinks. ``runner.state_dict()`` emits ``before_save_checkpoint``. The plugin that has written a
-checkpoint to disk emits ``after_save_checkpoint``. ``runner.load_state_dict()`` emits
+checkpoint to disk emits ``after_save_checkpoint``. A plugin that passes over data by itself emits
+``on_progress``. ``runner.load_state_dict()`` emits
 ``after_load_checkpoint``, during which each sink emits ``history``.
 
 Kinds
@@ -210,6 +211,14 @@ class Life(Protocol):
         """React to ``error``, which ends the run and is raised again afterwards.
 
         ``error`` may be a KeyboardInterrupt.
+        """
+
+    @event
+    def on_progress(self, runner: Runner, name: str, done: int, total: int | None) -> None:
+        """Show the progress of a pass over data that is neither training nor evaluation.
+
+        The plugin that makes the pass emits this event: with ``done=0`` before it, after each
+        batch, and with ``done == total`` at its end. ``total`` is None while it is unknown.
         """
 
 
