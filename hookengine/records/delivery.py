@@ -76,6 +76,7 @@ class Delivery:
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
         thread: The thread, or None before the first job and after the last one.
+        warned_of_missing: Whether a warning has said that nothing makes records.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Delivery:
         self._hurry = threading.Event()
         self._opened = self._retired = False
         self._behind = self._warned_behind = False
-        self._left_behind = 0
+        self._left_behind = self._lost = 0
+        self.warned_of_missing = False
         self._replayed_from: Path | None = None
 
     def retire(self) -> None:
@@ -231,6 +233,7 @@ class Delivery:
         failures = self.failures
         self._call("write", record=record)
         self.records += self.failures == failures
+        self._lost += self.failures > failures
 
     def _catch_up(self) -> None:
         """Write the dropped records from the history, if a plugin keeps one."""
@@ -400,9 +403,11 @@ class Delivery:
                 if self.thread.is_alive():
                     self.warn(f"did not close within {timeout:g} s; its thread is left running")
         self.thread = None
-        if self.failures or self.dropped or waiting:
+        if self._lost or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
             self.warn(f"lost records: {counts}{self._kept_in()}")
+        elif self.failures > 1:
+            self.warn(f"failed {self.failures} times, but lost no records")
 
 
 def _described(error: BaseException) -> str:

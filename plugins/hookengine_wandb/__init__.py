@@ -222,9 +222,22 @@ class Wandb(Sink, name="wandb"):
     def before_run(self, runner: Runner) -> None:
         """Reset the exit code, and remove the uploads that a killed run has left."""
         self._exit_code = 0
+        self._check_checkpoints(runner)
         if self._session is None and not self._uploads and dist.is_main_process():
             for left in (runner.run_dir / "wandb").glob("upload-*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _check_checkpoints(self, runner: Runner) -> None:
+        """Warn if there will be no checkpoint to upload."""
+        if self.checkpoints is None or runner.train_cfg is None or not dist.is_main_process():
+            return
+        fix = ""
+        if "checkpoint" not in runner.plugins:
+            fix = "none is saved unless another plugin does it. Enable 'checkpoint'"
+        elif self.checkpoints == "best" and runner.plugins["checkpoint"].keep_best is None:
+            fix = "none is chosen as the best. Set dict(type='checkpoint', keep_best=METRIC)"
+        if fix:
+            runner.logger.warning(f"wandb: checkpoints={self.checkpoints!r} uploads nothing: {fix}")
 
     def on_exception(self, error: BaseException) -> None:
         """Record the exception that ended the run."""
