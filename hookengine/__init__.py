@@ -32,6 +32,7 @@ from hookengine.random_state import get_random_state, preserved_random_state, se
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
 from hookengine.records.record import Record, RecordHistory, read_records
+from hookengine.records.recording import missing_records
 from hookengine.records.run_folder import RunFolder
 from hookengine.records.sink import RunInfo, Sink
 from hookengine.registry import (
@@ -108,6 +109,7 @@ __all__ = [
     "log_context",
     "metric_numbers",
     "metric_value",
+    "missing_records",
     "names_as_in",
     "not_plain",
     "options_of",

@@ -194,7 +194,7 @@ def order(
 ) -> None:
     """Show in which order each event calls the plugins, and why.
 
-    A run shows its own order in run.json, and in runner.plugins.order().
+    A run shows its own order in runner.plugins.order(), and with logging also in run.json.
     """
     if event is not None and event not in EVENTS:
         raise typer.BadParameter(unknown("event", event, EVENTS))

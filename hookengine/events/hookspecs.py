@@ -51,6 +51,7 @@ an event, unless it is a plain *event*; the kinds are explained below. ::
 sinks. ``runner.state_dict()`` emits ``before_save_checkpoint``. The plugin that has written a
 checkpoint to disk emits ``after_save_checkpoint``. ``runner.load_state_dict()`` emits
 ``before_load_checkpoint``, and ``after_load_checkpoint``, during which each sink emits ``history``.
+A plugin that passes over data by itself emits ``on_progress``.
 
 Kinds
 -----
@@ -210,6 +211,14 @@ class Life(Protocol):
         """React to ``error``, which ends the run and is raised again afterwards.
 
         ``error`` may be a KeyboardInterrupt.
+        """
+
+    @event
+    def on_progress(self, runner: Runner, name: str, done: int, total: int | None) -> None:
+        """Show the progress of a pass over data that is neither training nor evaluation.
+
+        The plugin that makes the pass emits this event: with ``done=0`` before it, after each
+        batch, and with ``done == total`` at its end. ``total`` is None while it is unknown.
         """
 
 
@@ -546,7 +555,7 @@ class Records(Protocol):
         """Return the records of the run so far, oldest first. They are iterated over once.
 
         A ``RecordHistory`` may be iterated over twice. It also tells which later records training
-        is about to cut, because the run resumes before them.
+        is about to cut, because the run resumes before them, and which file holds all records.
 
         A sink emits this event to write the records that it does not hold yet:
 
@@ -554,6 +563,8 @@ class Records(Protocol):
           resumes,
         - when you add the sink in the middle of a run,
         - on its own thread, when its queue has drained after it dropped records.
+
+        It also emits it before it warns of lost records, to name the file.
         """
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -75,6 +76,7 @@ class Delivery:
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
         thread: The thread, or None before the first job and after the last one.
+        warned_of_missing: Whether a warning has said that nothing makes records.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Delivery:
         self._hurry = threading.Event()
         self._opened = self._retired = False
         self._behind = self._warned_behind = False
-        self._left_behind = 0
+        self._left_behind = self._lost = 0
+        self.warned_of_missing = False
+        self._replayed_from: Path | None = None
 
     def retire(self) -> None:
         """Stop writing, because the sink now serves another Runner."""
@@ -127,7 +131,7 @@ class Delivery:
                 return
         if not self._warned_behind:
             self._warned_behind = True
-            self.warn("cannot keep up; records are dropped for now (metrics.jsonl has them all)")
+            self.warn(f"cannot keep up; records are dropped for now{self._kept_in()}")
 
     def replay(self, history: RecordHistory, resumed_at: int) -> None:
         """Write the records that the sink does not hold, however many jobs are waiting.
@@ -144,6 +148,7 @@ class Delivery:
         Args:
             records: The records, oldest first; iterated over once, on the thread.
         """
+        self._replayed_from = getattr(records, "path", None)
         self.put(lambda: self._hold_exactly(records))
 
     def cut_back(self) -> None:
@@ -228,6 +233,7 @@ class Delivery:
         failures = self.failures
         self._call("write", record=record)
         self.records += self.failures == failures
+        self._lost += self.failures > failures
 
     def _catch_up(self) -> None:
         """Write the dropped records from the history, if a plugin keeps one."""
@@ -256,6 +262,14 @@ class Delivery:
     def _history(self) -> Iterable[Record] | None:
         hooks: HookSpecs | None = getattr(self.runner, "hooks", None)  # a past run has none
         return None if hooks is None else hooks.history(hooks.runner)
+
+    def _kept_in(self) -> str:
+        """Return the end of a message on lost records: which file has them, if one has all."""
+        path = self._replayed_from
+        with suppress(Exception):  # it is only for a message
+            history = self._history()
+            path = path if history is None else getattr(history, "path", None)
+        return "" if path is None else f"; {path} has them all"
 
     def _fill(self, records: Iterable[Record]) -> bool:
         """Write the records that the sink does not hold; return whether all could be read."""
@@ -389,9 +403,11 @@ class Delivery:
                 if self.thread.is_alive():
                     self.warn(f"did not close within {timeout:g} s; its thread is left running")
         self.thread = None
-        if self.failures or self.dropped or waiting:
+        if self._lost or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
-            self.warn(f"lost records: {counts}; metrics.jsonl has them all")
+            self.warn(f"lost records: {counts}{self._kept_in()}")
+        elif self.failures > 1:
+            self.warn(f"failed {self.failures} times, but lost no records")
 
 
 def _described(error: BaseException) -> str:

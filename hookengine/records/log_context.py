@@ -30,10 +30,25 @@ def make_logger(runner: Runner) -> Any:
         processors=[
             structlog.stdlib.filter_by_level,
             log_context(runner),
+            _add_details,
             structlog.stdlib.render_to_log_kwargs,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
     )
+
+
+_NO_DETAILS = {
+    *("event", "level", "run", "epoch", "iteration", "plugin"),
+    *("exc_info", "stack_info", "stacklevel", "extra"),
+    *("run_log", "console", "record"),  # where a plugin writes the line
+}
+
+
+def _add_details(logger: Any, method: str, event: EventDict) -> EventDict:
+    """Add the values of a line to its text, since a standard logger prints only that."""
+    details = [f"  {name}={value}" for name, value in event.items() if name not in _NO_DETAILS]
+    event["event"] = f"{event['event']}{''.join(details)}"
+    return event
 
 
 def log_context(runner: Runner) -> Processor:

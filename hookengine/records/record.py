@@ -125,10 +125,13 @@ class RecordHistory:
     Attributes:
         kept: The records up to where the run resumes, oldest first. Each iteration starts over.
         later: The records after that, which training cuts off. It may repeat them exactly.
+        path: The file that holds every record of the run, which messages name; None if no file
+            holds all of them.
     """
 
     kept: Iterable[Record]
     later: Sequence[Record] = ()
+    path: Path | None = None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.kept)

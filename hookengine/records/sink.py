@@ -15,6 +15,7 @@ from hookengine.events.plugin import Plugin
 from hookengine.records.calling import Method, by_name, signature_of
 from hookengine.records.delivery import ARGUMENTS, Delivery, Destination, on_thread_of
 from hookengine.records.record import Record, RecordHistory
+from hookengine.records.recording import missing_records
 
 if TYPE_CHECKING:
     from hookengine.runner import Runner
@@ -205,6 +206,10 @@ class Sink(Plugin):
         loaded, delivery.loaded = delivery.loaded, False
         if not dist.is_main_process():
             return
+        known = runner is not None and not delivery.warned_of_missing
+        if known and (text := missing_records(runner)):
+            delivery.warned_of_missing = True
+            runner.logger.warning(f"sink {self.plugin_name!r}: {text}")
         if history is not None:
             delivery.runner = runner
             delivery.replay(history, runner.progress.iter)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import pydantic
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +21,7 @@ from hookengine.loop.data import length_of
 from hookengine.loop.optim import OptimWrapper, OptimWrapperDict
 from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import compile_in_place
+from hookengine.model.lazy import lazy_names
 from hookengine.model.plain_model import is_plain, parameters_of
 from hookengine.records.run_folder import absolute_path
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
@@ -256,6 +258,11 @@ def build_optimizer(cfg: Any, model: nn.Module, where: str, paramwise: Any = Non
         optimizer: Optimizer = target(parameters, **arguments)
     except (TypeError, ValueError, KeyError) as error:
         error.add_note(f"while building {where}={dict(cfg)!r}{beside}")
+        if (lazy := lazy_names(model)) and lazy[0] not in str(error):
+            error.add_note(
+                f"{lazy[0]} has no shape yet, because its layer is lazy. If the optimizer needs "
+                "the shapes, run one batch through the model before you create the Runner"
+            )
         raise
     return optimizer
 
@@ -403,9 +410,10 @@ def point_at_model(wrapper: OptimWrapper, model: nn.Module, names: Mapping[int, 
     for group in optimizer.param_groups:
         for index, old in enumerate(group["params"]):
             if (new := current.get(known.get(id(old), ""))) is None:
+                shape = "unknown shape" if is_lazy(old) else f"shape {tuple(old.shape)}"
                 raise ValueError(
-                    f"the optimizer {wrapper.name!r} holds a parameter of shape "
-                    f"{tuple(old.shape)} that does not belong to the model. Build the optimizer "
+                    f"the optimizer {wrapper.name!r} holds a parameter of {shape} "
+                    "that does not belong to the model. Build the optimizer "
                     "from model.parameters() of the model that you pass to the Runner"
                 )
             if new is not old:

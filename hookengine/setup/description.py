@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hookengine import dist
 from hookengine.loop.data import dataset_size, length_of
 from hookengine.model.compiled import without_inner
+from hookengine.model.lazy import count_parameters
 from hookengine.setup.environment import describe_environment
 from hookengine.setup.plain import as_plain
 
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
 def describe_run(runner: Runner) -> dict[str, Any]:
     """Return a description of a run, as values that JSON can hold.
 
-    It covers the model and its number of parameters, the optimizers and their options, the
-    configuration, the plugins and their options, the order of the hooks, and the environment.
+    It covers the model and its number of parameters (None while the shape of a lazy layer is
+    unknown), the optimizers and their options, the configuration, the plugins and their options,
+    the order of the hooks, and the environment.
     """
     configured = {f"{p}_cfg": getattr(runner, f"{p}_cfg") for p in ("train", "val", "test")}
     return {
         "name": runner.name,
         "model": _model(runner),
-        "parameters": sum(p.numel() for p in runner.bare_model.parameters()),
+        "parameters": count_parameters(runner.bare_model),
         "optimizers": _optimizers(runner, _options),
         **{name: cfg.model_dump() for name, cfg in configured.items() if cfg is not None},
         "plugins": [

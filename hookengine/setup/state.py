@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from hookengine.evaluator import metric_numbers
 from hookengine.events.blame import note
 from hookengine.model.compiled import names_as_in, original_names, without_inner
+from hookengine.model.lazy import with_lazy, without_lazy
 from hookengine.registry import PLUGINS, unknown
 from hookengine.setup.description import describe_state
 from hookengine.setup.optimizer_options import load_optimizer
@@ -30,7 +31,7 @@ def collect(runner: Runner) -> dict[str, Any]:
     with _raised_by("the model, method 'state_dict'"):
         weights = runner.bare_model.state_dict()
     checkpoint: dict[str, Any] = {
-        "state_dict": original_names(weights),
+        "state_dict": original_names(without_lazy(weights)),
         "progress": runner.progress.state_dict(),
         "plugins": runner.plugins.state_dict(),
         "meta": {**describe_state(runner), "position": describe_position(runner)},
@@ -101,7 +102,7 @@ def load(runner: Runner, checkpoint: dict[str, Any], allow: Iterable[str] = ()) 
         raise ValueError(_report(refused))
     weights = names_as_in(runner.bare_model, checkpoint["state_dict"])
     with _raised_by("the model, method 'load_state_dict'"):
-        runner.bare_model.load_state_dict(weights)
+        runner.bare_model.load_state_dict(with_lazy(runner.bare_model, weights))
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _load_optimizers(runner, checkpoint)
@@ -183,7 +184,7 @@ def _weights(model: nn.Module, saved: Mapping[str, Any]) -> str:
     if any(_adapts(part) for part in model.modules()):
         return ""
     own, saved = original_names(model.state_dict()), original_names(saved)
-    missing = [name for name in own if name not in saved]
+    missing = [name for name in own if name not in saved and not is_lazy(own[name])]
     unexpected = [name for name in saved if name not in own]
     misshapen = [
         f"{name} {list(value.shape)} here, {list(saved[name].shape)} there"

@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hookengine.records.run_folder import absolute_path
 
@@ -36,7 +37,7 @@ def save_weights(
         The path of the file.
 
     Raises:
-        ValueError: ``path`` has another suffix.
+        ValueError: ``path`` has another suffix, or a tensor of a lazy layer has no values yet.
         OSError: The file cannot be written.
     """
     path = absolute_path(path)
@@ -45,6 +46,12 @@ def save_weights(
             f"weights can be exported as .pth or .safetensors, not as {path.name!r}. Change the "
             "suffix"
         )
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name} has no values yet, because its layer is lazy. Run one batch through the "
+                "model before you export its weights"
+            )
     if not write:
         return path
     copied = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -64,7 +64,7 @@ class BaseAveragedModel(nn.Module):
             if is_lazy(tensor):
                 raise ValueError(
                     f"{name} has no shape yet, because its layer is lazy, and cannot be averaged. "
-                    "Call the model on a batch before it is copied"
+                    "Run one batch through the model before it is copied or passed to the Runner"
                 )
         self.module = copy.deepcopy(model).requires_grad_(False)
         if device is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ def compute_statistics(
     batches: Iterable[Any],
     contexts: Iterable[AbstractContextManager[Any]],
     most: int | None = None,
+    on_batch: Callable[[int], object] = lambda done: None,
 ) -> int:
     """Recompute the statistics of all batch-norm layers that the model does not keep frozen.
 
@@ -31,11 +32,12 @@ def compute_statistics(
         batches: The dataloader; the states of its random generators are preserved.
         contexts: The contexts in which the forward passes run (autocast).
         most: The number of batches after which to stop, for a dataloader that may have no end.
+        on_batch: Called before the first batch and after each one, with the number of batches.
 
     Returns:
         The number of batches of this rank.
     """
-    counted = _Batches(batches, most)
+    counted = _Batches(batches, most, on_batch)
     with (
         preserved_random_state(),
         preserved_generators(batches),
@@ -151,15 +153,20 @@ class _Batches:
         number: The number of batches so far.
     """
 
-    def __init__(self, dataloader: Iterable[Any], most: int | None) -> None:
+    def __init__(
+        self, dataloader: Iterable[Any], most: int | None, on_batch: Callable[[int], object]
+    ) -> None:
         self._dataloader = dataloader
         self._most = most
+        self._on_batch = on_batch
         self.number = 0
 
     def __iter__(self) -> Iterator[_Batch]:
+        self._on_batch(0)
         for batch in islice(self._dataloader, self._most):
             self.number += 1
             yield _Batch(batch)
+            self._on_batch(self.number)
 
 
 class _Forward(nn.Module):

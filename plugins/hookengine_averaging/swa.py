@@ -18,6 +18,7 @@ from hookengine import (
     Runner,
     dist,
     hookimpl,
+    length_of,
     names_as_in,
     original_names,
 )
@@ -283,7 +284,14 @@ class Swa(Plugin, name="swa"):
             if progress.epoch_length is None:
                 most = progress.iter  # it may have no end
         contexts = runner.hooks.forward_context(runner, model, None, "val")
-        number = compute_statistics(model, batches, contexts, most)
+        total = most or length_of(batches)
+
+        def tell(done: int) -> None:
+            if done != total:
+                runner.hooks.on_progress(runner, "swa batch norm", done, total)
+
+        number = compute_statistics(model, batches, contexts, most, tell)
+        runner.hooks.on_progress(runner, "swa batch norm", number, number)
         seen = sum(dist.all_gather_objects(number))
         expected = (progress.epoch_length or 0) * dist.get_world_size() if most is None else 0
         if 0 < seen < expected / 2:

@@ -160,9 +160,15 @@ class Saver:
             manifest["saved_at"] = datetime.now(UTC).isoformat()
             saved = writing.publish(path, copied, manifest, shards)
             if bad:
+                kept = any(one.manifest["finite"] for one in self._checkpoints.kept)
+                others = "no checkpoint with finite weights has been saved yet"
+                if kept:
+                    others = (
+                        "the last checkpoint with finite weights is kept, and latest points to it"
+                    )
                 runner.logger.warning(
                     f"checkpoint: the weights in {path.name} are not finite ({', '.join(bad)}); "
-                    "the last checkpoint with finite weights is kept, and latest points to it"
+                    f"{others}"
                 )
             self._checkpoints.add(saved)
             return saved

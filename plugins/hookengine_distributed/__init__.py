@@ -44,7 +44,7 @@ from hookengine_distributed.launch import (
 from hookengine_distributed.sameness import described, exchange, require_same
 from hookengine_distributed.shares import OF_ITS_OWN, Shared, fingerprint, share, share_list
 from hookengine_distributed.watch import RankError, Watch
-from hookengine_distributed.wrap import look_after, shapes, wrap, wrapper_class
+from hookengine_distributed.wrap import look_after, require_shapes, shapes, wrap, wrapper_class
 
 __all__ = [
     "Distributed",
@@ -185,6 +185,7 @@ class Distributed(Plugin, name="distributed"):
                 "model itself to the Runner; to choose how it is wrapped, use "
                 "dict(type='distributed', wrapper=..., options=dict(...))"
             )
+        require_shapes(model)
         require_same("model", shapes(model))
         tensors = [*model.parameters(), *model.buffers()]
         with torch.no_grad():

@@ -64,8 +64,21 @@ def shapes(model: nn.Module) -> dict[str, str]:
     return {
         name: f"{tuple(tensor.shape)} {tensor.dtype}{' frozen' * (not tensor.requires_grad)}"
         for name, tensor in named.items()
-        if not is_lazy(tensor)
     }
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Reject a model with a lazy layer, whose tensors each rank would draw by itself.
+
+    Raises:
+        ValueError: A parameter or buffer has no shape yet.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"distributed: {name} has no shape yet, because its layer is lazy, and ranks "
+                "cannot share it. Run one batch through the model before you create the Runner"
+            )
 
 
 def look_after(optim_wrapper: OptimWrapper, wrapper: Any, model: nn.Module) -> None:

@@ -153,8 +153,8 @@ class BaseInit:
         except Exception as error:
             if any(p is not None and is_lazy(p) for p in own.values()):
                 raise ValueError(
-                    f"{type(layer).__name__} does not know its shape yet. Run a batch through the "
-                    "model before its weights are initialized"
+                    f"{type(layer).__name__} does not know its shape yet, because it is lazy. Run "
+                    "one batch through the model before its weights are initialized"
                 ) from error
             error.add_note(f"at the layer {layer}")
             raise

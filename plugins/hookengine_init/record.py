@@ -178,8 +178,7 @@ class InitRecord:
             (f"{len(those)} x {_span([name for name, _ in those])}", _size(those), info)
             for info, those in ways.items()
         ]
-        title = self.title.format(len(rows)) + ", listed one by one in run.log"
-        return "\n".join([title, *_aligned(lines), *self._footer()])
+        return "\n".join([self.title.format(len(rows)), *_aligned(lines), *self._footer()])
 
     def _footer(self) -> list[str]:
         return [f"  {_span(names)}: {text}" for text, names in self.notes.items()]

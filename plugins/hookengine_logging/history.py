@@ -78,7 +78,9 @@ class History:
         """Read the records up to where the run resumes; None if the folder has none of them."""
         if self._other or not folder.metrics.exists():
             return None
-        return RecordHistory(_Lines(folder.path, self._resumed_at), self._later)
+        complete = self._file is not None and not self._file.has_unwritten
+        path = folder.metrics if complete else None
+        return RecordHistory(Lines(folder.path, self._resumed_at), self._later, path)
 
     def close(self, logger: Any) -> None:
         """Write what is still unwritten."""
@@ -113,7 +115,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class _Lines:
+class Lines:
     """The first ``count`` records of a run, or all of them; they are read each time."""
 
     run_dir: Path

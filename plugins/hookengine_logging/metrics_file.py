@@ -79,6 +79,11 @@ class MetricsFile:
                     "with the next one"
                 )
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether the disk lacks records, because it has failed."""
+        return bool(self._unwritten)
+
     def _open(self) -> None:
         self._file = FileIO(self.path, "a+")
         self._end = self._file.seek(0, os.SEEK_END)

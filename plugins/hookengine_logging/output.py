@@ -23,9 +23,10 @@ class Output:
     Each line is printed to the current ``sys.stdout``, so that a progress bar that has replaced it
     can print the line above itself. Lines that come before the file is opened are kept for it.
 
-    Three keys of an event change where it goes: ``run_log="..."`` is a longer text for the file;
-    ``console=False`` keeps the event off the console; ``record=...`` is the record that the text
-    shows, whose values become fields in JSON.
+    Three keys of an event change where it goes: ``run_log="..."`` is a longer text for the file, to
+    which the console refers unless its own text is the beginning of it; ``console=False`` keeps
+    the event off the console; ``record=...`` is the record that the text shows, whose values become
+    fields in JSON.
 
     Args:
         console: Whether this process prints all lines; if False, it prints errors only.
@@ -60,6 +61,8 @@ class Output:
             texts = [_json_line({"event": e, **event}, values) for e in (text, whole)]
         else:
             texts = _plain_lines(event, text, whole)
+            if self._has_file and not whole.startswith(text):
+                texts[0] += f"{chr(10) if chr(10) in text else ''}  (in full in run.log)"
         if prints:
             self._print(texts[0])
         self._write(texts[1])
@@ -76,7 +79,13 @@ class Output:
         except (OSError, ValueError) as error:  # its disk is full, or it is closed
             self._console = False
             with suppress(OSError, ValueError):
-                print(f"can no longer print to the console, see run.log: {error}", file=sys.stderr)
+                where = ", see run.log" if self._has_file else ""
+                print(f"can no longer print to the console{where}: {error}", file=sys.stderr)
+
+    @property
+    def _has_file(self) -> bool:
+        """Whether lines are written to the file, or kept until it is opened."""
+        return self._file is not None or self._early is not None
 
     def _write(self, text: str) -> None:
         """Write to the file; if the disk fails, lines are lost, but the run continues."""
@@ -88,7 +97,7 @@ class Output:
             self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:
-            self._file = None
+            self.close()
             self._print(f"can no longer write run.log: {error.strerror}")
 
     def close(self) -> None:

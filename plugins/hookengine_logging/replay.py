@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 import structlog
 import typer
 
-from hookengine import PLUGINS, RunFolder, RunInfo, Runner, Sink, read_records
+from hookengine import PLUGINS, RecordHistory, RunFolder, RunInfo, Runner, Sink
+from hookengine_logging.history import Lines
 
 
 class FinishedRun:
@@ -54,7 +55,8 @@ def replay(folder: Path, sink: Sink, *, anew: bool = False) -> int:
     stand_in = cast(Runner, run)  # these two events of a sink use no more of it than a RunInfo has
     sink.configure(stand_in)
     sink.flush_timeout = threading.TIMEOUT_MAX
-    sink.replay(run, read_records(folder), continues=not anew)
+    records = RecordHistory(Lines(folder, None), path=RunFolder(folder).metrics)
+    sink.replay(run, records, continues=not anew)
     sink.unconfigure(stand_in)
     return sink.failures
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from hookengine import MODEL_WRAPPERS, Registry
 
@@ -84,8 +85,12 @@ def detect_anomalous_params(loss: Tensor, model: nn.Module) -> list[str]:
         waiting.extend(parent for parent, _ in node.next_functions)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
     if named:
-        listed = ", ".join(f"{name} {list(p.shape)}" for name, p in named.items())
+        listed = ", ".join(f"{name} {_shape(p)}" for name, p in named.items())
         structlog.get_logger("hookengine").error(
             f"{len(named)} parameters took no part in the loss: {listed}"
         )
     return list(named)
+
+
+def _shape(parameter: Tensor) -> str:
+    return "of unknown shape" if is_lazy(parameter) else str(list(parameter.shape))

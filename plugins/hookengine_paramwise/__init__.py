@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hookengine import did_you_mean
 
@@ -145,7 +146,7 @@ class _Rules:
             if cls.__name__ in self.classes:
                 self.used.add(cls.__name__)
                 rules.append(self.classes[cls.__name__])
-        if parameter.dim() <= 1:
+        if self.flat["decay_mult"] is not None and _dim(name, parameter) <= 1:
             rules.append(self.flat)
         return _first(rules, "lr_mult"), _first(rules, "decay_mult")
 
@@ -163,6 +164,16 @@ class _Rules:
                         f"paramwise: {key!r} in {what} matches no parameter of "
                         f"{type(module).__name__}.{did_you_mean(key, known)}"
                     )
+
+
+def _dim(name: str, parameter: nn.Parameter) -> int:
+    if is_lazy(parameter):
+        raise ValueError(
+            f"paramwise: {name} has no shape yet, because its layer is lazy, so flat_decay_mult "
+            "cannot tell whether it is flat. Run one batch through the model before you create "
+            "the Runner"
+        )
+    return parameter.dim()
 
 
 def _first(rules: list[Mapping[str, float | None]], name: str) -> float:

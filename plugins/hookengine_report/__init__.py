@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from hookengine import Record, RunInfo, Runner, Sink, dist, hookimpl
+from hookengine_report.runs import is_run
 from hookengine_report.write import write_report
 
 __all__ = ["Report", "write_report"]
@@ -54,7 +55,9 @@ class Report(Sink, name="report"):
         self._draw(runner)
 
     def _draw(self, runner: Runner) -> None:
-        if dist.is_main_process():
+        # Without records there are no files to draw, and a warning has said so.
+        has_files = "log" in runner.plugins.calls() or is_run(runner.run_dir)
+        if dist.is_main_process() and has_files:
             self._waiting = True
             self.enqueue(functools.partial(self._draw_folder, runner, runner.run_dir))
 

@@ -117,7 +117,7 @@ def _to_sync(layer: nn.Module) -> nn.Module:
     elif is_parametrized(layer):
         problem = "is parametrized, which SyncBatchNorm does not support"
     elif any(map(is_lazy, layer.parameters())) or any(map(is_lazy, layer.buffers())):
-        problem = "is not initialized yet. Run one batch through the model first"
+        problem = "is lazy and has no shape yet. Run one batch through the model first"
     if problem is not None:
         raise ValueError(f"the batch norm {kind.__module__}.{kind.__name__} {problem}")
     sync = nn.SyncBatchNorm(

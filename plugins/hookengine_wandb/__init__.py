@@ -144,9 +144,10 @@ class Wandb(Sink, name="wandb"):
         if answer["warning"]:
             runner.logger.warning(f"wandb: the run is offline, since {answer['warning']}")
         if answer["left"]:
+            holds = "the whole history" if self.continues else "the records from now on"
             runner.logger.warning(
                 f"wandb: the W&B run {answer['left']} holds records after iteration {left}, which "
-                "this run has left and W&B cannot remove. A new W&B run has the whole history"
+                f"this run has left and W&B cannot remove. A new W&B run has {holds}"
             )
         runner.logger.info(f"wandb: run {answer['id']}: {answer['where']}")
 
@@ -204,9 +205,12 @@ class Wandb(Sink, name="wandb"):
         answer = session.finish(exit_code, files)
         if answer["timed_out"]:
             run_dir = shlex.quote(str(folder.path))
+            fix = "Set a longer finish_timeout"
+            if folder.metrics.is_file() and folder.description.is_file():
+                replay = f"python -m hookengine_logging.replay {run_dir} --to wandb"
+                fix = f"To upload the rest: {replay}"
             runner.logger.warning(
-                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. To upload "
-                f"the rest: python -m hookengine_logging.replay {run_dir} --to wandb"
+                f"wandb: not everything was uploaded within {self.finish_timeout:g} s. {fix}"
             )
         if unsynced := answer["unsynced"]:
             runner.logger.info(f"wandb: to upload the run: wandb sync {shlex.join(unsynced)}")
@@ -218,9 +222,22 @@ class Wandb(Sink, name="wandb"):
     def before_run(self, runner: Runner) -> None:
         """Reset the exit code, and remove the uploads that a killed run has left."""
         self._exit_code = 0
+        self._check_checkpoints(runner)
         if self._session is None and not self._uploads and dist.is_main_process():
             for left in (runner.run_dir / "wandb").glob("upload-*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _check_checkpoints(self, runner: Runner) -> None:
+        """Warn if there will be no checkpoint to upload."""
+        if self.checkpoints is None or runner.train_cfg is None or not dist.is_main_process():
+            return
+        fix = ""
+        if "checkpoint" not in runner.plugins:
+            fix = "none is saved unless another plugin does it. Enable 'checkpoint'"
+        elif self.checkpoints == "best" and runner.plugins["checkpoint"].keep_best is None:
+            fix = "none is chosen as the best. Set dict(type='checkpoint', keep_best=METRIC)"
+        if fix:
+            runner.logger.warning(f"wandb: checkpoints={self.checkpoints!r} uploads nothing: {fix}")
 
     def on_exception(self, error: BaseException) -> None:
         """Record the exception that ended the run."""

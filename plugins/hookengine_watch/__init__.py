@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from hookengine import Histogram, OptimWrapper, Plugin, Runner, dist, hookimpl
+from hookengine import Histogram, OptimWrapper, Plugin, Runner, dist, hookimpl, missing_records
 
 __all__ = ["Watch"]
 
@@ -30,6 +30,11 @@ class Watch(Plugin, name="watch"):
     def configure(self) -> None:
         """Forget which tensors were left out."""
         self._left_out: set[str] = set()
+
+    def before_train(self, runner: Runner) -> None:
+        """Warn if the histograms would go nowhere."""
+        if dist.is_main_process() and (text := missing_records(runner)):
+            runner.logger.warning(f"watch: {text}")
 
     @hookimpl(trylast=True, after="clip", every="every")  # the gradients are those of the step
     def before_optim_step(self, runner: Runner, optim_wrapper: OptimWrapper) -> None:

@@ -131,3 +131,9 @@ def test_checkpointed_activations_are_seen_through() -> None:
     model = Branches()
     loss = checkpoint(model, torch.ones(2), use_reentrant=False)
     assert detect_anomalous_params(loss, model) == ["forgotten.weight", "forgotten.bias"]
+
+
+def test_a_lazy_layer_that_was_never_called_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.ModuleList([nn.Linear(2, 1), nn.LazyLinear(3)])
+    assert detect_anomalous_params(model[0](torch.ones(2)).sum(), model) == ["1.weight", "1.bias"]
+    assert "1.weight of unknown shape, 1.bias of unknown shape" in capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_what_syncbatchnorm_cannot_stand_for_is_refused() -> None:
     for layer, message in (
         (Activated(3), "Activated has its own forward"),
         (parametrized, "is parametrized"),
-        (nn.LazyBatchNorm1d(), "is not initialized yet. Run one batch"),
+        (nn.LazyBatchNorm1d(), "has no shape yet. Run one batch"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_sync_batchnorm(nn.Sequential(layer))

@@ -155,4 +155,6 @@ def test_every_event_fires_somewhere(make: MakeRunner) -> None:
     runner.load_state_dict(runner.state_dict())
     runner.train()
     runner.close()
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    make(plugins=[recorder(log), "swa"], model=model, loss=nn.CrossEntropyLoss()).train()
     assert set(log) == set(EVENTS)

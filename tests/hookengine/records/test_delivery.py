@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hookengine import Record, Sink
+from hookengine import Plugin, Record, Sink
 from tests.fixtures import MakeRunner
 from tests.hookengine.records.keeping import Keeping, record, trained_weights
 
@@ -323,3 +323,75 @@ def test_a_job_is_never_dropped(make: MakeRunner) -> None:
     assert done == ["full", "behind"]
     assert sink.iterations == [*range(1, 21)]
     assert sink.dropped == 0
+
+
+class Broken(Sink):
+    def write(self, record: Record) -> None:
+        raise OSError("gone")
+
+
+class Writing(Plugin):
+    """Makes records by itself."""
+
+    def after_train_iter(self, runner: Any) -> None:
+        runner.hooks.write(runner, record(runner.progress.iter))
+
+
+class Keeper(Plugin):
+    """Keeps the records without saying that a file has them all."""
+
+    def history(self) -> list[Record]:
+        return [record(1)]
+
+
+def end_of_lost(text: str) -> str:
+    (line,) = (line for line in text.splitlines() if "lost records" in line)
+    return line.partition(" not written")[2]
+
+
+def test_a_message_names_the_file_that_has_all_records(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = make(plugins=["logging", Broken()], name="run")
+    runner.train()
+    runner.close()
+    path = runner.run_dir / "metrics.jsonl"
+    assert path.is_file()
+    assert end_of_lost(capsys.readouterr().out) == f"; {path} has them all"
+
+
+@pytest.mark.parametrize("keeper", [[], [Keeper()]])
+def test_no_file_is_named_where_none_has_all_records(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, keeper: list[Any]
+) -> None:
+    runner = make(plugins=[Writing(), Broken(), *keeper])
+    runner.train()
+    runner.close()
+    assert end_of_lost(caplog.text) == ""
+
+
+def test_no_file_is_named_where_the_disk_has_failed(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = make(plugins=["logging", Broken()])
+    runner.on("before_train")(lambda: (runner.run_dir / "metrics.jsonl").mkdir())
+    runner.train()
+    runner.close()
+    assert end_of_lost(capsys.readouterr().out) == ""
+
+
+def test_what_is_dropped_is_promised_only_where_it_is_kept(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Released):
+        flush_timeout = 0.01
+
+    kept = behind(make, Slow())
+    kept.train()
+    kept.close()
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "cannot keep up" in x)
+    assert line.endswith(f"dropped for now; {kept.run_dir / 'metrics.jsonl'} has them all")
+    sink = Slow()
+    sink.queue_size = 3
+    make(plugins=[Writing(), sink]).train()
+    assert "cannot keep up; records are dropped for now\n" in caplog.text

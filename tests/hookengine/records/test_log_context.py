@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hookengine import Plugin, log_context
+import pytest
+
+from hookengine import Plugin, Sink, log_context
 from hookengine.records.log_context import running
 from tests.fixtures import MakeRunner
 
@@ -60,3 +62,31 @@ def test_of_two_plugins_of_one_class_the_one_that_runs_is_named() -> None:
     assert within(second) == "second"
     assert within(first) == "first"
     assert running(plugins, sys._getframe(0)) is None
+
+
+def test_the_text_of_a_line_holds_its_values(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = make()
+    runner.logger.warning("it failed", error="OSError: no disk", iteration=3, run_log="longer")
+    (record,) = caplog.records
+    assert record.getMessage() == "it failed  error=OSError: no disk"
+    runner.logger.warning("100 % of", share="5 %s")
+    assert caplog.records[-1].getMessage() == "100 % of  share=5 %s"
+
+
+def test_a_failed_job_of_a_sink_says_why_without_any_other_plugin(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Working(Sink):
+        def write(self) -> None: ...
+
+        def after_train(self) -> None:  # type: ignore[override]
+            self.enqueue(lambda: (1 / 0, None)[1])
+            self.enqueue(lambda: (1 / 0, None)[1])
+
+    with make(plugins=[Working()]) as runner:
+        runner.train()
+    assert "'working' failed in a job; training continues  error=ZeroDivision" in caplog.text
+    assert "failed 2 times, but lost no records" in caplog.text
+    assert "lost records:" not in caplog.text

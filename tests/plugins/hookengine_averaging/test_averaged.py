@@ -717,7 +717,7 @@ def test_a_new_buffer_of_the_state_dict_is_named_and_nothing_changes() -> None:
 def test_lazy_layers_are_refused_before_their_first_forward_pass() -> None:
     for lazy in (nn.LazyLinear(3), nn.LazyBatchNorm1d()):
         model = nn.Sequential(lazy)
-        with pytest.raises(ValueError, match=r"0\.\w+ has no shape yet.*Call the model on a batch"):
+        with pytest.raises(ValueError, match=r"0\.\w+ has no shape yet.*Run one batch"):
             ExponentialMovingAverage(model)
         model(torch.randn(5, 2))
         averaged = ExponentialMovingAverage(model)

@@ -632,10 +632,27 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones_silently(
     assert names(runner) == ["epoch_2", "epoch_4"]
     assert (runner.run_dir / "checkpoints" / "latest").resolve().name == "epoch_2"
     assert manifest(runner.run_dir / "checkpoints" / "epoch_4")["finite"] is False
-    assert "the weights in epoch_3 are not finite (net." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the weights in epoch_3 are not finite (net." in out
+    assert "the last checkpoint with finite weights is kept, and latest points to it" in out
     options: dict[str, Any] = dict(train_cfg=dict(max_epochs=4), name="run", resume="auto")
     again = make(plugins=["checkpoint", "logging"], **options)
     assert again.progress.epoch == 2
+
+
+def test_no_finite_checkpoint_is_promised_before_there_is_one(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = make(plugins=["checkpoint", dict(type="logging", nonfinite="warn")])
+
+    @runner.on("after_train_epoch")
+    def spoil(runner: Any) -> None:
+        torch.nn.init.constant_(runner.bare_model.net.bias, torch.nan)
+
+    runner.train()
+    out = capsys.readouterr().out
+    assert "(net.weight, net.bias); no checkpoint with finite weights has been saved yet" in out
+    assert "latest points to" not in out
 
 
 # -- going on -----------------------------------------------------------------------------------

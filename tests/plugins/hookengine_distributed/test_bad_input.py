@@ -44,6 +44,14 @@ class Used(Net):
         return {"loss": loss} if mode == "loss" else scores
 
 
+class LazyHead(Used):
+    """A buffer without a shape, of which DistributedDataParallel knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lazy = nn.LazyBatchNorm1d(affine=False)
+
+
 class OnOneRank(Used):
     """A branch that the first rank alone takes."""
 
@@ -132,6 +140,10 @@ SAME: dict[str, Case] = {
     "model": (
         lambda: dict(model=Used(on_second(5, 4))),
         r"differ in their model: first.weight is \(4, 4\) .* on rank 0 and \(5, 4\)",
+    ),
+    "lazy": (
+        lambda: dict(model=LazyHead()),
+        r"distributed: lazy.running_mean has no shape yet.* Run one batch through the model before",
     ),
     "more ranks than samples": (
         lambda: dict(train_dataloader=loader(1)),

@@ -286,7 +286,7 @@ def test_an_initializer_of_ones_own_says_how_to_fill() -> None:
         (lambda: kaiming_init(nn.Linear(1, 1).weight), TypeError, "expected a module.*Parameter"),  # type: ignore[arg-type]
         (lambda: trunc_normal_init(nn.Linear(1, 1), a=2), ValueError, "a below b, got std=1, a=2"),
         (lambda: bias_init_with_prob(0), ValueError, "between 0 and 1, got 0"),
-        (lambda: normal_init(nn.LazyLinear(3)), ValueError, "Run a batch through"),
+        (lambda: normal_init(nn.LazyLinear(3)), ValueError, "Run one batch through"),
     ],
 )
 def test_mistakes_are_answered(build: Callable[[], Any], error: type, message: str) -> None:

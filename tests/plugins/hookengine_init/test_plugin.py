@@ -422,7 +422,8 @@ def test_the_whole_report_is_in_the_run_s_log_and_a_short_one_on_the_console(
     model.many = nn.Sequential(*[nn.Linear(1, 1) for _ in range(30)])
     runner = make(model=model, defaults=("init", "logging"))
     console = capsys.readouterr().out
-    assert "weights of Net, 64 parameters, listed one by one in run.log" in console
+    assert "weights of Net, 64 parameters\n" in console
+    assert console.endswith("\n  (in full in run.log)\n")
     assert "64 x backbone.weight, ..., many.29.bias  95 values  NormalInit: mean=0" in console
     assert "many.7.weight" not in console
     runner.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,11 +10,13 @@ import re
 import sys
 import threading
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hookengine_logging.output import Output
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -199,3 +202,41 @@ def test_rank_0_logs_everything_and_other_ranks_print_only_errors(tmp_path: Path
         assert log.count(f"{text} rank 0") == 1, text
         assert "rank 1" not in log
     assert log.count("iter 2/2") == 1
+
+
+def event(text: str, **more: Any) -> dict[str, Any]:
+    return {"timestamp": "2026-01-01 10:00:00", "level": "info", "event": text, **more}
+
+
+def test_the_console_refers_to_run_log_only_while_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Output(console=True)
+    output.line(event("short", run_log="a long text"))
+    output.open(tmp_path / "run.log")
+    output.line(event("two\nlines", run_log="many\nlines"))
+    output.line(event("the beginning", run_log="the beginning and the rest"))
+    output.close()
+    output.line(event("late", run_log="a late text"))
+    assert capsys.readouterr().out == (
+        "10:00:00  short  (in full in run.log)\n"
+        "10:00:00  two\nlines\n  (in full in run.log)\n"
+        "10:00:00  the beginning\n"
+        "10:00:00  late\n"
+    )
+    assert "  a long text\n" in (tmp_path / "run.log").read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_where_the_console_and_run_log_fail_neither_is_promised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = Output(console=True)
+    output.open(Path("/dev/full"))
+    output.line(event("short", run_log="a long text"))
+    assert "can no longer write run.log" in capsys.readouterr().out
+    closed = io.StringIO()
+    closed.close()
+    with redirect_stdout(closed):
+        output.line(event("text"))
+    assert "can no longer print to the console: " in capsys.readouterr().err
