@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import linecache
 import reprlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -249,6 +250,16 @@ def _empty(event: Event) -> Function:
 
 SILENT = cast(HookSpecs, Hooks())
 """Hooks without implementations, for an optimizer wrapper or a model outside a Runner."""
+
+
+class HooksReference(weakref.ref[HookSpecs]):
+    """A weak reference to hooks; like the hooks, it is silent once it is copied or unpickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HooksReference:
+        return HooksReference(SILENT)
+
+    def __reduce__(self) -> tuple[Function, tuple[HookSpecs]]:
+        return HooksReference, (SILENT,)
 
 
 def _silent() -> HookSpecs:
