@@ -168,6 +168,11 @@ class Sink(Plugin):
         return self._sink_delivery.continues
 
     @property
+    def begun(self) -> bool:
+        """Whether the sink has received a record or a job, and is not closed."""
+        return self._sink_delivery.begun
+
+    @property
     def records(self) -> int:
         """The number of records written."""
         return self._sink_delivery.records

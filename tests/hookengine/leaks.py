@@ -53,10 +53,10 @@ def abandon(folder: Path, use: Callable[[Runner], object] = Runner.train, **opti
     """Use a Runner that nothing refers to afterwards, and return a weak reference to its model."""
     options.setdefault("train_dataloader", DataLoader(toy_data(), batch_size=4))
     options.setdefault("defaults", ())
+    options.setdefault("optim_wrapper", dict(optimizer=dict(type="SGD", lr=0.1)))
     runner = Runner(
         options.pop("model", None) or Toy(),
         folder,
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         train_cfg=dict(max_epochs=2),
         val_dataloader=DataLoader(toy_data(10, seed=1), batch_size=4),
         val_evaluator=ToyAccuracy(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from hookengine import DEFAULT_PLUGINS, Record, Runner
@@ -119,13 +120,16 @@ def test_a_runner_whose_construction_failed_leaves_nothing_behind(tmp_path: Path
 
 def test_what_the_script_keeps_does_not_keep_the_runner(tmp_path: Path) -> None:
     model, sink, loader = Toy(), Keeping(), DataLoader(toy_data(), batch_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaled = dict(type="amp", dtype="float16")
     seen: list[Any] = []
 
     def use(runner: Runner) -> None:
         runner.train()
         seen.append(weakref.ref(runner))
 
-    abandon(tmp_path, use, model=model, plugins=["logging", sink], train_dataloader=loader)
+    abandon(tmp_path, use, model=model, plugins=["logging", sink, scaled],
+            train_dataloader=loader, optim_wrapper=optimizer)  # fmt: skip
     collect()
     assert seen[0]() is None
     assert sink.log[-1] == "close"
