@@ -14,7 +14,6 @@ T = TypeVar("T")
 class Closable(Protocol):
     """What this file uses of a Runner."""
 
-    closed: bool
     logger: Any
 
     def close(self) -> None:
@@ -42,8 +41,8 @@ def close_later(runner: Closable) -> None:
     """Close a Runner that the garbage collector has found, on another thread.
 
     Python may collect garbage at any moment on any thread, which may hold any lock: that of a
-    logger, of a queue, of a file. So this function takes no lock and waits for nothing that needs
-    one, and the thread does not belong to anybody who holds one. At exit, the process waits for it.
+    logger, a queue or a file. A plugin that waited for this lock here would wait forever. So this
+    function takes no lock, and does not wait for the plugins. The process does before it exits.
     """
     thread = threading.Thread(
         target=_close_on_thread, args=(runner,), name="closing a Runner", daemon=True
