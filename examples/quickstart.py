@@ -47,7 +47,7 @@ def main(work_dir="work_dir"):
     data = TensorDataset(images, torch.tensor(digits.target))
     train, val = random_split(data, [1437, 360], generator=torch.Generator().manual_seed(0))
 
-    runner = Runner(
+    with Runner(
         model=DigitsCNN(),
         work_dir=work_dir,
         train_dataloader=DataLoader(train, batch_size=32, shuffle=True),
@@ -57,8 +57,7 @@ def main(work_dir="work_dir"):
         val_cfg=dict(loss=True),
         val_evaluator=dict(type=Accuracy),
         plugins=["report"],
-    )
-    with runner:
+    ) as runner:
         metrics = runner.train()
     if not dist.is_main_process():  # started by torchrun, as in examples/digits_ddp.sh
         return metrics

@@ -31,6 +31,7 @@ from hookengine.monitored import MonitoredMetric
 from hookengine.random_state import get_random_state, preserved_random_state, set_random_state
 from hookengine.records.log_context import log_context
 from hookengine.records.media import Histogram, Image, Table, as_medium
+from hookengine.records.open_files import keep_open
 from hookengine.records.record import Record, RecordHistory, read_records
 from hookengine.records.recording import missing_records
 from hookengine.records.run_folder import RunFolder
@@ -103,6 +104,7 @@ __all__ = [
     "hookimpl",
     "is_consecutive",
     "is_seekable",
+    "keep_open",
     "length_of",
     "load_safetensors",
     "loaded_tensors",

@@ -245,6 +245,15 @@ def _fork_servers() -> None:
     assert forkserver.ForkServer().connect_to_new_process is not None
 
 
+def _font_cache() -> None:
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    assert font_manager.get_font(font.fname) is font
+    vars(font_manager)["_get_font"].cache_clear()
+    assert font_manager.get_font(font.fname) is not font
+
+
 CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_modules", "_parameters", "_buffers"): _registries,
     ("_non_persistent_buffers_set",): _non_persistent,
@@ -269,6 +278,7 @@ CANARIES: dict[tuple[str, ...], Callable[[], None]] = {
     ("_hookimpls",): _order_of_hooks,
     ("_opt_called",): _steps_before_schedules,
     ("_schedulers", "_milestones"): _parts_of_schedules,
+    ("_get_font",): _font_cache,
 }
 DOCUMENTED = {"_exit", "_getframe", "_asdict"}  # of os, sys, tuples: private by name only
 OWN_KEYS = {  # parts of our own names, in strings

@@ -192,7 +192,9 @@ class Life(Protocol):
         The plugin that was configured last is called first.
 
         This happens in ``runner.close()``, at the end of ``with Runner(...)``, at interpreter exit,
-        and when the construction of the Runner fails.
+        when the construction of the Runner fails, and when Python collects a Runner that nothing
+        refers to: then on another thread. It also happens before the same plugin object serves
+        another Runner.
         """
 
     @event

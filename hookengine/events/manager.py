@@ -8,6 +8,7 @@ from typing import Any
 
 import pluggy
 
+from hookengine.abandoned import serve
 from hookengine.events.active import ActivePlugins
 from hookengine.events.blame import blame, note
 from hookengine.events.checks import check_state
@@ -65,11 +66,24 @@ class PluginManager(ActivePlugins):
 
     def configure(self) -> None:
         """Emit ``configure``, and remember which plugins received it for ``unconfigure``."""
+        for plugin in self._declared.values():
+            self._take(plugin)
         impls = self.hook.configure.get_hookimpls()[::-1]
         self.configured |= {*self} - {impl.plugin_name for impl in impls}
         for impl in impls:
             self.configured.add(impl.plugin_name)
             self._call(impl, "configure")
+
+    def _take(self, plugin: object) -> None:
+        """Have a plugin object that serves another Runner leave that one first."""
+        if (other := serve(plugin, self)) is not None:
+            for name in [name for name, one in other.items() if one is plugin]:
+                other._leave(name)
+
+    def _leave(self, name: str) -> None:
+        if name in self.configured:
+            self.configured.discard(name)
+            self._emit_to(name, "unconfigure")
 
     def unconfigure(self) -> None:
         """Emit ``unconfigure`` once to each configured plugin, the last configured one first.
@@ -138,6 +152,7 @@ class PluginManager(ActivePlugins):
             self.remove(name)
         self._use(declared, places)
         if runner is not None:
+            self._take(built)
             self.configured.add(name)
             try:
                 for event in ("configure", *self._open):
@@ -165,9 +180,7 @@ class PluginManager(ActivePlugins):
             name = ends[0] if len(ends) == 1 else PLUGINS.short_name(name)
         self[name]
         try:
-            if name in self.configured:
-                self.configured.discard(name)
-                self._emit_to(name, "unconfigure")
+            self._leave(name)
         finally:
             others = {n: p for n, p in self._declared.items() if n != name}
             self._use(others, self._plan(others))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import weakref
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from hookengine.abandoned import close_later, forget, remember
 from hookengine.events.hookspecs import HookSpecs
 from hookengine.events.manager import PluginManager
 
@@ -27,7 +27,7 @@ class Life:
     logger: Any
     closed = False
     built = False
-    _begun = False
+    _process: int | None = None
     _depth = 0
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class Life:
         if self._depth:
             raise RuntimeError("close() was called during a run. Call stop() to end the run first")
         self.closed = True
-        _open_lives.discard(self)
+        forget(self)
         try:
             with self._errors_blamed():
                 self.plugins.unconfigure()
@@ -72,8 +72,8 @@ class Life:
             self._also(error, self.close)
 
     def __del__(self) -> None:
-        if self._begun and not self.closed:
-            _close_quietly(self)
+        if self._process == os.getpid() and not self.closed:  # a forked process has a copy
+            close_later(self)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -82,8 +82,8 @@ class Life:
     @contextmanager
     def _building(self) -> Iterator[None]:
         """Wrap the construction of the Runner, and close the Runner if construction fails."""
-        self._begun = True
-        _open_lives.add(self)
+        self._process = os.getpid()
+        remember(self)
         with self._errors_blamed(close=True):
             yield
         self.built = True
@@ -133,19 +133,3 @@ class Life:
             if close:
                 self._also(error, self.close)
             raise
-
-
-_open_lives: weakref.WeakSet[Life] = weakref.WeakSet()
-
-
-def _close_quietly(life: Life) -> None:
-    try:
-        life.close()
-    except Exception as error:
-        life.logger.error(f"failed to close the Runner: {error!r}")
-
-
-@atexit.register
-def _close_all() -> None:
-    for life in list(_open_lives):
-        _close_quietly(life)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -13,6 +14,16 @@ from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
 from hookengine.model.modules import BaseModule
 from hookengine.registry import MODELS
+
+
+class HooksReference(weakref.ref[HookSpecs]):
+    """A weak reference to hooks; like the hooks, it is silent once it is copied or unpickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HooksReference:
+        return HooksReference(SILENT)
+
+    def __reduce__(self) -> tuple[type[HooksReference], tuple[HookSpecs]]:
+        return HooksReference, (SILENT,)
 
 
 class BaseModel(BaseModule):
@@ -30,7 +41,7 @@ class BaseModel(BaseModule):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        self._hooks: HookSpecs = SILENT
+        self._hooks = HooksReference(SILENT)
         if data_preprocessor is None or isinstance(data_preprocessor, Mapping):
             default = MODELS.own_name("BaseDataPreprocessor")
             cfg = {"type": default, **(data_preprocessor or {})}
@@ -106,7 +117,7 @@ class BaseModel(BaseModule):
                 tensors.
             ValueError: If no name contains "loss".
         """
-        hooks = self._hooks
+        hooks = self._hooks() or SILENT
         losses = hooks.after_forward(hooks.runner, losses)
         if isinstance(losses, dict) and len(losses) == 1:  # fast path for the most common case
             loss = losses.get("loss")
@@ -163,11 +174,15 @@ class BaseModel(BaseModule):
 
 
 def connect(model: nn.Module, hooks: HookSpecs) -> None:
-    """Make a BaseModel emit ``after_forward``; in another model, every BaseModel in it."""
+    """Make a BaseModel emit ``after_forward``; in another model, every BaseModel in it.
+
+    A model does not keep the Runner alive: the script may use the model after the Runner.
+    """
+    reference = HooksReference(hooks)
     parts = [model] if isinstance(model, BaseModel) else model.modules()
     for part in parts:
         if isinstance(part, BaseModel):
-            part._hooks = hooks
+            part._hooks = reference
 
 
 def _describe(data: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from hookengine.records.held import Held
+from hookengine.records.open_files import keep_files_of, release_files_of
 from hookengine.records.record import Record, RecordHistory
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ class Destination:
 class Delivery:
     """The queue, the thread and the counts of one sink, for one Runner.
 
+    The thread ends when the queue is empty; the next job starts another one. Only a thread keeps
+    the Runner alive: a sink that waits for records does not.
+
     Args:
         owner: The sink. See ``on_thread_of``.
         destination: The functions to call.
@@ -75,13 +80,16 @@ class Delivery:
         records: The number of records written.
         failures: The number of calls that raised an exception.
         dropped: The number of records dropped and not replayed from the history since.
-        thread: The thread, or None before the first job and after the last one.
+        begun: Whether there was a job since the start, or since the sink was closed.
+        thread: The thread, or None while no job is waiting.
         warned_of_missing: Whether a warning has said that nothing makes records.
     """
 
     def __init__(
         self, owner: object, destination: Destination, runner: RunInfo | None = None
     ) -> None:
+        self._runner: Callable[[], RunInfo | None] = lambda: None
+        self._kept_alive: RunInfo | None = None
         self.runner = runner
         self.arguments: Mapping[str, Any] = {}
         self.held = Held()
@@ -89,17 +97,29 @@ class Delivery:
         self.history: RecordHistory | None = None
         self._resumed: RecordHistory | None = None
         self.records = self.failures = self.dropped = 0
+        self.begun = False
         self.thread: threading.Thread | None = None
         self._owner = owner
         self._to = destination
-        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._queue: queue.Queue[Callable[[], object]] = queue.Queue()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._hurry = threading.Event()
-        self._opened = self._retired = False
+        self._tried_to_open = self._opened = self._retired = False
         self._behind = self._warned_behind = False
         self._left_behind = self._lost = 0
         self.warned_of_missing = False
         self._replayed_from: Path | None = None
+
+    @property
+    def runner(self) -> RunInfo | None:
+        """The Runner that the records come from, or None if there is none or it is gone."""
+        return self._runner()
+
+    @runner.setter
+    def runner(self, runner: RunInfo | None) -> None:
+        if runner is not self.runner:
+            self._runner = (lambda: None) if runner is None else weakref.ref(runner)
 
     def retire(self) -> None:
         """Stop writing, because the sink now serves another Runner."""
@@ -107,13 +127,17 @@ class Delivery:
 
     # -- what goes into the queue -----------------------------------------------------------------
 
-    def put(self, job: Callable[[], object]) -> None:
-        """Run ``job`` on the thread, after the jobs before it."""
-        if self.thread is None:
-            name = f"sink {self._to.name}"
-            self.thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self.thread.start()
-        self._queue.put(job)
+    def put(self, job: Callable[[], object]) -> threading.Thread:
+        """Run ``job`` on a thread, after the jobs before it; return the thread."""
+        with self._starting:
+            self.begun = True
+            self._kept_alive = self.runner
+            self._queue.put(job)
+            if self.thread is None:
+                name = f"sink {self._to.name}"
+                self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self.thread.start()
+            return self.thread
 
     def put_record(self, record: Record, limit: float, runner: RunInfo | None) -> None:
         """Write a record of ``runner``, or drop it if ``limit`` jobs are waiting.
@@ -153,17 +177,17 @@ class Delivery:
 
     def cut_back(self) -> None:
         """Cut what the run has left, since training continues from where it has resumed."""
-        if self.thread is not None:
+        if self.begun:
             self.put(self._cut_back)
 
     def end_repetition(self) -> None:
         """Cut what the run has not repeated, since training has reached its limit."""
-        if self.thread is not None:
+        if self.begun:
             self.put(self._end_repetition)
 
     def resume_without_history(self, iteration: int) -> None:
         """Cut what is later than an iteration, since nothing tells what belongs to the run."""
-        if self.thread is not None:
+        if self.begun:
             self.put(lambda: self._cut_after(iteration))
 
     def catch_up_first(self) -> None:
@@ -173,27 +197,47 @@ class Delivery:
 
     def expect_repetition(self) -> None:
         """Hold the records written so far, since they may come again after a load."""
-        if self.thread is None:
-            self.held.include_written()
-        else:
+        if self.begun:
             self.put(self.held.include_written)  # after the waiting records
+        else:
+            self.held.include_written()
 
     # -- the thread -------------------------------------------------------------------------------
 
     def _work(self) -> None:
         _this_thread.owner = self._owner
-        failures = self.failures
-        self._call("open")
-        self._opened = self.failures == failures
-        for job in self._jobs():
+        if self._tried_to_open:  # one switch of threads per batch of records
+            self._hurry.wait(min(max(self._to.pause(), 0), threading.TIMEOUT_MAX))
+        else:
+            self._open()
+        while self._continues():
+            job = self._queue.get()
             if not self._retired:
                 job()
                 if self._behind and self._queue.empty():
                     self._catch_up()
+            del job  # it may hold the Runner
             self._queue.task_done()
-        if not self._retired:
-            self._call("close")
-        self._queue.task_done()
+
+    def _continues(self) -> bool:
+        """Return whether jobs are waiting; if not, the thread ends."""
+        with self._starting:
+            if self._queue.empty():
+                self.thread = self._kept_alive = None
+                return False
+            return True
+
+    def _open(self) -> None:
+        self._tried_to_open = True
+        failures = self.failures
+        self._call("open")
+        self._opened = self.failures == failures
+        keep_files_of(self._owner)
+
+    def _close(self) -> None:
+        self._call("close")
+        self._tried_to_open = self._opened = False
+        release_files_of(self._owner)
 
     def _call(self, name: str, **arguments: Any) -> None:
         """Call a method of the sink; count an exception."""
@@ -201,16 +245,6 @@ class Delivery:
         self.arguments = arguments
         self.guard(name, lambda: self._to.call(name, arguments), everything=True)
         self.arguments = {}
-
-    def _jobs(self) -> Iterator[Callable[[], object]]:
-        while True:
-            gathered = not self._queue.empty()
-            job = self._queue.get()
-            if job is None:
-                return
-            if not gathered:  # one switch of threads per batch of records
-                self._hurry.wait(min(max(self._to.pause(), 0), threading.TIMEOUT_MAX))
-            yield job
 
     def _deliver(self, record: Record) -> None:
         if not self._opened:
@@ -363,8 +397,6 @@ class Delivery:
 
         If the queue has made no progress since a wait timed out, do not wait for it again.
         """
-        if self.thread is None:
-            return True
         if self._left_behind and self._queue.unfinished_tasks >= self._left_behind:
             timeout = 0
         timeout = min(timeout, threading.TIMEOUT_MAX)
@@ -377,6 +409,7 @@ class Delivery:
                     if left <= 0:
                         return self._give_up(timeout)
                     self._queue.all_tasks_done.wait(left)
+            self._join(timeout)
             return True
         finally:
             self._hurry.clear()
@@ -388,21 +421,33 @@ class Delivery:
         self._left_behind = self._queue.unfinished_tasks
         return False
 
-    def finish(self, timeout: float) -> None:
+    def _join(self, timeout: float) -> None:
+        """Wait until the thread has ended, as it does once the queue is empty."""
+        thread = self.thread
+        if thread is not None and not on_thread_of(self._owner):
+            thread.join(timeout)
+
+    def finish(self, runner: RunInfo | None, timeout: float) -> None:
         """Write the remaining records, close, and warn about lost records.
 
         This waits at most ``timeout`` seconds for the queue, and as long for the thread.
+
+        Args:
+            runner: The Runner. There is no other reference to it if it is being collected.
+            timeout: See above.
         """
+        self.runner = runner
         waiting = 0
-        if self.thread is not None:
+        if self.begun:
             done = self.flush(timeout)
             waiting = 0 if done else self._queue.unfinished_tasks
-            self._queue.put(None)  # a sink that hangs now and returns later closes too
+            self._hurry.set()
+            thread = self.put(self._close)  # a sink that hangs now and returns later closes too
             if done:
-                self.thread.join(min(timeout, threading.TIMEOUT_MAX))
-                if self.thread.is_alive():
+                thread.join(min(timeout, threading.TIMEOUT_MAX))
+                if thread.is_alive():
                     self.warn(f"did not close within {timeout:g} s; its thread is left running")
-        self.thread = None
+        self.begun = False
         if self._lost or self.dropped or waiting:
             counts = f"{self.failures} failures, {self.dropped} dropped, {waiting} not written"
             self.warn(f"lost records: {counts}{self._kept_in()}")

@@ -36,11 +36,13 @@ class RunInfo(Protocol):
 
 
 class Sink(Plugin):
-    """A plugin whose ``write(runner, record)`` runs on its own thread, behind a queue.
+    """A plugin whose ``write(runner, record)`` runs on another thread, behind a queue.
 
     A subclass defines ``write``. It may also define ``open(runner)`` and ``close(runner)``, which
-    run on the same thread before the first record and after the last one. Each of them takes those
-    of its arguments that it needs; another argument is an error when the sink is created. These
+    run there too, before the first record and after the last one. At most one thread at a time
+    calls them. It ends when the queue is empty, and the next record starts another one, so pass
+    ``check_same_thread=False`` to ``sqlite3.connect``. Each of the methods takes those of its
+    arguments that it needs; another argument is an error when the sink is created. These
     three methods may use only ``name``, ``run_dir``, ``logger`` and ``describe()`` of the Runner,
     since records can be replayed after the Runner is gone. A subclass may implement events too;
     they run on the main thread. An exception raised by any of these methods is counted, the first
@@ -54,6 +56,9 @@ class Sink(Plugin):
     Runner does not wait for it again. After the queue drains, dropped records are replayed from the
     ``history``. Records that could not be replayed are counted, and a warning at the end gives
     their number. A record whose ``write`` raised an exception is not tried again.
+
+    If the script does not close the Runner, ``close`` is called when the Runner is collected, or
+    at exit. Files that are attributes of the sink stay open until then.
 
     A resumed run leaves no gap and repeats no record: ``open`` sets ``held`` to the last iteration
     of each phase that the sink already holds, and ``held_values`` to the numbers of that record.
@@ -164,6 +169,11 @@ class Sink(Plugin):
         return self._sink_delivery.continues
 
     @property
+    def begun(self) -> bool:
+        """Whether the sink has received a record or a job, and is not closed."""
+        return self._sink_delivery.begun
+
+    @property
     def records(self) -> int:
         """The number of records written."""
         return self._sink_delivery.records
@@ -216,7 +226,7 @@ class Sink(Plugin):
         elif loaded:
             other = "history" in runner.plugins.calls()  # the history of another run
             delivery.resume_without_history(-1 if other else runner.progress.iter)
-        elif delivery.thread is None and delivery.runner is not None and runner.progress.iter > 0:
+        elif not delivery.begun and delivery.runner is not None and runner.progress.iter > 0:
             delivery.catch_up_first()  # the sink was added mid-run
 
     def before_train(self, runner: Runner) -> None:
@@ -236,7 +246,7 @@ class Sink(Plugin):
 
     def unconfigure(self, runner: Runner) -> None:
         """Write the remaining records, close, and warn about lost records."""
-        self._sink_delivery.finish(_number(self, "flush_timeout"))
+        self._sink_delivery.finish(runner, _number(self, "flush_timeout"))
 
 
 def _begin(sink: Sink, runner: RunInfo | None) -> Delivery:

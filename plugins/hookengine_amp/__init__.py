@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -188,7 +189,10 @@ class _Scaled:
         self.skips = 0
         self._one = one
         self._taken = False
-        self.hook = optim_wrapper.optimizer.register_step_post_hook(self._note_step)
+        note = weakref.WeakMethod(self._note_step)  # your optimizer does not keep the Runner alive
+        self.hook = optim_wrapper.optimizer.register_step_post_hook(
+            lambda optimizer, *_: None if (call := note()) is None else call(optimizer)
+        )
 
     def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Note whether the optimizer, whose ``step`` was called, took the step.

@@ -239,6 +239,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         self.begin_save(runner)
         if not self._training:
             self._writer.finish(runner)
+            self._writer.rest()
             if self._writer.error is not None:
                 kind = UnsavableError if self._writer.unsavable else OSError
                 raise kind(self._writer.error)
@@ -287,6 +288,7 @@ class Checkpoint(Plugin, name="checkpoint"):
         """Restore the signal handlers, and end the process if a signal has asked for it."""
         self._training = False
         self._writer.finish(runner)
+        self._writer.rest()
         preemption, self._preemption = self._preemption, None
         if preemption is not None:
             preemption.finish()

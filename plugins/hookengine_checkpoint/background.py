@@ -32,7 +32,7 @@ class BackgroundWriter:
         self.unsavable = False
         self._checkpoints = checkpoints
         self._best = best
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._executor = _one_thread()
         self._write: Future[Any] | None = None
         self._prune_to: tuple[int | None, str] = (None, "")
         self._pruning: Future[None] | None = None
@@ -97,6 +97,11 @@ class BackgroundWriter:
         if self._pruning is not None:
             self._pruning.result()
 
+    def rest(self) -> None:
+        """End the thread, since nothing is in progress; the next write starts another one."""
+        self._executor.shutdown()
+        self._executor = _one_thread()
+
     def close(self, runner: Runner) -> None:
         """Finish what is in progress, and end the thread."""
         self.finish(runner)
@@ -152,6 +157,10 @@ class BackgroundWriter:
             runner.hooks.after_save_checkpoint(runner, newest.path, True)
             self.prune(runner, number)
         return True
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
 def _position(progress: Any) -> tuple[Any, ...]:

@@ -6,8 +6,10 @@ import os
 import sys
 import threading
 import uuid
+import weakref
 from contextlib import suppress
 
+import structlog
 from torch.distributed.distributed_c10d import _get_default_store
 
 from hookengine import Runner, dist
@@ -43,7 +45,7 @@ class Watch:
         self._rank = dist.get_rank()
         # The store may outlive the processes: torchrun keeps it when it restarts them.
         self._key = f"hookengine/{dist.broadcast_object(uuid.uuid4().hex)}/failure"
-        self._runner = runner
+        self._runner = weakref.ref(runner)  # the thread must not keep it alive
         self._over = threading.Event()
         store = _get_default_store()
         self._store = store.clone() if hasattr(store, "clone") else store
@@ -62,7 +64,7 @@ class Watch:
         lost = "closed by peer" in str(error) or "reset by peer" in str(error)
         if first is not None and not first.endswith(text):
             error.add_note(f"another rank failed first, which may be the cause: {first}")
-            self._runner.logger.error(f"rank {self._rank} ends because another failed: {first}")
+            self._error(f"rank {self._rank} ends because another failed: {first}")
         elif lost and (gone := self._ended()):
             error.add_note(
                 f"rank {gone[0]} has already closed its Runner. All ranks must make the same calls "
@@ -106,6 +108,11 @@ class Watch:
         self._over.set()
         self._thread.join()
 
+    def _error(self, text: str) -> None:
+        runner = self._runner()
+        logger = structlog.get_logger("hookengine") if runner is None else runner.logger
+        logger.error(text)
+
     def _look(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             try:
@@ -119,7 +126,7 @@ class Watch:
             break
         if self.failure is None or self._over.wait(GRACE_SECONDS):
             return
-        self._runner.logger.error(
+        self._error(
             f"{self.failure}; rank {self._rank} is still waiting after {GRACE_SECONDS:g} s, so its "
             "process is terminated"
         )

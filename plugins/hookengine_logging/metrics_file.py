@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from hookengine import Image, Record
+from hookengine import Image, Record, keep_open
 from hookengine_logging.images import ImageFolder
 
 
@@ -85,7 +85,7 @@ class MetricsFile:
         return bool(self._unwritten)
 
     def _open(self) -> None:
-        self._file = FileIO(self.path, "a+")
+        self._file = keep_open(FileIO(self.path, "a+"))
         self._end = self._file.seek(0, os.SEEK_END)
         if self._end:  # a kill may have left half a line
             self._file.seek(-1, os.SEEK_END)

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from structlog.typing import EventDict
 
-from hookengine import Record
+from hookengine import Record, keep_open
 
 _CONTEXT = ("run", "epoch", "iteration", "plugin")
 
@@ -41,7 +41,7 @@ class Output:
 
     def open(self, path: Path) -> None:
         """Open the file, and write the lines kept for it."""
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._file = keep_open(path.open("a", encoding="utf-8", errors="backslashreplace"))
         early, self._early = self._early or [], None
         for text in early:
             self._write(text)

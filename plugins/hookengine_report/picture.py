@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -65,6 +66,13 @@ _STATES = {"finished": "#1f7a3f", "failed": "#b3261e"}
 
 def picture(runs: Sequence[Run]) -> bytes:
     """Draw a PNG of 1600 x 900 pixels."""
+    try:
+        return _draw(runs)
+    finally:  # the cache holds the open files of the fonts, once for each thread
+        vars(font_manager)["_get_font"].cache_clear()
+
+
+def _draw(runs: Sequence[Run]) -> bytes:
     figure = Figure(figsize=_SIZE, dpi=100, facecolor=_PAGE, edgecolor=_PAGE)
     canvas = FigureCanvasAgg(figure)
     if len(runs) == 1:

@@ -78,10 +78,17 @@ class Seed(Plugin, name="seed"):
             seed_here(seed)
         self._was = _deterministic(self.deterministic) if self.deterministic else None
 
-    def unconfigure(self) -> None:
-        """Release the workers, and restore torch's settings."""
+    def after_run(self) -> None:
+        """Release persistent workers; the next run starts others, which draw the same numbers.
+
+        If a Runner is collected with its workers, torch cannot reach them, and waits for seconds.
+        """
         for loader in self._loaders.values():
             loader.close()
+
+    def unconfigure(self) -> None:
+        """Release the workers, and restore torch's settings."""
+        self.after_run()
         if self._was is not None:
             mode, benchmark, workspace = self._was
             torch.set_deterministic_debug_mode(mode)

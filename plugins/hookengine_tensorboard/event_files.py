@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from hookengine import keep_open
+
 _WRITER = "hookengine"
 _UNFINISHED = "unfinished-events"  # TensorBoard reads files whose names contain "tfevents"
 
@@ -62,7 +64,7 @@ class EventFiles:
 
     def _open(self) -> RecordWriter:
         if self._path is not None:
-            return RecordWriter(self._path.open("ab"))
+            return RecordWriter(keep_open(self._path.open("ab")))
         self._path = self._new_path()
         return _started(self._path)
 
@@ -104,7 +106,7 @@ class EventFiles:
 
 def _started(path: Path) -> RecordWriter:
     """Create an event file with the event that each file begins with."""
-    writer = RecordWriter(path.open("wb"))
+    writer = RecordWriter(keep_open(path.open("wb")))
     first = Event(
         wall_time=time.time(),
         file_version="brain.Event:2",

@@ -74,6 +74,13 @@ class Wandb(Sink, name="wandb"):
         description="seconds to wait for the upload at the end; the log tells how to add the rest",
     )
 
+    idle_timeout: float = Field(
+        default=60.0,
+        ge=0,
+        description="seconds after a run until the process that logs to W&B ends; a later record "
+        "continues the same W&B run in another process",
+    )
+
     cuts_late = True
 
     def configure(self, runner: Runner) -> None:
@@ -88,15 +95,22 @@ class Wandb(Sink, name="wandb"):
 
     def open(self, runner: RunInfo) -> None:
         """Start the W&B run, or continue it."""
-        self._begin(runner, continues=self.continues)
+        answer = self._begin(runner, continues=self.continues)
+        self.held.update(answer["held"])
+        self.held_values.update(answer["values"])
 
-    def _begin(self, runner: RunInfo, *, continues: bool, left: int | None = None) -> None:
+    def _begin(
+        self, runner: RunInfo, *, continues: bool, left: int | None = None
+    ) -> dict[str, Any]:
         """Start or continue a W&B run.
 
         Args:
             runner: The Runner.
             continues: Whether to continue the W&B run that the folder of the run names.
             left: The iteration up to which a new W&B run repeats that one, if it replaces it.
+
+        Returns:
+            What ``Session.begin`` returns.
         """
         folder = runner.run_dir / "wandb"
         description = runner.describe()
@@ -139,8 +153,6 @@ class Wandb(Sink, name="wandb"):
             session.abort()
             raise
         self._session = session
-        self.held.update(answer["held"])
-        self.held_values.update(answer["values"])
         if answer["warning"]:
             runner.logger.warning(f"wandb: the run is offline, since {answer['warning']}")
         if answer["left"]:
@@ -150,6 +162,7 @@ class Wandb(Sink, name="wandb"):
                 f"this run has left and W&B cannot remove. A new W&B run has {holds}"
             )
         runner.logger.info(f"wandb: run {answer['id']}: {answer['where']}")
+        return answer
 
     def cut(self, runner: RunInfo, kept: Mapping[str, int]) -> None:
         """Continue in a new W&B run, which receives the history again."""
@@ -163,23 +176,35 @@ class Wandb(Sink, name="wandb"):
             self._best.clear()
             self._begin(runner, continues=False, left=max(kept.values(), default=0))
 
-    @property
-    def _open(self) -> SessionLike:
+    def _woken(self, runner: RunInfo) -> SessionLike:
+        """Return the session; continue the W&B run in another process if the one before ended."""
+        if self._session is not None and not self._session.wake():
+            try:
+                self._finish(runner, self._exit_code)
+            except RuntimeError as error:  # of an earlier record; this one is still to be written
+                runner.logger.warning(f"wandb: {error}")
+            self._begin(runner, continues=True)
         if self._session is None:
             raise RuntimeError("no W&B run is open to write to")
         return self._session
 
+    def _rest(self, runner: RunInfo) -> None:
+        if self._session is not None:
+            self._session.rest(self.idle_timeout, self._exit_code, _files(runner))
+
     def write(self, runner: RunInfo, record: Record) -> None:
         """Log a record as a row."""
         images = {n: one for n, one in record.media.items() if isinstance(one, Image)}
-        self._open.log(record.to_line({n: _data_url(image) for n, image in images.items()}))
-        self._note_best(record)
+        self._woken(runner).log(
+            record.to_line({n: _data_url(image) for n, image in images.items()})
+        )
+        self._note_best(runner, record)
 
     def skip(self, runner: RunInfo, record: Record) -> None:
         """Skip a record that W&B already holds; only note the best values."""
-        self._note_best(record)
+        self._note_best(runner, record)
 
-    def _note_best(self, record: Record) -> None:
+    def _note_best(self, runner: RunInfo, record: Record) -> None:
         """Update the best value of each metric, and its epoch, in the summary."""
         if record.phase == "train":
             return
@@ -190,7 +215,7 @@ class Wandb(Sink, name="wandb"):
             if greater is None or not better > self._best.get(key, -math.inf):
                 continue
             self._best[key] = better
-            self._open.summarize({key: value, f"{key}/epoch": record.epoch})
+            self._woken(runner).summarize({key: value, f"{key}/epoch": record.epoch})
 
     def close(self, runner: RunInfo) -> None:
         """Finish the W&B run, with the exit code of the run."""
@@ -200,10 +225,9 @@ class Wandb(Sink, name="wandb"):
         session, self._session = self._session, None
         if session is None:
             return
-        folder = RunFolder(runner.run_dir)
-        files = [str(folder.description), str(folder.log)]
-        answer = session.finish(exit_code, files)
+        answer = session.finish(exit_code, _files(runner))
         if answer["timed_out"]:
+            folder = RunFolder(runner.run_dir)
             run_dir = shlex.quote(str(folder.path))
             fix = "Set a longer finish_timeout"
             if folder.metrics.is_file() and folder.description.is_file():
@@ -239,12 +263,17 @@ class Wandb(Sink, name="wandb"):
         if fix:
             runner.logger.warning(f"wandb: checkpoints={self.checkpoints!r} uploads nothing: {fix}")
 
-    def on_exception(self, error: BaseException) -> None:
+    def after_run(self, runner: Runner) -> None:
+        """Let the process end, unless another run follows soon."""
+        if self.begun:
+            self.enqueue(lambda: self._rest(runner))
+
+    def on_exception(self, runner: Runner, error: BaseException) -> None:
         """Record the exception that ended the run."""
         self._exit_code = _exit_code(error)
         if dist.is_main_process():
             text = f"{type(error).__name__}: {error}"
-            self.enqueue(lambda: self._open.summarize({"exception": text}))
+            self.enqueue(lambda: self._woken(runner).summarize({"exception": text}))
 
     def after_save_checkpoint(self, runner: Runner, path: Path, best: bool) -> None:
         """Upload a checkpoint, if ``checkpoints`` includes it."""
@@ -256,13 +285,19 @@ class Wandb(Sink, name="wandb"):
                 return
             copy = _linked(path, runner.run_dir / "wandb")  # the original may be deleted by then
             self._uploads.add(copy)
-            self.enqueue(lambda: self._upload(copy, ["best"] * best))
+            self.enqueue(lambda: self._upload(runner, copy, ["best"] * best))
 
-    def _upload(self, path: Path, aliases: list[str]) -> None:
+    def _upload(self, runner: RunInfo, path: Path, aliases: list[str]) -> None:
         self._uploads.discard(path)
         manifest = json.loads(RunFolder.manifest(path).read_text())
         metadata = {key: manifest.get(key) for key in ("progress", "metrics", "best")}
-        self._open.upload(str(path), ["latest", path.name, *aliases], metadata)
+        self._woken(runner).upload(str(path), ["latest", path.name, *aliases], metadata)
+
+
+def _files(runner: RunInfo) -> list[str]:
+    """Return the files that are saved with a W&B run."""
+    folder = RunFolder(runner.run_dir)
+    return [str(folder.description), str(folder.log)]
 
 
 def _linked(folder: Path, parent: Path) -> Path:

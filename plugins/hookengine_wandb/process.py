@@ -19,6 +19,8 @@ class SessionLike(Protocol):
     def log(self, line: str) -> None: ...
     def summarize(self, values: dict[str, Any]) -> None: ...
     def upload(self, path: str, aliases: list[str], metadata: dict[str, Any]) -> None: ...
+    def rest(self, seconds: float, exit_code: int, files: list[str]) -> None: ...
+    def wake(self) -> object: ...
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]: ...
     def abort(self) -> None: ...
 
@@ -26,7 +28,8 @@ class SessionLike(Protocol):
 class SessionProcess:
     """Start the process, and pass each call to it.
 
-    Ctrl-C does not reach the process. When training is gone, it finishes the W&B run and exits.
+    Ctrl-C does not reach the process. When training is gone, it finishes the W&B run and exits. It
+    also does so after ``rest``; by then, neither a thread nor a pipe of it is left here.
 
     Args:
         log: The file for what the process prints.
@@ -52,6 +55,8 @@ class SessionProcess:
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._failures: list[str] = []
+        self._resting = False
+        self._rested: dict[str, Any] | None = None
         self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="wandb answers", daemon=True)
         self._reader.start()
@@ -76,8 +81,45 @@ class SessionProcess:
         self._send("upload", {"path": path, "aliases": aliases, "metadata": metadata})
         self._complain()
 
+    def rest(self, seconds: float, exit_code: int, files: list[str]) -> None:
+        """Let the process finish the W&B run and exit, unless ``wake`` is called in time.
+
+        Args:
+            seconds: How long to wait for ``wake``.
+            exit_code: See ``Session.finish``.
+            files: See ``Session.finish``.
+        """
+        arguments = {"seconds": seconds, "exit_code": exit_code, "files": files}
+        self._send("rest", arguments)
+        self._resting = True
+        self._complain()
+
+    def wake(self) -> bool:
+        """End the rest; return whether the W&B run is still open. Call it before another command.
+
+        The process confirms it, so that no command can reach a process that is about to exit.
+        """
+        if not self._resting:
+            return self._rested is None
+        self._resting = False
+        with suppress(OSError):  # it has ended
+            self._send("wake", {})
+        while (line := self._lines.get()) is not None:
+            if "answer" in line:
+                return True
+            if "rested" in line:
+                self._rested = line["rested"]
+                self._end()
+                return False
+            self._failures.append(line["failed"])
+        error = self._gone()
+        self.abort()
+        raise error
+
     def finish(self, exit_code: int, files: list[str]) -> dict[str, Any]:
-        """Finish the W&B run, and wait for the answer."""
+        """Finish the W&B run, and wait for the answer, unless it has finished after ``rest``."""
+        if not self.wake():
+            return {**(self._rested or {}), "failures": self._failures}
         try:
             self._send("finish", {"exit_code": exit_code, "files": files})
             answer = self._answer()
@@ -95,7 +137,10 @@ class SessionProcess:
     def _end(self) -> None:
         self._process.wait()
         self._reader.join()
-        with suppress(BrokenPipeError), self._process:  # closes the pipes
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        with suppress(BrokenPipeError), self._process:
             pass
 
     def _send(self, name: str, arguments: dict[str, Any]) -> None:
@@ -117,6 +162,9 @@ class SessionProcess:
         for line in self._stdout:
             self._lines.put(json.loads(line))
         self._lines.put(None)
+        if self._resting:  # nobody may call this object again, so this thread releases everything
+            self._process.wait()
+            self._close_pipes()
 
     def _complain(self) -> None:
         """Raise the error of an earlier call, if it is known by now."""

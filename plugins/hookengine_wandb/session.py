@@ -16,9 +16,11 @@ import base64
 import io
 import json
 import os
+import queue
 import shutil
 import signal
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -150,6 +152,13 @@ class Session:
             self.run.log_artifact(artifact, aliases=aliases)
         finally:
             shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+    def rest(self, seconds: float, exit_code: int, files: list[str]) -> None:
+        """Do nothing: without a process there is none to end. See ``serve``."""
+
+    def wake(self) -> dict[str, Any]:
+        """Confirm that the run is still open."""
+        return {}
 
     def abort(self) -> None:
         """Drop the run without finishing it."""
@@ -336,26 +345,52 @@ def medium(packed: Mapping[str, Any]) -> Any:
 def serve(commands: TextIO, answers: TextIO) -> None:
     """Execute commands, one per line.
 
-    ``begin`` and ``finish`` are answered with ``{"answer": ...}`` or ``{"error": ...}``; any other
-    command only if it fails, with ``{"failed": ...}``.
+    ``begin``, ``wake`` and ``finish`` are answered with ``{"answer": ...}`` or ``{"error": ...}``;
+    any other command only if it fails, with ``{"failed": ...}``.
+
+    After ``rest``, the next command is ``wake``. If it does not come within that time, the run is
+    finished, which ``{"rested": ...}`` reports, and this function returns.
     """
     session = Session()
-    for line in commands:
+    lines: queue.Queue[str | None] = queue.Queue(1)  # a full pipe tells training to wait
+    threading.Thread(target=_read, args=(commands, lines), daemon=True).start()
+    resting: dict[str, Any] = {}
+    while (line := _next(lines, resting.get("seconds"))) is not None:
         command = json.loads(line)
         name = command.pop("do")
-        asks = name in ("begin", "finish")
+        resting = command if name == "rest" else {}
+        asks = name in ("begin", "wake", "finish")
         try:
             result = getattr(session, name)(**command)
             answer = {"answer": result} if asks else None
         except Exception as error:
             answer = {"error" if asks else "failed": f"{type(error).__name__}: {error}"}
         if answer is not None:
-            with suppress(BrokenPipeError):  # training may have ended
-                print(json.dumps(answer), file=answers, flush=True)
+            _answer(answers, answer)
         if name == "finish":  # forked workers of a dataloader may still hold the pipe open
             return
-    if session.run is not None:  # training was killed
-        session.finish(1, [])
+    if session.run is not None:  # training was killed, or needs the run no longer
+        end = session.finish(resting.get("exit_code", 1), resting.get("files", []))
+        _answer(answers, {"rested": end})
+
+
+def _read(commands: TextIO, lines: queue.Queue[str | None]) -> None:
+    for line in commands:
+        lines.put(line)
+    lines.put(None)
+
+
+def _next(lines: queue.Queue[str | None], timeout: float | None) -> str | None:
+    """Return the next command; None at the end, or if none has come within ``timeout`` seconds."""
+    try:
+        return lines.get(timeout=timeout)
+    except queue.Empty:
+        return None
+
+
+def _answer(answers: TextIO, answer: dict[str, Any]) -> None:
+    with suppress(BrokenPipeError):  # training may have ended
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -232,10 +232,10 @@ def test_a_copied_or_pickled_model_does_not_speak_for_the_runner(
     make: MakeRunner, tmp_path: Path
 ) -> None:
     runner = make()
-    assert runner.bare_model._hooks is runner.hooks
+    assert runner.bare_model._hooks() is runner.hooks
     twin = copy.deepcopy(runner.bare_model)
-    assert twin._hooks is SILENT
-    assert pickle.loads(pickle.dumps(runner.bare_model))._hooks is SILENT
+    assert twin._hooks() is SILENT
+    assert pickle.loads(pickle.dumps(runner.bare_model))._hooks() is SILENT
 
 
 def test_the_seeds_toy_model_runs() -> None:

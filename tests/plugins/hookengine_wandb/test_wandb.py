@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from hookengine import Image, Sink, Table
+from hookengine import Image, Runner, Sink, Table
 from tests import forks
 from tests.fixtures import MakeRunner
+from tests.hookengine import leaks
 from tests.plugins.hookengine_wandb import wandb_file
 from tests.plugins.hookengine_wandb.server import Server
 
@@ -689,3 +691,70 @@ def test_the_process_that_speaks_with_wandb_may_die(
     assert out.count("sink 'wandb' failed in write; training continues") == 1
     assert "sink 'wandb' lost records" in out
     assert len(local(runner.run_dir)) == 10
+
+
+def test_a_sweep_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Runners as a script in a loop uses them, which nothing closes."""
+
+    def train_and_test(runner: Runner) -> None:
+        runner.train()
+        runner.test()  # right after: still the same process
+
+    def sweep(name: str) -> None:
+        options: dict[str, Any] = dict(defaults=(*DEFAULTS, "preprocess"), name=name)
+        plugins = [offline(), "tensorboard", "report"]
+        assert leaks.abandon(tmp_path, train_and_test, plugins=plugins, **options)
+
+    leaks.collect()
+    sweep("first")
+    leaks.collect()
+    before = leaks.held()
+    sweep("second")
+    sweep("third")
+    leaks.collect()
+    assert leaks.held() == before
+    assert "wandb answers" not in before["threads"]
+    for name in ("first", "second", "third"):
+        file = one_file(tmp_path / name)
+        assert rows_where(wandb_file.history(file)) == where(local(tmp_path / name))
+        (end,) = (r.exit for r in wandb_file.read(file) if r.HasField("exit"))
+        assert end.exit_code == 0
+
+
+def test_an_idle_runner_has_no_process_and_continues_the_same_run(make: MakeRunner) -> None:
+    before = leaks.held()
+    runner = make(
+        defaults=DEFAULTS, validate=True, test=True, plugins=[offline(idle_timeout=0)], name="run"
+    )
+    runner.train()
+    for thread in threading.enumerate():
+        if thread.name == "wandb answers":
+            thread.join()  # it ends with the process
+    assert leaks.held()["processes"] == before["processes"]
+    assert leaks.held()["threads"] == before["threads"]
+    runner.test()
+    runner.close()
+    first, second = files(runner.run_dir)
+    assert first.name == second.name  # of the same W&B run, which `wandb sync` joins
+    written = [*wandb_file.history(first), *wandb_file.history(second)]
+    assert rows_where(written) == where(local(runner.run_dir))
+    assert [row["_step"] for row in written] == [*range(len(written))]
+    ends = [r.exit.exit_code for file in (first, second) for r in wandb_file.read(file)
+            if r.HasField("exit")]  # fmt: skip
+    assert ends == [0, 0]
+
+
+def test_a_process_that_dies_while_it_is_idle_leaves_no_pipe(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = leaks.held()
+    runner = make(defaults=DEFAULTS, test=True, plugins=[offline()])
+    runner.train()
+    process = runner.plugins["wandb"]._session._process
+    process.kill()
+    process.wait()
+    runner.test()
+    runner.close()
+    assert "sink 'wandb' failed in write; training continues" in capsys.readouterr().out
+    assert leaks.held()["files"] == before["files"]
+    assert leaks.held()["threads"] == before["threads"]
