@@ -67,7 +67,7 @@ class Schedule(Plugin, name="schedule"):
 
     def configure(self) -> None:
         """Start without schedules; ``setup_optimizer`` adds one per optimizer."""
-        self._another: str | None = None  # the metric of the plateau before a resume
+        self._another: tuple[str, str] | None = None  # what the plateau compared, and compares
         self._tracks: dict[str, Track] = {}
         self._resumed = False
         self._read = MonitoredMetric(self.metric or "", "schedule")
@@ -157,9 +157,10 @@ class Schedule(Plugin, name="schedule"):
     def before_train(self, runner: Runner) -> None:
         """Log each schedule, and warn if it does not fit the length of this run."""
         if self._another is not None:
+            before, now = self._another
             runner.logger.warning(
-                f"schedule: in the checkpoint, ReduceLROnPlateau compares {self._another}, in this "
-                f"run {self.metric}: it starts over, at the current learning rate"
+                f"schedule: in the checkpoint, ReduceLROnPlateau compares {before}, in this run "
+                f"{now}: it starts over, at the current learning rate"
             )
             self._another = None
         for track in self._tracks.values():
@@ -239,13 +240,17 @@ class Schedule(Plugin, name="schedule"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the schedules saved by ``state_dict``."""
         for name, track in self._tracks.items():
-            track.load_state_dict(state[name])
-            before = state[name].get("metric", self.metric)
-            if before == self.metric:
-                self._read.seen = state[name].get("seen", False)
-            if isinstance(track.scheduler, ReduceLROnPlateau) and before != self.metric:
-                track.forget_the_best()
-                self._another = before
+            saved = state[name]
+            metric = saved.get("metric", self.metric)
+            if metric == self.metric:
+                self._read.seen = saved.get("seen", False)
+            direction = saved["scheduler"].get("mode") if track.direction else None
+            start_over = track.direction is not None and (
+                (metric, direction) != (self.metric, track.direction)
+            )
+            track.load_state_dict(saved, start_over)
+            if start_over:
+                self._another = f"{metric} ({direction})", f"{self.metric} ({track.direction})"
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         """Compute the learning rates of an optimizer whose state was not loaded.

@@ -139,12 +139,6 @@ class Track:
         with lifted:
             step(*metric)
 
-    def forget_the_best(self) -> None:
-        """Let ReduceLROnPlateau compare only values from now on."""
-        scheduler: Any = self.scheduler
-        scheduler.best = scheduler.mode_worse
-        scheduler.num_bad_epochs = scheduler.cooldown_counter = 0
-
     def match_rates(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Compute the learning rates of groups whose saved ones were not loaded.
 
@@ -173,10 +167,20 @@ class Track:
             "steps": self._steps,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    @property
+    def direction(self) -> str | None:
+        """The ``mode`` of ReduceLROnPlateau, ``"min"`` or ``"max"``; None for other schedulers."""
+        return getattr(self.scheduler, "mode", None) if self.by_epoch is None else None
+
+    def load_state_dict(self, state: Mapping[str, Any], start_over: bool = False) -> None:
         """Restore the schedule as it was made, whatever the length of this run.
 
         The learning rates themselves are part of the optimizer's state.
+
+        Args:
+            state: What ``state_dict`` returned.
+            start_over: Whether the scheduler keeps its own options and state, because it compares
+                something else now; only the warm-up is restored.
 
         Raises:
             ValueError: The state belongs to another scheduler.
@@ -187,8 +191,9 @@ class Track:
                 "Resume with the same scheduler. To start a new schedule, delete 'schedule' from "
                 "checkpoint['plugins'] and set allow=['schedule']"
             )
-        fresh = self.scheduler.state_dict()
-        self.replaced = [*self._replaced(state, fresh)]
+        if start_over:
+            state = {**state, "scheduler": self.scheduler.state_dict()}
+        self.replaced = [*self._replaced(state, self.scheduler.state_dict())]
         known = len(self._initial)
         self._join(range(known, len(self.optim_wrapper.param_groups)), adopt=False)
         self.length, self.end = state["length"], state["end"]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from hookengine import Plugin
+from hookengine import BaseMetric, Plugin
 from tests.fixtures import MakeData, MakeRunner, Toy
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -699,6 +699,42 @@ def test_a_plateau_of_another_metric_starts_over_and_says_so(
     assert scheduler.best == best([*before, *seen])
     said = "it starts over, at the current learning rate" in capsys.readouterr().out
     assert said is (later != "loss")
+
+
+@pytest.mark.parametrize("change", ["metric", "mode", "nothing"])
+def test_a_plateau_that_starts_over_does_so_in_the_direction_of_the_script(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    """Its values improve from then on, so the learning rate stays."""
+
+    class Falling(BaseMetric):
+        count = 0
+
+        def process(self, data_batch: Any, data_samples: Any) -> None:
+            self.results.append(0)
+
+        def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+            Falling.count += 1
+            return {"error": 99.0 - Falling.count, "score": 0.5}
+
+    def run(metric: str, mode: str, epochs: int, state: Any = None) -> Any:
+        config = dict(type="ReduceLROnPlateau", patience=2, mode=mode)
+        runner = make(
+            plugins=[Schedule(scheduler=config, metric=metric)],
+            validate=True,
+            val_evaluator=Falling(),
+            train_cfg=dict(max_epochs=epochs),
+        )
+        if state is not None:
+            runner.load_state_dict(state)
+        runner.train()
+        return runner
+
+    first = {"metric": ("score", "max"), "mode": ("error", "max"), "nothing": ("error", "min")}
+    second = run("error", "min", 9, run(*first[change], 2).state_dict())
+    assert second.optim_wrapper.get_lr() == [0.1]
+    assert ("it starts over" in caplog.text) == (change != "nothing")
+    assert "instead of" not in caplog.text
 
 
 @pytest.mark.parametrize("plugin", ["schedule", "swa"])
