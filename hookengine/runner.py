@@ -28,7 +28,7 @@ from hookengine.records.run_folder import NamedRun
 from hookengine.registry import did_you_mean
 from hookengine.setup import arguments, state
 from hookengine.setup.config import EvalCfg, TrainCfg
-from hookengine.setup.description import describe_in_brief, describe_run, group_options
+from hookengine.setup.description import describe_in_brief, describe_run
 from hookengine.setup.migration import drop_neutral
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -192,7 +192,6 @@ class Runner(Life, NamedRun):
             arguments.point_at_model(wrapper, self.bare_model, self._names)
             wrapper.hooks = self.hooks
             wrapper.window_length = 1
-            wrapper.given = group_options(wrapper.param_groups)
         self.progress.count_steps_of(wrappers)
         for wrapper in wrappers.values():
             self.hooks.setup_optimizer(self, wrapper)

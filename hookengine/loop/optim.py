@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hookengine.answers import explained_arguments
 from hookengine.events.dispatch import SILENT
 from hookengine.events.hookspecs import HookSpecs
+from hookengine.param_groups import options_of_groups, take_in_groups
 from hookengine.registry import unknown
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class OptimWrapper:
 
     Attributes:
         hooks: The events that the wrapper emits. A Runner that receives the wrapper sets them.
-        given: The options of each parameter group, such as ``lr``, as the script gave them. The
-            Runner sets it; when a run is resumed, it is compared with that of the checkpoint.
+        given: The options of each parameter group, such as ``lr``, as the script gave them. When a
+            run is resumed, they are compared with those in the checkpoint.
         will_step: Whether the current iteration ends with a step; known before the forward pass.
             A direct call of ``step`` may close a window in any other iteration: a plugin that
             synchronizes gradients only when ``will_step`` is True must then do so in
@@ -83,7 +84,7 @@ class OptimWrapper:
         self.optimizer = optimizer
         self.name = name
         self.hooks: HookSpecs = SILENT
-        self.given: list[dict[str, Any]] = []
+        self.given = options_of_groups(optimizer.param_groups)
         self.will_step = True
         self.window_length = 1
         self.window_open = False
@@ -146,6 +147,8 @@ class OptimWrapper:
             )
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             raise _bad_loss(loss)
+        if len(self.given) != len(self.optimizer.param_groups):
+            take_in_groups(self)
         hooks = self.hooks
         loss = hooks.scale_loss(hooks.runner, self, loss)
         if not hooks.backward(hooks.runner, self, loss):

@@ -23,6 +23,7 @@ from hookengine.model.base_model import BaseModel
 from hookengine.model.compiled import compile_in_place
 from hookengine.model.lazy import lazy_names
 from hookengine.model.plain_model import is_plain, parameters_of
+from hookengine.param_groups import options_of_groups
 from hookengine.records.run_folder import absolute_path
 from hookengine.registry import MODEL_WRAPPERS, MODELS, unknown
 from hookengine.setup import migration
@@ -311,9 +312,10 @@ def build_optim_wrapper(cfg: Any, model: nn.Module) -> OptimWrapper | OptimWrapp
     built = _build_optim_wrapper(cfg, model)
     for wrapper in built.by_name().values():
         optimizer = wrapper.optimizer
-        for options in (*optimizer.param_groups, optimizer.defaults):
+        for options in (*optimizer.param_groups, getattr(optimizer, "defaults", {})):
             plain = {name: as_plain(v) for name, v in options.items() if name != "params"}
             options.update(plain)
+        wrapper.given = options_of_groups(optimizer.param_groups)
     return built
 
 

@@ -114,17 +114,13 @@ def _options(wrapper: OptimWrapper) -> dict[str, Any]:
 
 def given_options(wrapper: OptimWrapper) -> list[dict[str, Any]]:
     """Return the options that the script gave to each parameter group, including added ones."""
-    return [*wrapper.given, *group_options(wrapper.param_groups[len(wrapper.given) :])]
+    return group_options([*wrapper.given, *wrapper.param_groups[len(wrapper.given) :]])
 
 
 def group_options(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the options of parameter groups, without their tensors, as values for JSON."""
     return [
-        {
-            name: as_json(value.tolist() if isinstance(value, Tensor) else value)
-            for name, value in group.items()
-            if name != "params"
-        }
+        {name: as_json(value) for name, value in group.items() if name != "params"}
         for group in groups
     ]
 
@@ -160,6 +156,9 @@ def as_json(value: Any) -> Any:
 
 
 def _other(value: Any) -> Any:
-    """Return a tensor without dimensions, such as a learning rate, as a number; else a ``repr``."""
-    is_number = isinstance(value, Tensor) and not value.dim() and not value.is_meta
-    return value.item() if is_number else repr(as_plain(value))
+    """Return a tensor without dimensions, such as a learning rate, as a number; else a text."""
+    if not isinstance(value, Tensor):
+        return repr(as_plain(value))
+    if value.dim() or value.is_meta:
+        return f"tensor of shape {tuple(value.shape)}, {value.dtype}"
+    return value.item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any
 
 from hookengine.loop.optim import OptimWrapper
@@ -30,6 +31,9 @@ def load_optimizer(
     Returns:
         The text of a warning, or "".
     """
+    if "param_groups" not in state:  # a wrapper with a state of its own kind
+        wrapper.load_state_dict(dict(state))
+        return ""
     groups = wrapper.param_groups
     given = given_options(wrapper)
     own = [dict(group) for group in groups]
@@ -51,11 +55,17 @@ def _replaced(
     """Yield each option that the script has changed: name, its value, the saved one."""
     ends, starts = _initial(saved), _initial(group_options([own])[0])
     for name, value in now.items():
-        if name not in then or value == then[name] or name not in ends or value == ends[name]:
-            continue
-        if name == "lr" and starts["lr"] == ends["lr"]:
-            continue  # a schedule sets it in both, such as OneCycleLR
-        yield name, value, ends[name]
+        if name not in then or name not in ends or not _same(value, starts.get(name)):
+            continue  # or a plugin replaces it at the start, as OneCycleLR does
+        if not _same(value, then[name]) and not _same(value, ends[name]):
+            yield name, value, ends[name]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare two options; a number may come from a tensor, with less precision."""
+    if isinstance(one, float) and isinstance(other, float):
+        return isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
 
 
 def _initial(options: Options) -> Options:

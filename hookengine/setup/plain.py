@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -65,7 +66,8 @@ def not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the place and value of each part that ``torch.load(weights_only=True)`` refuses.
 
     Types are compared exactly: restoring a subclass, such as NumPy's ``float64``, runs its code.
-    A container that contains itself is refused, too.
+    A container that contains itself is refused, too, and so is a tensor that cannot be copied: on
+    the device ``meta``, of a lazy layer before its first call, or nested without ``torch.jagged``.
 
     Args:
         value: A tensor, a plain value, or a nested container of these.
@@ -76,7 +78,11 @@ def not_plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _not_plain(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, Any]]:
     kind = type(value)
-    if isinstance(value, Tensor) or kind in _VALUES:
+    if isinstance(value, Tensor):
+        if value.is_meta or is_lazy(value) or (value.is_nested and value.layout == torch.strided):
+            yield path, value
+        return
+    if kind in _VALUES:
         return
     if kind not in (dict, OrderedDict, Counter, list, tuple, set, torch.Size) or id(value) in above:
         yield path, value

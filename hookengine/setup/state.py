@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from hookengine.evaluator import metric_numbers
 from hookengine.events.blame import note
+from hookengine.loop.optim import OptimWrapper
 from hookengine.model.compiled import names_as_in, original_names, without_inner
 from hookengine.model.lazy import with_lazy, without_lazy
 from hookengine.registry import PLUGINS, unknown
@@ -226,21 +227,26 @@ def _optimizers(runner: Runner, checkpoint: Mapping[str, Any], here: Mapping[str
     if runner.optim_wrapper is None:
         return ""
     saved, wrappers = checkpoint["optimizer"], runner.optim_wrappers
-    several = runner.optim_wrapper is not next(iter(wrappers.values()))
-    if several or "param_groups" not in saved:
+    first = next(iter(wrappers.values()))
+    several = runner.optim_wrapper is not first
+    own_kind = type(first).state_dict is not OptimWrapper.state_dict
+    if several or not (own_kind or "param_groups" in saved):
         if saved.keys() != wrappers.keys():
             there = "one" if "param_groups" in saved else ", ".join(sorted(saved))
             return f"the Runner has {', '.join(sorted(wrappers))}, the checkpoint has {there}"
     else:
         saved = dict.fromkeys(wrappers, saved)
     described = checkpoint.get("meta", {}).get("optimizers", {})
-    for name, wrapper in wrappers.items():
+    for name in wrappers:
         label = f"{name!r} " if several else ""
         then, now = described.get(name, here[name]), here[name]
         if then["type"] != now["type"]:
             return f"{label}is {now['type']} here, {then['type']} in the checkpoint"
-        sizes = [len(group["params"]) for group in wrapper.param_groups]
-        others = [len(group["params"]) for group in saved[name]["param_groups"]]
+        sizes = [len(group) for group in now["parameters"]]
+        if "param_groups" in saved[name]:
+            others = [len(group["params"]) for group in saved[name]["param_groups"]]
+        else:
+            others = [len(group) for group in then["parameters"]]
         if sizes != others:
             return (
                 f"{label}has groups of {sizes} parameters here, of {others} in the checkpoint. A "

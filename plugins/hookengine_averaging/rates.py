@@ -58,6 +58,11 @@ class Rates:
                 "requires_grad_(False)"
             )
         for group in groups[known:]:
+            if isinstance(group["lr"], Tensor):
+                # Without a rate of its own it has the tensor of the others, which has changed.
+                shared = [g for g in groups[:known] if g["lr"] is group["lr"]]
+                first = shared[0]["initial_lr"] if shared else group["lr"]
+                group["lr"] = first.detach().clone()
             group["swa_lr"] = groups[0]["swa_lr"]
             ended = self.scheduler.last_epoch >= self.scheduler.anneal_epochs
             self._rates.append(float(group["swa_lr"] if ended else group["lr"]))

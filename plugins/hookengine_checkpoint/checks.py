@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hookengine import Runner, as_plain, not_plain
 
@@ -48,6 +49,14 @@ def check_state(state: Mapping[str, Any], added_by: str) -> None:
 
 def _check(state: Any, where: str, origin: str = "") -> None:
     for path, value in not_plain(state, where):
+        if isinstance(value, Tensor):
+            if where == _NAMES["state_dict"] and is_lazy(value):
+                continue  # it is left out of the checkpoint
+            kind = "is a nested tensor" if value.is_nested else "is a tensor without values"
+            raise UnsavableError(
+                f"{path}{origin} {kind}, which cannot be copied into a checkpoint. Keep "
+                f"{'its parts' if value.is_nested else 'a tensor with values'} in the state instead"
+            )
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnsavableError(
             f"{path}{origin} is a {kind}, which a checkpoint cannot hold because reading it would "

@@ -124,11 +124,16 @@ class Init(Plugin, name="init"):
             record = init_model(model, self.keep, runner.logger, True, foreign)
         if record.changed:
             runner.logger.info(record.summary(), run_log=record.table())
-        for module, before in record.foreign:
-            self._tell_of_foreign(runner, module, before, record)
+        for module, before, direct in record.foreign:
+            self._tell_of_foreign(runner, module, before, record, direct)
 
     def _tell_of_foreign(
-        self, runner: Runner, module: nn.Module, before: dict[str, str], record: InitRecord
+        self,
+        runner: Runner,
+        module: nn.Module,
+        before: dict[str, str],
+        record: InitRecord,
+        direct: bool,
     ) -> None:
         """Log that ``init_weights()`` of a module was not called, and what has changed in it."""
         name = record.name_of(module)
@@ -141,7 +146,7 @@ class Init(Plugin, name="init"):
                 f"parameters ({drawn[0]}, ...). If they were pretrained, keep them with "
                 f"dict(type='init', keep=({name!r},))"
             )
-        elif self.init_foreign is None and len(after) < len([*module.parameters()]):
+        elif direct and self.init_foreign is None and len(after) < len([*module.parameters()]):
             runner.logger.warning(
                 f"init: init_weights() of {name!r} ({cls}) was not called, because it is not a "
                 "BaseModule: its weights are those from its construction. To call it, use "

@@ -69,7 +69,7 @@ class InitRecord:
         self.kept = kept
         self.logger = logger if logger is not None else console()
         self.init_foreign = True
-        self.foreign: list[tuple[nn.Module, dict[str, str]]] = []
+        self.foreign: list[tuple[nn.Module, dict[str, str], bool]] = []
         self.notes: dict[str, list[str]] = {}
         self.title = f"weights of {type(root).__name__}, {{}} parameters"
         self._entries: dict[int, _Entry] = {}

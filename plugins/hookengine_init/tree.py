@@ -164,8 +164,8 @@ def _pass_over(child: nn.Module, record: InitRecord, direct: bool) -> None:
     """Note that ``init_weights()`` of a module that is no BaseModule is not called."""
     if record.keeps_all_of(child):
         return
+    record.foreign.append((child, record.written(child), direct))
     if direct:
-        record.foreign.append((child, record.written(child)))
         return
     record.note(
         f"init_weights() of {type(child).__name__} was not called, since it is not a direct child "

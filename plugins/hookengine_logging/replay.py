@@ -75,6 +75,7 @@ def main(
     ] = False,
 ) -> None:
     """Write the records of a run, with their images, to sinks that missed them."""
+    run = run.expanduser()
     try:
         given = dict(_parsed(each) for each in option)
         sinks = [

@@ -197,6 +197,13 @@ class Schedule(Plugin, name="schedule"):
         if track is not None:
             self._fit(runner, track)
 
+    @hookimpl(tryfirst=True)  # before a plugin that takes the step
+    def optim_step(self, optim_wrapper: OptimWrapper) -> None:
+        """Do the same for groups that other plugins have added in ``before_optim_step``."""
+        track = self._tracks.get(optim_wrapper.name)
+        if track is not None:
+            track.fit()
+
     def _fit(self, runner: Runner, track: Track) -> None:
         for index in track.fit():
             wrapper = track.optim_wrapper

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,25 +50,75 @@ def join(scheduler: LRScheduler, index: int, build: Build | None, adopt: bool = 
     Raises:
         ValueError: The scheduler cannot be built for the group.
     """
+    groups = scheduler.optimizer.param_groups
+    group = groups[index]
+    _separate_rate(group, groups)
     if isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler.default_min_lr is None and len(scheduler.min_lrs) < len(groups):
+            raise _not_extended(scheduler, index, "Give min_lr as one number")
         return
-    group = scheduler.optimizer.param_groups[index]
     if build is None:
         if len(getattr(scheduler, "base_lrs", ())) <= index:
-            raise ValueError(
-                f"schedule: the {type(scheduler).__name__} was created before parameter group "
-                f"{index} was added, and cannot be created again. Pass the scheduler as dict("
-                "type=..., ...) or as a function of the optimizer"
+            raise _not_extended(
+                scheduler, index, "Pass it as dict(type=..., ...) or as a function of the optimizer"
             )
         return
     alone = _replay(scheduler, group, index, build)
     _extend(scheduler, alone, index)
+    _check_length(scheduler, index)
     if adopt:
         for name, value in alone.optimizer.param_groups[0].items():
             if name == "lr":
                 set_rate(group, value)
             elif name != "params":
                 group[name] = value
+
+
+def rescale(scheduler: LRScheduler, index: int, factor: float) -> None:
+    """Multiply the learning rate of a group whose scheduler cannot be built again."""
+    group = scheduler.optimizer.param_groups[index]
+    set_rate(group, float(scheduler.get_last_lr()[index]) * factor)
+    if index < len(base := getattr(scheduler, "base_lrs", [])):
+        base[index] = base[index] * factor
+
+
+def _separate_rate(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Give a group a learning rate of its own, if it shares the tensor of another group's.
+
+    The optimizer gives its default tensor to all groups without a learning rate.
+    """
+    for other in groups:
+        if other is not group and isinstance(group["lr"], Tensor) and other["lr"] is group["lr"]:
+            group["lr"] = group["lr"].detach().clone()
+            if "initial_lr" in other:  # the shared tensor has been scheduled since
+                group.setdefault("initial_lr", copy.deepcopy(other["initial_lr"]))
+
+
+def _not_extended(scheduler: LRScheduler, index: int, fix: str) -> ValueError:
+    return ValueError(
+        f"schedule: the {type(scheduler).__name__} was created before parameter group {index} was "
+        f"added, and cannot be extended to it. {fix}, or add all groups before training"
+    )
+
+
+def _check_length(scheduler: LRScheduler, index: int) -> None:
+    """Raise a ValueError if a scheduler that is not torch's has no rate for the group.
+
+    It may keep values of each group under names that only it knows.
+    """
+    if type(scheduler).__module__ == LRScheduler.__module__:
+        return
+    with warnings.catch_warnings(), suppress(NotImplementedError):
+        warnings.simplefilter("ignore")  # torch expects get_lr to be called within step
+        try:
+            rates = scheduler.get_lr()
+        except (IndexError, ValueError) as error:
+            raise _not_extended(scheduler, index, _FIX) from error
+        if len(rates) != len(scheduler.optimizer.param_groups):
+            raise _not_extended(scheduler, index, _FIX)
+
+
+_FIX = "Let it compute what it needs of each group in get_lr, from base_lrs"
 
 
 def with_own_groups(
@@ -96,7 +149,7 @@ def _replay(scheduler: LRScheduler, group: dict[str, Any], index: int, build: Bu
         if name != "params"
     }
     options["lr"] = options.pop("initial_lr", options["lr"])
-    optimizer = Optimizer([{**options, "params": [torch.zeros(())]}], scheduler.optimizer.defaults)
+    optimizer = Optimizer([{**options, "params": [torch.zeros(())]}], _defaults(scheduler))
     try:
         alone = build(optimizer)
     except (TypeError, ValueError) as error:
@@ -105,10 +158,19 @@ def _replay(scheduler: LRScheduler, group: dict[str, Any], index: int, build: Bu
             "Give its options one value for all groups, or add all groups before training"
         )
         raise
+    if alone.optimizer is not optimizer:
+        raise ValueError(
+            f"schedule: the function of the optimizer returned the {type(alone).__name__} of "
+            "another optimizer. Create a new scheduler in each call of the function"
+        )
     optimizer._opt_called = True  # type: ignore[attr-defined]  # torch would miss a step of it
     for _ in range(_steps(scheduler)):
         alone.step()
     return alone
+
+
+def _defaults(scheduler: LRScheduler) -> dict[str, Any]:
+    return getattr(scheduler.optimizer, "defaults", {})  # an optimizer around another may lack it
 
 
 def _steps(scheduler: Any) -> int:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hookengine import OptimWrapper
 from hookengine_schedule.build import LENGTHS, Built, options_replaced
-from hookengine_schedule.groups import join, set_rate, with_own_groups
+from hookengine_schedule.groups import join, rescale, set_rate, with_own_groups
 from hookengine_schedule.warmup import Warmup
 
 
@@ -45,7 +45,7 @@ class Track:
             self.by_epoch = None  # per validation
         self.warmup: Warmup | None = None
         self._steps = optim_wrapper.steps  # at the end of the last epoch
-        self._initial = self._initial_rates()
+        self._take_in()
         self.replaced: list[str] = []
         # torch knows only the steps of this process, and would warn where a resume took none yet.
         optim_wrapper.optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -81,23 +81,34 @@ class Track:
         return f"{text}, warm-up over {self.warmup_steps} steps" if self.warmup_steps else text
 
     def fit(self) -> list[int]:
-        """Let parameter groups that were added to the optimizer follow; return their places."""
-        known, groups = len(self._initial), len(self.optim_wrapper.param_groups)
-        if groups == known:
+        """Let parameter groups that were added to the optimizer follow; return their places.
+
+        Raises:
+            ValueError: Groups were removed or replaced, or the scheduler cannot be extended.
+        """
+        groups, known = self.optim_wrapper.param_groups, self._parameters
+        if len(groups) == len(known) and groups[-1]["params"] is known[-1]:
             return []
-        if groups < known:
+        now = [group["params"] for group in groups]
+        if len(now) < len(known) or any(a is not b for a, b in zip(known, now, strict=False)):
             raise ValueError(
-                f"schedule: the optimizer {self.optim_wrapper.name!r} had {known} parameter groups "
-                f"and now has {groups}. Keep the groups; to stop training some parameters, use "
-                "requires_grad_(False)"
+                f"schedule: a parameter group was removed from the optimizer "
+                f"{self.optim_wrapper.name!r}. Keep the groups, in their order; to stop training "
+                "some parameters, use requires_grad_(False)"
             )
-        self._join(range(known, groups))
-        return [*range(known, groups)]
+        places = [*range(len(known), len(groups))]
+        self._join(places)
+        return places
 
     def follow_initial_rates(self) -> None:
         """Compute the learning rates of the groups whose ``initial_lr`` was changed."""
-        now = self._initial_rates()
-        self._join([i for i, known in enumerate(self._initial) if known != now[i]])
+        pairs = zip(self._initial, self._initial_rates(), strict=True)
+        changed = [(i, known, now) for i, (known, now) in enumerate(pairs) if known != now]
+        if self._build is None:
+            for index, known, now in changed:
+                if known and now:
+                    rescale(self.scheduler, index, now / known)
+        self._join([index for index, *_ in changed])
 
     def _join(self, places: Iterable[int], adopt: bool = True) -> None:
         """Let the parameter groups at these places follow as if they had from the start."""
@@ -107,9 +118,13 @@ class Track:
             join(self.scheduler, index, again, adopt)
             if self.warmup is not None and adopt:
                 self.warmup.set_base(index, float(groups[index]["lr"]))
-        self._initial = self._initial_rates()
+        self._take_in()
         if self.warmup is not None and adopt:
             self.warmup.apply()
+
+    def _take_in(self) -> None:
+        self._initial = self._initial_rates()
+        self._parameters = [group["params"] for group in self.optim_wrapper.param_groups]
 
     def _initial_rates(self) -> list[float | None]:
         rates = [group.get("initial_lr") for group in self.optim_wrapper.param_groups]
@@ -202,7 +217,12 @@ class Track:
         )
         self.warmup = None
         if state["warmup"]:
-            self.warmup = Warmup.from_state_dict(self.optim_wrapper.optimizer, state["warmup"])
+            # A resume may start the optimizer over, with other groups.
+            saved, rates = state["warmup"], self.optim_wrapper.get_lr()
+            base = [*saved["base"][: len(rates)], *rates[len(saved["base"]) :]]
+            self.warmup = Warmup.from_state_dict(
+                self.optim_wrapper.optimizer, {**saved, "base": base}
+            )
         self._steps = state["steps"]
 
     def _replaced(self, saved: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:

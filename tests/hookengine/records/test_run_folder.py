@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from hookengine_logging.replay import main as replay_past
 from hookengine_report.runs import find_runs
 
 from hookengine import Plugin, RunFolder, Runner, read_records
@@ -176,4 +178,7 @@ def test_the_home_folder_is_meant_by_a_tilde_everywhere(
     ]
     for given in several:
         make(**{**options, "name": None}, **given)
+    with pytest.raises(typer.Exit) as ended:
+        replay_past(Path("~/runs/a"), ["report"])
+    assert ended.value.exit_code == 0
     assert not (tmp_path / "~").exists()

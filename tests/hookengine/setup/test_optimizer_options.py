@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hookengine import BaseModel, OptimWrapper, OptimWrapperDict
+from hookengine import BaseModel, OptimWrapper, OptimWrapperDict, Plugin
 from tests.fixtures import MakeRunner, Toy
 
 
@@ -201,3 +201,90 @@ def test_an_optimizer_that_starts_over_replaces_nothing(
     runner.load_state_dict(state, allow=["optimizer"])
     assert "instead of" not in caplog.text
     assert runner.optim_wrapper.param_groups[0]["eps"] == 1e-6
+
+
+def test_an_added_group_whose_options_a_hook_has_changed(make: MakeRunner, resume: Any) -> None:
+    def options(lr: float, **changes: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Toy()
+        optimizer = torch.optim.SGD([model.net.weight], lr=0.1)
+
+        class Adding(Plugin):
+            def before_train_epoch(self, runner: Any) -> None:
+                if runner.progress.epoch == 1:
+                    optimizer.add_param_group(dict(params=[model.net.bias], lr=lr))
+
+            def before_load_checkpoint(self, checkpoint: Any) -> None:
+                optimizer.add_param_group(dict(params=[model.net.bias], lr=lr))
+
+            def after_train_epoch(self, runner: Any) -> None:
+                for group in runner.optim_wrapper.param_groups:
+                    group["lr"] /= 2
+
+        return dict(model=model, optim_wrapper=optimizer, plugins=[Adding()])
+
+    state = trained(make, **options(0.01))
+    assert resume(state, **options(0.01))[1] == ""
+    assert (
+        "in group 1: lr 0.005 from the checkpoint, instead of 0.02"
+        in resume(state, **options(0.02))[1]
+    )
+
+
+def test_a_momentum_that_a_schedule_replaces_is_not_said(make: MakeRunner, resume: Any) -> None:
+    def options(momentum: float) -> dict[str, Any]:
+        schedule = dict(type="schedule", scheduler=dict(type="OneCycleLR", max_lr=0.2))
+        optimizer = dict(type="SGD", lr=0.1, momentum=momentum)
+        return dict(plugins=[schedule], optim_wrapper=dict(optimizer=optimizer))
+
+    assert resume(trained(make, **options(0.9)), **options(0.8))[1] == ""
+
+
+def test_a_rate_in_single_precision_is_the_same_rate(make: MakeRunner, resume: Any) -> None:
+    assert resume(trained(make, **adam(lr=0.001)), **adam(lr=torch.tensor(0.001)))[1] == ""
+
+
+def test_tensors_among_the_options_are_described_briefly(make: MakeRunner) -> None:
+    runner = make(**adam(dict(mask=torch.ones(1000), hint=torch.ones(2, device="meta"))))
+    (given,) = runner.state_dict()["meta"]["optimizers"]["optimizer"]["given"]
+    assert len(str(given)) < 1000
+
+
+def test_a_wrapper_with_a_state_of_its_own_kind_resumes(make: MakeRunner) -> None:
+    class Own(OptimWrapper):
+        def state_dict(self) -> dict[str, Any]:
+            return {"inner": super().state_dict(), "factor": 1.0}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            super().load_state_dict(state["inner"])
+
+    def options() -> dict[str, Any]:
+        given = adam()
+        return dict(given, optim_wrapper=Own(given["optim_wrapper"]))
+
+    runner = make(**options())
+    runner.load_state_dict(trained(make, **options()))
+    assert len(runner.optim_wrapper.optimizer.state) == 2
+    parts = adam({}, {})
+    other = make(**{**parts, "optim_wrapper": Own(parts["optim_wrapper"])})
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] parameters here, of \[2\]"):
+        other.load_state_dict(runner.state_dict())
+
+
+def test_an_optimizer_around_another_needs_no_defaults(make: MakeRunner) -> None:
+    class Around(torch.optim.Optimizer):
+        def __init__(self, base: Any) -> None:
+            self.base = base
+            self.param_groups, self.state = base.param_groups, base.state
+
+        def step(self, closure: Any = None) -> Any:
+            return self.base.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.base.zero_grad(set_to_none)
+
+    parts = adam()
+    runner = make(**{**parts, "optim_wrapper": Around(parts["optim_wrapper"])})
+    before = runner.bare_model.net.weight.clone()
+    runner.train()
+    assert not torch.equal(runner.bare_model.net.weight, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -345,7 +346,12 @@ UNSAVABLE: dict[str, Any] = {
     "a date": np.datetime64("2020-01-01"),
     "a generator": (i for i in range(3)),
     "a range": range(3),
+    "a tensor without values": torch.ones(2, device="meta"),
+    "a parameter without a shape": torch.nn.UninitializedParameter(),
 }
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch calls them a prototype
+    UNSAVABLE["a nested tensor"] = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
 @pytest.mark.parametrize("kind", UNSAVABLE)

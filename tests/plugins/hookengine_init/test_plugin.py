@@ -247,6 +247,25 @@ def test_init_weights_of_modules_of_others_is_called_only_if_asked_for(
         assert (listed in text) == called
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_what_an_init_cfg_around_it_has_redrawn_is_said_at_any_depth(
+    make: MakeRunner, capsys: pytest.CaptureFixture[str], depth: int
+) -> None:
+    model: Any = Net(dict(type="Normal", layer="Linear"))
+    backbone: Any = LikeTimm()
+    before = backbone.stem.weight.clone()
+    name = "backbone" + ".0" * depth
+    for _ in range(depth):
+        backbone = nn.Sequential(backbone)
+    model.backbone = backbone
+    make(model=model, defaults=("init", "logging"))
+    found = dict(model.named_modules())[name]
+    assert not torch.equal(found.stem.weight, before)
+    printed = capsys.readouterr().out
+    assert f"an init_cfg around '{name}'" in printed
+    assert f"keep=('{name}',)" in printed
+
+
 def test_init_weights_that_needs_arguments_is_an_error_only_if_it_is_asked_for(
     make: MakeRunner,
 ) -> None:

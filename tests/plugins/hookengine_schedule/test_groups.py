@@ -56,7 +56,7 @@ class Adding(Plugin):
             self.add(runner)
 
     def before_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["progress"]["iter"] > self.at:
+        if 0 <= self.at < checkpoint["progress"]["iter"]:
             self.add(runner)
 
     def before_optim_step(self, optim_wrapper: Any) -> None:
@@ -229,23 +229,166 @@ def test_a_scheduler_that_the_script_extends_itself_is_left_alone(make: MakeRunn
     assert [known[1] for known in adding.seen[3:6]] == [0.02, 0.01, 0.005]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize(
     "plugin",
-    [
-        dict(type="schedule", scheduler="CosineAnnealingLR"),
-        dict(type="swa", begin=1, lr=0.05),
-    ],
+    [dict(type="schedule", scheduler="CosineAnnealingLR"), dict(type="swa", begin=1, lr=0.05)],
+    ids=["schedule", "swa"],
 )
-def test_a_group_that_is_removed_is_named(make: MakeRunner, plugin: Any) -> None:
-    runner = build(make, Adding(-1), plugin)
+def test_a_group_that_is_removed_is_an_error(make: MakeRunner, plugin: Any, replaced: bool) -> None:
+    if replaced and plugin["type"] == "swa":
+        return  # the same rate is right for the other group
+    adding = Adding(-1)
+    runner = build(make, adding, plugin)
 
     @runner.on("after_train_epoch", after="*")
     def remove(runner: Any) -> None:
         if runner.progress.epoch == 2:
             del runner.optim_wrapper.param_groups[1]
+            if replaced:
+                adding.add(runner)
 
-    with pytest.raises(ValueError, match=r"had 2 parameter groups and now has 1.*requires_grad_"):
+    with pytest.raises(ValueError, match=r"parameter group.*Keep the groups.*requires_grad_"):
         runner.train()
+
+
+def test_a_group_that_is_added_right_before_the_step_follows_at_once(make: MakeRunner) -> None:
+    expected = rates(make, -1, Schedule(**SCHEDULES["cosine"]))
+
+    class Late(Adding):
+        def before_train_iter(self, runner: Any) -> None: ...
+
+        def before_optim_step(self, runner: Any) -> None:  # type: ignore[override]
+            if runner.progress.step == self.at:
+                self.add(runner)
+
+        def optim_step(self, optim_wrapper: Any) -> None:
+            self.seen.append(optim_wrapper.get_lr())
+
+    late = Late(7)  # type: ignore[call-arg, arg-type]
+    build(make, late, Schedule(**SCHEDULES["cosine"])).train()
+    assert late.seen[7:] == expected[7:]
+
+
+def test_a_group_that_shares_a_tensor_with_another_gets_a_rate_of_its_own(
+    make: MakeRunner,
+) -> None:
+    """The optimizer gives its default tensor to all groups without a learning rate."""
+
+    def run(lr: Any, plugin: dict[str, Any]) -> list[list[float]]:
+        torch.manual_seed(0)
+        model = Toy()
+        adding = Adding(10)
+        optimizer = torch.optim.SGD([model.net.weight], lr=lr)
+        adding.add = lambda runner: optimizer.add_param_group(  # type: ignore[method-assign]
+            dict(params=[model.net.bias])
+        )
+        make(
+            model=model,
+            optim_wrapper=optimizer,
+            plugins=[adding, plugin],
+            train_cfg=dict(max_epochs=4),
+        ).train()
+        return adding.seen
+
+    for plugin in (
+        dict(type="schedule", **SCHEDULES["cosine"]),
+        dict(type="schedule", **SCHEDULES["polynomial"]),
+        dict(type="swa", begin=1, lr=0.05, anneal_epochs=2),
+    ):
+        numbers = run(0.1, plugin)
+        assert run(torch.tensor(0.1), plugin) == [pytest.approx(n, rel=1e-5) for n in numbers]
+
+
+def test_a_function_that_returns_the_same_scheduler_is_refused(make: MakeRunner) -> None:
+    made: list[Any] = []
+
+    def same(optimizer: Any) -> Any:
+        if not made:
+            made.append(lr_scheduler.StepLR(optimizer, 2))
+        return made[0]
+
+    with pytest.raises(ValueError, match="a new scheduler in each call"):
+        build(make, Adding(6), Schedule(scheduler=same)).train()
+
+
+class Floors(lr_scheduler.LRScheduler):
+    """Keeps a value per group under a name of its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.floors = [group["lr"] / 10 for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [max(f, b * 0.9**self.last_epoch) for f, b in zip(self.floors, self.base_lrs)]  # noqa: B905
+
+
+class Halving(lr_scheduler.LRScheduler):
+    """Needs only what torch keeps of each group."""
+
+    def get_lr(self) -> Any:
+        return [base * 0.5**self.last_epoch for base in self.base_lrs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(scheduler=dict(type=Floors)),
+        dict(scheduler=dict(type="ReduceLROnPlateau", min_lr=[0.0]), metric="accuracy"),
+    ],
+)
+def test_a_scheduler_with_values_per_group_of_its_own_is_refused(
+    make: MakeRunner, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="parameter group 1 was added, and cannot be extended"):
+        build(make, Adding(6), Schedule(**options)).train()
+
+
+def test_a_schedulers_subclass_is_extended(make: MakeRunner) -> None:
+    options: dict[str, Any] = dict(scheduler=dict(type=Halving))
+    assert rates(make, 12, Schedule(**options))[12:] == rates(make, -1, Schedule(**options))[12:]
+
+
+@pytest.mark.parametrize("groups", [(1, 2), (2, 1)])
+def test_an_optimizer_that_starts_over_during_the_warm_up(
+    make: MakeRunner, groups: tuple[int, int]
+) -> None:
+    schedule = dict(type="schedule", scheduler="CosineAnnealingLR", warmup=15)
+    first, second = (Adding(-1 if number == 2 else 99) for number in groups)
+    straight = Adding(second.at)
+    build(make, straight, schedule).train()
+    runner = build(make, first, schedule)
+    stop_at(runner, 8)
+    runner.train()
+    again = build(make, second, schedule)
+    again.load_state_dict(runner.state_dict(), allow=["optimizer"])
+    again.train()
+    assert second.seen == [pytest.approx(known) for known in straight.seen[8:]]
+
+
+@pytest.mark.parametrize("warmup", [0, 12])
+def test_another_initial_rate_takes_effect_with_an_instance_too(
+    make: MakeRunner, warmup: int
+) -> None:
+    def run(created: bool, state: Any = None) -> Any:
+        def scheduler(optimizer: Any) -> Any:
+            return lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
+
+        optimizer = build(make, Adding(99)).optim_wrapper.optimizer
+        given = scheduler(optimizer) if created else scheduler
+        seen = Adding(99)
+        schedule = Schedule(scheduler=given, warmup=warmup, by_epoch=True)
+        runner = build(make, seen, schedule, optimizer=optimizer)
+        if state is None:
+            stop_at(runner, 8)
+        else:
+            runner.load_state_dict(state)
+            runner.optim_wrapper.param_groups[0].update(lr=0.03, initial_lr=0.03)
+        runner.train()
+        return seen.seen, runner.state_dict()
+
+    seen = [run(created, run(created)[1])[0] for created in (False, True)]
+    assert seen[1] == [pytest.approx(known) for known in seen[0]]
 
 
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor(make: MakeRunner) -> None:
