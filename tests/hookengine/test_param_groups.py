@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def test_an_added_group_starts_without_the_gradients_of_earlier_iterations() -> 
     batch = torch.ones(3, 2)
     for _ in range(3):
         wrapper.update_params(model(batch).square().mean())
-    first = model[0].weight
+    first: Any = model[0].weight
     wrapper.optimizer.add_param_group(dict(params=[*model[0].parameters()], lr=0.5))
     (expected,) = torch.autograd.grad(model(batch).square().mean(), first)
     before = first.detach().clone()
@@ -39,7 +41,7 @@ def test_an_added_group_starts_without_the_gradients_of_earlier_iterations() -> 
 
 
 def test_gradients_that_the_script_computed_first_are_kept() -> None:
-    layer = nn.Linear(2, 2)
+    layer: Any = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     wrapper = OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1))
     wrapper.backward(layer(torch.ones(1, 2)).sum())
