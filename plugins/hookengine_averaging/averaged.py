@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from abc import abstractmethod
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hookengine_averaging.copies import copy_model
 from hookengine_averaging.match import buffers_of, is_continuous, parameters_of
 from hookengine_averaging.pairs import Pairs
 from hookengine_averaging.precise import PreciseValues, wide
@@ -44,8 +44,9 @@ class BaseAveragedModel(nn.Module):
         steps: The number of updates so far, an int64 scalar tensor; part of the state.
 
     Raises:
-        ValueError: ``interval`` is less than 1, or a layer of the model is lazy and has not been
-            called yet.
+        ValueError: ``interval`` is less than 1, a layer of the model is lazy and has not been
+            called yet, or a function that was set on the model uses its layers in a way that the
+            copy cannot follow.
     """
 
     steps: Tensor
@@ -66,7 +67,7 @@ class BaseAveragedModel(nn.Module):
                     f"{name} has no shape yet, because its layer is lazy, and cannot be averaged. "
                     "Run one batch through the model before it is copied or passed to the Runner"
                 )
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copy_model(model).requires_grad_(False)
         if device is not None:
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
