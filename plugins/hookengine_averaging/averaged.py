@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from abc import abstractmethod
@@ -13,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookengine_averaging.match import buffers_of, is_continuous, parameters_of
+from hookengine_averaging.copies import copy_model
+from hookengine_averaging.dtypes import Dtypes
+from hookengine_averaging.match import (
+    buffers_of,
+    is_averaged_buffer,
+    is_continuous,
+    parameters_of,
+)
 from hookengine_averaging.pairs import Pairs
 from hookengine_averaging.precise import PreciseValues, wide
 
@@ -31,21 +37,25 @@ class BaseAveragedModel(nn.Module):
     copy holds the averages in the model's dtype, so it is called as the model is. ``state_dict``
     has them in float32. A state with lower precision can be loaded.
 
+    Where the model changes the dtype of a tensor later, so does the copy, unless you have converted
+    the copy to a dtype of your choice.
+
     Args:
         model: The model to average; it is copied.
         interval: The number of updates from one average to the next.
         device: The device of the copy; by default the model's.
         update_buffers: Average the floating-point buffers too, instead of copying them. Integer
-            buffers (``num_batches_tracked``) are always copied. Buffers outside the state dict
-            (``persistent=False``) are neither: the copy keeps and computes its own.
+            (``num_batches_tracked``) and sparse buffers are always copied. Buffers outside the
+            state dict (``persistent=False``) are neither: the copy keeps and computes its own.
 
     Attributes:
         module: The averaged copy; its parameters require no gradient.
         steps: The number of updates so far, an int64 scalar tensor; part of the state.
 
     Raises:
-        ValueError: ``interval`` is less than 1, or a layer of the model is lazy and has not been
-            called yet.
+        ValueError: ``interval`` is less than 1, a layer of the model is lazy and has not been
+            called yet, or a function that was set on the model uses its layers in a way that the
+            copy cannot follow.
     """
 
     steps: Tensor
@@ -66,7 +76,7 @@ class BaseAveragedModel(nn.Module):
                     f"{name} has no shape yet, because its layer is lazy, and cannot be averaged. "
                     "Run one batch through the model before it is copied or passed to the Runner"
                 )
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copy_model(model).requires_grad_(False)
         if device is not None:
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
@@ -74,6 +84,7 @@ class BaseAveragedModel(nn.Module):
         self.update_buffers = update_buffers
         self._pairs: Pairs | None = None
         self._precise = PreciseValues()
+        self._dtypes = Dtypes()
         self._counter = _Counter()
         self.register_state_dict_post_hook(_add_precise_values)  # type: ignore[no-untyped-call]
 
@@ -102,7 +113,8 @@ class BaseAveragedModel(nn.Module):
             ValueError: Its parameters or buffers have other names or shapes; nothing is changed.
         """
         pairs = self._pairs
-        if pairs is None or not pairs.are_of(model):
+        # Where a changed dtype would not raise, each tensor is looked at in any case.
+        if pairs is None or not pairs.are_of(model, not pairs.alike or not self._lerps()):
             self._pairs = None  # if the next line raises, it raises at the next update, too
             pairs = self._pairs = self._pair(model)
         counter = self._counter
@@ -116,6 +128,8 @@ class BaseAveragedModel(nn.Module):
                     for averages, sources in pairs.groups():
                         self._average(averages, sources, done)
                     pairs.store()
+                    if self._pairs is None:
+                        pairs = self._pairs = self._pair(model)
                 try:
                     pairs.copy_rest()
                 except RuntimeError:  # a buffer has got another shape in place
@@ -126,14 +140,26 @@ class BaseAveragedModel(nn.Module):
 
     def _pair(self, model: nn.Module) -> Pairs:
         with torch.no_grad():
-            return Pairs(self.module, model, self.update_buffers, self._precise)
+            return Pairs(self.module, model, self.update_buffers, self._precise, self._dtypes)
 
     def _average(self, averaged: list[Tensor], sources: list[Tensor], steps: int) -> None:
-        if self._lerps():
-            torch._foreach_lerp_(averaged, sources, self._lerp_weight(steps))
+        if not self._lerps():
+            for average, source in zip(averaged, sources, strict=True):
+                self.avg_func(average, source, steps)
             return
-        for average, source in zip(averaged, sources, strict=True):
-            self.avg_func(average, source, steps)
+        weight = self._lerp_weight(steps)
+        try:
+            torch._foreach_lerp_(averaged, sources, weight)
+        except RuntimeError:
+            # The model has changed a dtype or device. torch has averaged the tensors before it.
+            both = [*zip(averaged, sources, strict=True)]
+            alike = [a.dtype == s.dtype and a.device == s.device for a, s in both]
+            if all(alike):
+                raise
+            begin = alike.index(False)
+            converted = [source.to(average) for average, source in both[begin:]]
+            torch._foreach_lerp_(averaged[begin:], converted, weight)
+            self._pairs = None
 
     def _lerp_weight(self, steps: int) -> float:
         """Return the weight of the model's value, if the average is a linear interpolation."""
@@ -165,15 +191,12 @@ class BaseAveragedModel(nn.Module):
 
         ``Pairs`` uses the first name of each.
         """
-        slots = parameters_of(self.module)
+        found = {n: s.tensor for n, s in parameters_of(self.module).items()}
+        averages = {n: t for n, t in found.items() if t is not None and is_continuous(t)}
         if self.update_buffers:
-            slots |= buffers_of(self.module)
-        tensors = {name: slot.tensor for name, slot in slots.items()}
-        return {
-            name: tensor
-            for name, tensor in tensors.items()
-            if tensor is not None and is_continuous(tensor)
-        }
+            held = {n: s.tensor for n, s in buffers_of(self.module).items()}
+            averages |= {n: b for n, b in held.items() if b is not None and is_averaged_buffer(b)}
+        return averages
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._pairs = None  # moving a module replaces its buffers
@@ -193,7 +216,7 @@ class BaseAveragedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_pairs": None, "_counter": _Counter()}
+        return {**state, "_pairs": None, "_dtypes": Dtypes(), "_counter": _Counter()}
 
 
 def _add_precise_values(

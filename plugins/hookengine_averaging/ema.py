@@ -18,6 +18,7 @@ from hookengine_averaging.averaged import (
     MomentumAnnealingEMA,
 )
 from hookengine_averaging.export import export_weights
+from hookengine_averaging.span import steps_left
 
 MOMENTUM = 0.0002
 DOMINATED = 0.5
@@ -166,7 +167,10 @@ class Ema(Plugin, name="ema"):
     def _warn_of_start(self, runner: Runner) -> None:
         """Warn once if the evaluated average is still close to the weights that it began with."""
         averaged, updates = self.averaged, self._updates
-        planned = updates + _updates_left(runner)
+        left = _updates_left(runner)
+        if left is None:
+            return
+        planned = updates + left
         now = averaged._weight_of_start(updates)
         end = averaged._weight_of_start(planned)
         if now is None or end is None or now <= DOMINATED:
@@ -186,9 +190,10 @@ class Ema(Plugin, name="ema"):
         gamma = "" if type(averaged) is not ExponentialMovingAverage else ", or gamma=10, which"
         gamma = gamma and f"{gamma} starts with a larger momentum"
         given = getattr(averaged, "momentum", None)
+        about = "about " if left and runner.progress.epoch_length is None else ""
         runner.logger.warning(
-            f"{text}, because momentum={given} is small for a run of {planned} updates: the "
-            f"metrics are nearly those of the start. Use momentum={momentum:.1g}{gamma}"
+            f"{text}, because momentum={given} is small for a run of {about}{planned} updates: "
+            f"the metrics are nearly those of the start. Use momentum={momentum:.1g}{gamma}"
         )
 
     def before_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -248,13 +253,12 @@ class Ema(Plugin, name="ema"):
         self._loaded = True
 
 
-def _updates_left(runner: Runner) -> int:
-    """Return how many updates the run will still have, as far as its length is known."""
-    progress, wrappers = runner.progress, runner.optim_wrappers.values()
-    if progress.max_iters is None or not wrappers:
+def _updates_left(runner: Runner) -> int | None:
+    """Return how many updates the run will still have, or None if that is unknown."""
+    wrappers = runner.optim_wrappers.values()
+    if not wrappers:
         return 0
-    left = max(progress.max_iters - progress.iter, 0)
-    return left // min(wrapper.window_length for wrapper in wrappers)
+    return steps_left(runner.progress, min(wrapper.window_length for wrapper in wrappers))
 
 
 def _steps(runner: Runner) -> int:

@@ -127,13 +127,25 @@ def pair(matches: Mapping[str, Match]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def is_continuous(tensor: Tensor) -> bool:
-    """Return whether a tensor can be averaged: whether it holds real or complex numbers."""
+    """Return whether a tensor holds real or complex numbers, so that it can be averaged."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_averaged_buffer(buffer: Tensor) -> bool:
+    """Return whether a buffer can be averaged; torch cannot interpolate sparse tensors."""
+    return is_continuous(buffer) and buffer.layout == torch.strided
+
+
+def are_alike(average: Tensor, source: Tensor) -> bool:
+    """Return whether both tensors hold real numbers, or both complex ones."""
+    continuous = is_continuous(average) and is_continuous(source)
+    return continuous and average.is_complex() == source.is_complex()
 
 
 def _fits(average: Any, source: Any) -> bool:
     """Return whether the copy's tensor can take the values of the model's."""
     if average is None or source is None or average.shape != source.shape:
         return False
-    alike = is_continuous(average) and average.is_complex() == source.is_complex()
-    return average.dtype == source.dtype or (alike and is_continuous(source))
+    if average.layout != source.layout:
+        return False
+    return average.dtype == source.dtype or are_alike(average, source)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from hookengine_averaging.changes import Tree
-from hookengine_averaging.match import buffers_of, is_continuous, match, pair, parameters_of
+from hookengine_averaging.dtypes import Dtypes
+from hookengine_averaging.match import (
+    buffers_of,
+    is_averaged_buffer,
+    is_continuous,
+    match,
+    pair,
+    parameters_of,
+)
 from hookengine_averaging.precise import PreciseValues, local
 
 WHOLE_CHECK = 100
@@ -27,6 +35,10 @@ class Pairs:
         model: The model.
         average_buffers: Also average the floating-point buffers.
         precise: The averages of tensors with a low precision.
+        dtypes: The dtypes of the model's tensors at the last time.
+
+    Attributes:
+        alike: Whether each average has the device and the dtype of the model's value.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -34,7 +46,12 @@ class Pairs:
     """
 
     def __init__(
-        self, module: nn.Module, model: nn.Module, average_buffers: bool, precise: PreciseValues
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        average_buffers: bool,
+        precise: PreciseValues,
+        dtypes: Dtypes,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a model, an nn.Module; got {type(model).__name__}")
@@ -43,7 +60,9 @@ class Pairs:
         self._precise = precise
         parameters = match("parameter", parameters_of(module), parameters_of(model))
         buffers = match("buffer", buffers_of(module), buffers_of(model))
-        pairs = pair({**parameters, **buffers})
+        matches = {**parameters, **buffers}
+        dtypes.follow(model, matches, matches if average_buffers else parameters, precise)
+        pairs = pair(matches)
         self._trees = Tree(module), Tree(model)
         self._averages: list[Tensor] = []
         self._sources: list[Tensor] = []
@@ -51,7 +70,8 @@ class Pairs:
         self._averaged_buffers: list[tuple[Tensor, Tensor]] = []
         self._rounded: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (tensor, source) in pairs.items():
-            if not is_continuous(tensor) or (name in buffers and not average_buffers):
+            averaged_buffer = average_buffers and is_averaged_buffer(tensor)
+            if not (averaged_buffer if name in buffers else is_continuous(tensor)):
                 self._rest[0].append(tensor)
                 self._rest[1].append(source)
                 continue
@@ -63,12 +83,20 @@ class Pairs:
             self._averages.append(local(value))
             self._sources.append(local(source))
         both = zip(self._averages, self._sources, strict=True)
-        self._alike = all(a.device == s.device and a.dtype == s.dtype for a, s in both)
-        self._chunks = [] if self._alike else [*_chunks(self._averages, self._sources)]
+        self.alike = all(a.device == s.device and a.dtype == s.dtype for a, s in both)
+        self._chunks = [] if self.alike else [*_chunks(self._averages, self._sources)]
+        self._dtypes = [source.dtype for source in self._sources]
 
-    def are_of(self, model: nn.Module) -> bool:
-        """Return whether these are still the tensors of the copy and of ``model``."""
+    def are_of(self, model: nn.Module, closely: bool = False) -> bool:
+        """Return whether these are still the tensors of the copy and of ``model``.
+
+        Args:
+            model: The model.
+            closely: Also compare the dtype of each tensor, which takes longer.
+        """
         if model is not self._model or any(a.shape != s.shape for a, s in self._averaged_buffers):
+            return False
+        if closely and [source.dtype for source in self._sources] != self._dtypes:
             return False
         self._asked += 1
         told = any(tree.changed for tree in self._trees)
@@ -80,7 +108,7 @@ class Pairs:
         """Yield averages and the model's values, on the same device and of the same dtype."""
         if self._rounded:
             self._precise.refresh()
-        if self._alike:
+        if self.alike:
             yield self._averages, self._sources
             return
         for averages, sources in self._chunks:

@@ -112,3 +112,31 @@ class Clock:
         """Return the steps of an epoch, whose last window may be a short one."""
         length = self._progress.epoch_length
         return None if length is None or not self._window else math.ceil(length / self._window)
+
+
+def steps_left(progress: Progress, window: int) -> int | None:
+    """Return how many optimizer steps a run still has, or None if that is unknown.
+
+    A window of accumulated gradients ends with its epoch, and with the run. If the length of an
+    epoch is unknown, it counts as long as the finished epochs are on average.
+
+    Args:
+        progress: The counters of the run.
+        window: The number of iterations per optimizer step.
+    """
+    length, batch = progress.epoch_length, progress.batch
+    if length is None and progress.epoch:
+        length = max(round((progress.iter - batch) / progress.epoch), 1)
+    if progress.max_iters is not None:
+        left = progress.max_iters - progress.iter
+    elif progress.max_epochs is not None and length is not None:
+        left = (progress.max_epochs - progress.epoch) * length - batch
+    else:
+        return None
+    if left <= 0:
+        return 0
+    length = length or batch + left
+    ahead = batch + left  # counted from the start of this epoch
+    epochs, rest = divmod(ahead, length)
+    done = math.ceil(batch / window) if batch >= length else batch // window
+    return epochs * math.ceil(length / window) + math.ceil(rest / window) - done

@@ -95,6 +95,8 @@ class Swa(Plugin, name="swa"):
         self._timing = Timing(self.begin, self.interval)
         self._updates = 0
         self._ready = self._told = False
+        self._replacing: set[str] = set()  # plugins that have replaced a training batch
+        self._warned = False
         self._rates: dict[str, Rates] = {}
         self._pending: dict[str, Any] = {}
         self._loaded = False
@@ -186,6 +188,8 @@ class Swa(Plugin, name="swa"):
     def after_train_iter(self, runner: Runner) -> None:
         """Update the average between epochs; finish a run whose limit is in iterations."""
         progress = runner.progress
+        if (replacing := runner.hooks.replaced.get("before_train_iter")) is not None:
+            self._replacing.add(replacing)
         self._step_rates("iterations")
         ends = progress.max_epochs is None and progress.iter == progress.max_iters
         if not ends and self._timing.by_epoch:
@@ -281,6 +285,7 @@ class Swa(Plugin, name="swa"):
             found = dist.all_gather_objects(isinstance(batches, Iterator))
             if any(found):
                 return False
+            self._warn_of_replaced_batches(runner)
             if progress.epoch_length is None:
                 most = progress.iter  # it may have no end
         contexts = runner.hooks.forward_context(runner, model, None, "val")
@@ -300,6 +305,23 @@ class Swa(Plugin, name="swa"):
                 f"dataloader did not give its {expected} batches again"
             )
         return seen > 0
+
+    def _warn_of_replaced_batches(self, runner: Runner) -> None:
+        """Warn once if plugins have replaced training batches, which the statistics do not see.
+
+        The pass cannot emit ``before_train_iter``: other plugins count iterations in it.
+        """
+        if self._warned or not self._replacing:
+            return
+        self._warned = True
+        names = ", ".join(repr(name) for name in sorted(self._replacing))
+        runner.logger.warning(
+            "swa: the batch-norm statistics are of the batches as the training dataloader gives "
+            f"them, without what {names}, and any plugin before it, makes of them in "
+            "before_train_iter. If batches are changed like that for evaluation too (normalized, "
+            "for example), do so in the data preprocessor or the dataset, or call "
+            "runner.plugins['swa'].finish(runner, batches) with changed batches"
+        )
 
     def evaluated_models(self, runner: Runner) -> dict[str, nn.Module] | None:
         """Evaluate the averaged weights beside the raw ones, once they are ready."""

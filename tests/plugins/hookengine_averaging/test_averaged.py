@@ -290,7 +290,7 @@ def test_a_part_that_is_moved_is_found_again() -> None:
     averaged.update_parameters(plain)
     plain.double()
     averaged.update_parameters(plain)
-    assert averaged.module.weight.dtype == torch.float32
+    assert averaged.module.weight.dtype == torch.float64
 
 
 def test_what_is_no_model_is_answered() -> None:
@@ -694,13 +694,79 @@ def test_weights_that_are_no_longer_tied_keep_apart() -> None:
     assert not module[1].weight.requires_grad
 
 
-def test_a_buffer_of_another_device_or_precision_goes_into_the_copys() -> None:
-    def change(model: Any) -> None:
-        model.cache = torch.arange(4.0, dtype=torch.float64)
+def test_a_converted_copy_keeps_its_dtype_whatever_the_models_becomes() -> None:
+    model: Any = Caches(cache=torch.zeros(4))
+    averaged: Any = ExponentialMovingAverage(model)
+    averaged.module.double()
+    averaged.update_parameters(model)
+    model.cache = torch.arange(4.0, dtype=torch.bfloat16)
+    model.layer.bfloat16()
+    averaged.update_parameters(model)
+    assert averaged.module.layer.weight.dtype == averaged.module.cache.dtype == torch.float64
+    assert averaged.module.cache.tolist() == [0, 1, 2, 3]
 
-    module = after_two_updates(Caches(cache=torch.zeros(4)), change)
-    assert module.cache.dtype == torch.float32
-    assert module.cache.tolist() == [0, 1, 2, 3]
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_a_buffer_that_gets_another_dtype_does_so_in_the_copy(update_buffers: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
+    averaged: Any = ExponentialMovingAverage(model, momentum=0.5, update_buffers=update_buffers)
+    averaged.update_parameters(model)
+    model[1].float()
+    model[1].running_var.fill_(2e5)  # infinite in float16
+    averaged.update_parameters(model)
+    copied = averaged.module[1]
+    expected = 100000.5 if update_buffers else 2e5
+    assert copied.running_var.tolist() == averaged.state_dict()["module.1.running_var"].tolist()
+    assert copied.running_var.tolist() == [expected] * 2
+    assert copied.weight.dtype == torch.float32
+    assert averaged.module[0].weight.dtype == torch.float16
+
+
+def replace_the_data(model: Any) -> None:
+    model[1].running_mean.data = model[1].running_mean.data.double()
+
+
+def double_the_middle(model: Any) -> None:
+    model[1].double()
+
+
+def double_a_weight(model: Any) -> None:
+    model[1].weight.data = model[1].weight.data.double()
+
+
+@pytest.mark.parametrize("change", [replace_the_data, double_the_middle, double_a_weight])
+@pytest.mark.parametrize("kind", [*CLASSES, "own"])
+def test_a_dtype_that_changes_mid_run_changes_no_average(kind: str, change: Any) -> None:
+    """torch raises an error only after it has averaged the tensors before the changed one."""
+
+    class Own(BaseAveragedModel):
+        def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+            averaged_param.lerp_(source_param, 0.25)
+
+    build: Any = {**CLASSES, "own": Own}[kind]
+    changing, steady = net(), net()
+    averaged, other = (build(model, update_buffers=True) for model in (changing, steady))
+    history(other, steady, 5)
+    history(averaged, changing, 3)
+    change(changing)
+    for seed in (3, 4):
+        move(changing, seed)
+        averaged.update_parameters(changing)
+        dtypes = [value.dtype for value in averaged.module.state_dict().values()]
+        assert dtypes == [value.dtype for value in changing.state_dict().values()]
+    for name, value in other.module.state_dict().items():
+        torch.testing.assert_close(averaged.module.state_dict()[name].to(value.dtype), value)
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_a_sparse_buffer_is_copied(update_buffers: bool) -> None:
+    model: Any = Caches(cache=torch.eye(3).to_sparse())
+    averaged: Any = ExponentialMovingAverage(model, update_buffers=update_buffers)
+    for size in range(3):
+        model.cache = torch.diag(torch.tensor([1.0, size, 0])).to_sparse()
+        averaged.update_parameters(model)
+        assert torch.equal(averaged.module.cache.to_dense(), model.cache.to_dense())
+    assert averaged.state_dict()["module.cache"].is_sparse
 
 
 def test_a_new_buffer_of_the_state_dict_is_named_and_nothing_changes() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 from hookengine_averaging import Ema
+from hookengine_averaging.span import steps_left
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -673,15 +674,69 @@ def test_updates_count_over_the_whole_run(
     assert WARNING not in caplog.text
 
 
-def test_a_run_of_unknown_length_is_judged_by_its_updates_so_far(
+class Unsized:
+    """A dataloader whose length is unknown."""
+
+    def __iter__(self) -> Any:
+        return iter(DataLoader(toy_data(), batch_size=4))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_an_epoch_of_unknown_length_counts_as_long_as_those_before(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture, window: int
+) -> None:
+    def build(*plugins: Any) -> Any:
+        cfg = dict(max_epochs=4)
+        return make(plugins=plugins, train_dataloader=Unsized(), validate=True, train_cfg=cfg)
+
+    accumulate = dict(type="accumulate", steps=window)
+    runner = build("ema", accumulate)
+    runner.train()
+    updates = runner.plugins["ema"].averaged.steps.item()
+    assert updates == 4 * (5 if window == 1 else 3)
+    assert f"run of about {updates} updates" in caplog.text
+    caplog.clear()
+    build(Ema(momentum=0.15), accumulate).train()  # forgets its start, but not in the first epoch
+    assert WARNING not in caplog.text
+
+
+def test_the_end_of_an_epoch_closes_a_window_and_makes_an_update(
     make: MakeRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Unsized:
-        def __iter__(self) -> Any:
-            return iter(DataLoader(toy_data(), batch_size=4))
+    plugins = [dict(type="accumulate", steps=100), Ema(momentum=0.05)]
+    runner = make(plugins=plugins, train_cfg=dict(max_epochs=40), validate=True)
+    runner.train()
+    assert runner.plugins["ema"].averaged.steps == 40
+    assert WARNING not in caplog.text
 
-    make(plugins=["ema"], train_dataloader=Unsized(), validate=True).train()
-    assert "run of 5 updates" in caplog.text
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("limit", [dict(max_epochs=3), dict(max_iters=7)])
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_the_steps_that_are_left_are_those_that_follow(
+    make: MakeRunner, window: int, limit: Any, is_sized: bool
+) -> None:
+    counts: list[tuple[int | None, int]] = []
+
+    class Counts(Plugin):
+        def after_train_iter(self, runner: Runner) -> None:
+            self.count(runner)
+
+        def after_train_epoch(self, runner: Runner) -> None:
+            self.count(runner)
+
+        def count(self, runner: Runner) -> None:
+            # Within an epoch of unknown length, a window may end where the epoch turns out to end.
+            if is_sized or (runner.progress.batch == 0 and runner.progress.epoch):
+                counts.append((steps_left(runner.progress, window), runner.progress.step))
+
+    loader = DataLoader(toy_data(), batch_size=4) if is_sized else Unsized()
+    plugins = [dict(type="accumulate", steps=window), Counts()]
+    runner = make(plugins=plugins, train_dataloader=loader, train_cfg=limit)
+    if not is_sized and "max_epochs" in limit:
+        assert steps_left(runner.progress, window) is None
+    runner.train()
+    assert [left for left, _ in counts] == [runner.progress.step - step for _, step in counts]
 
 
 def test_an_avg_func_of_unknown_weight_is_not_warned_of(

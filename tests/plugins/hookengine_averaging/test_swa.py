@@ -666,6 +666,47 @@ def test_few_batches_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "the batch-norm statistics are of 2 batches only" in caplog.text
 
 
+class Shifts(Plugin, name="shifts"):
+    """Replaces every second training batch; ``mixup`` may leave some unchanged, too."""
+
+    def before_train_iter(self, batch_idx: int, data_batch: Any) -> Any:
+        return None if batch_idx % 2 else [data_batch[0] + 100, data_batch[1]]
+
+
+class Observes(Plugin, name="observes"):
+    """Only looks at the batches."""
+
+    def before_train_iter(self, data_batch: Any) -> None:
+        pass
+
+
+REPLACED = "without what 'shifts', and any plugin before it, makes of them in before_train_iter"
+
+
+@pytest.mark.parametrize(("plugin", "warnings"), [(Shifts(), 1), (Observes(), 0)])
+def test_statistics_without_what_a_plugin_makes_of_the_batches_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, plugin: Plugin, warnings: int
+) -> None:
+    runner = build(tmp_path, plugin, Swa(begin=1), epochs=2)
+    runner.train()
+    runner.plugins["swa"].finish(runner)
+    assert caplog.text.count(REPLACED) == warnings
+    norm = runner.plugins["swa"].averaged.module.net[1]
+    own = norm.running_mean.clone()
+    changed = [[inputs + 100, labels] for inputs, labels in loader()]
+    runner.plugins["swa"].finish(runner, changed)  # as the warning advises
+    assert not torch.allclose(norm.running_mean, own)
+    assert caplog.text.count(REPLACED) == warnings
+
+
+def test_replaced_batches_are_no_matter_without_statistics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 3)
+    build(tmp_path, Shifts(), Swa(begin=1), epochs=2, model=model, loss=F.cross_entropy).train()
+    assert "before_train_iter" not in caplog.text
+
+
 class Spare(Net):
     """Has batch norms that no batch passes through."""
 
