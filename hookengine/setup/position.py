@@ -23,7 +23,7 @@ def describe_position(runner: Runner) -> dict[str, Any]:
 
     Returns:
         ``samples`` of the epoch that all ranks together have used, or None if that is unknown;
-        ``used``, what the dataloader has counted instead on this rank, in batches that vary;
+        ``used``, what the dataloader has counted on this rank, if its batches or order are yours;
         ``ranks`` that share an order; ``batch_size`` of one rank, or None; ``order``, the class of
         the sampler that draws the order, and its ``length``. Empty if the Runner does not train.
     """
@@ -127,6 +127,8 @@ def resume_position(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, 
             f"{text}. Of the {used} samples that epoch {epoch + 1} has already trained on, some "
             "may be trained twice in it, and as many others not at all"
         )
+    elif used == now["samples"] and saved["batch_size"] == now["batch_size"]:
+        _compare_used(runner, saved, epoch, batch)
     return progress
 
 

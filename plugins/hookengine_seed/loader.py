@@ -142,11 +142,11 @@ class SeededLoader(Wrapped):
         return batch
 
     def used(self, epoch: int, batch: int) -> Mapping[str, Any] | None:
-        """Return what is in the batches before one of the current pass, if their sizes vary.
+        """Return what is in the batches before one of the current pass.
 
         Returns:
             ``samples``, their number, and ``indices``, a checksum, or None for an iterable dataset;
-            None if the pass has not begun or has batches of one size.
+            None if the pass has not begun, or if batches of one size come from torch's samplers.
         """
         if self._expected is not None and self._expected[:2] == (epoch, batch):
             return self._expected[2]
@@ -167,8 +167,9 @@ class SeededLoader(Wrapped):
         self._expected = epoch, batch, used, found
 
     def _record(self, epoch: int, start: int) -> Passed | None:
-        """Return the record of a training pass whose batches vary in size."""
-        if self.samples_per_batch is not None:
+        """Return the record of a training pass, unless its sizes and its order are known."""
+        known = all(_is_known(part) for part in samplers_of(self.loader))
+        if self.samples_per_batch is not None and known:
             return None
         expected, self._expected = self._expected, None
         found = expected[3] if expected and expected[:2] == (epoch, start) else None
@@ -280,6 +281,10 @@ class SeededLoader(Wrapped):
 def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
     for generator, state in zip(generators, states, strict=False):
         generator.set_state(state)
+
+
+def _is_known(sampler: Any) -> bool:
+    return type(sampler).__module__.startswith(("torch.", "hookengine"))
 
 
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:

@@ -14,6 +14,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
 )
@@ -372,6 +373,23 @@ def own(sizes: list[int], order: list[int] | None = None) -> Any:
     return DataLoader(numbered(sum(sizes)), batch_sampler=Batches(sizes, order))
 
 
+class Buckets(Sampler[int]):
+    """Batches of one size in an order that depends on a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(20, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+
+def buckets(seed: int) -> Any:
+    return DataLoader(numbered(20), batch_size=4, sampler=Buckets(seed))
+
+
 class Batched(IterableDataset[Any]):
     """A stream that makes its batches."""
 
@@ -397,6 +415,8 @@ SIZES = [4, 2, 6, 3, 5]
         (own(SIZES), own(SIZES, [*range(19, -1, -1)]), "hold other samples here"),
         (own(SIZES), own([2, 4, 6, 5, 3]), ""),  # the same samples in batches of other sizes
         (own(SIZES), own(SIZES), ""),
+        (buckets(1), buckets(2), "hold other samples here"),
+        (buckets(1), buckets(1), ""),
         (batched(SIZES), batched([1, 1, 1, 8, 9]), "hold 3 samples here, 12 in the checkpoint"),
         (batched(SIZES), batched(SIZES), ""),
     ],
