@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any, cast
 
 from hookengine import dist
-from hookengine.batches import batch_size
+from hookengine.batches import SampleCounter
 from hookengine.loop.data import is_seekable, length_of
 from hookengine.setup.dataloaders import copy_dataloader, samplers_of, samples_per_batch
 
@@ -23,6 +23,7 @@ def describe_position(runner: Runner) -> dict[str, Any]:
 
     Returns:
         ``samples`` of the epoch that all ranks together have used, or None if that is unknown;
+        ``used``, what the dataloader has counted on this rank, if its batches or order are yours;
         ``ranks`` that share an order; ``batch_size`` of one rank, or None; ``order``, the class of
         the sampler that draws the order, and its ``length``. Empty if the Runner does not train.
     """
@@ -40,12 +41,13 @@ def _describe(loop: TrainLoop, epoch: int, batch: int) -> dict[str, Any]:
     length = None if order is None else length_of(order)
     if loop.resumed_at is not None and loop.resumed_at[:2] == (epoch, batch):
         samples: int | None = loop.resumed_at[2]
-    elif (samples := _sample_at(loader, epoch, batch)) is not None:
+    elif (samples := _sample_at(loop, epoch, batch)) is not None:
         samples *= ranks
         if length is not None:  # ranks may have repeated some at the end
             samples = min(samples, length)
     return {
         "samples": samples,
+        "used": ask(epoch, batch) if callable(ask := getattr(loader, "used", None)) else None,
         "ranks": ranks,
         "batch_size": samples_per_batch(loader),
         "order": None if order is None else type(order).__name__,
@@ -60,13 +62,14 @@ def _samplers(loader: Any) -> list[Any]:
         return []
 
 
-def _sample_at(loader: Any, epoch: int, batch: int) -> int | None:
+def _sample_at(loop: TrainLoop, epoch: int, batch: int) -> int | None:
     """Return how many samples of this rank come before a batch, or None if that is unknown."""
+    loader: Any = loop.dataloader
     if callable(ask := getattr(loader, "sample_at", None)):
         samples: int | None = ask(epoch, batch)
         return samples
     if isinstance(loader, (list, tuple)):
-        sizes = _sizes(loader)
+        sizes = _sizes(loader, loop.runner)
         return None if sizes is None else sum(sizes[:batch])
     size = samples_per_batch(loader)
     if size is None:
@@ -80,12 +83,12 @@ def _samples_of_rank(loader: Any) -> int | None:
     return length_of(loader.sampler) if _samplers(loader) else None
 
 
-def _sizes(batches: list[Any] | tuple[Any, ...]) -> list[int] | None:
+def _sizes(batches: list[Any] | tuple[Any, ...], runner: Runner) -> list[int] | None:
     """Return the samples in each batch of a list, or None if they are unknown."""
     if dist.get_world_size() > 1:  # the sizes on other ranks may differ
         return None
     try:
-        return [batch_size(batch) for batch in batches]
+        return [*map(SampleCounter(batches, runner.bare_model), batches)]
     except (TypeError, ValueError):
         return None
 
@@ -124,6 +127,8 @@ def resume_position(runner: Runner, checkpoint: Mapping[str, Any]) -> dict[str, 
             f"{text}. Of the {used} samples that epoch {epoch + 1} has already trained on, some "
             "may be trained twice in it, and as many others not at all"
         )
+    elif used == now["samples"] and saved["batch_size"] == now["batch_size"]:
+        _compare_used(runner, saved, epoch, batch)
     return progress
 
 
@@ -178,7 +183,7 @@ class _Place:
             if batch is not None:
                 return batch, 0
         if isinstance(loader, (list, tuple)):
-            return _in_list(_sizes(loader) or [], sample)
+            return _in_list(_sizes(loader, self._runner) or [], sample)
         length = _samples_of_rank(loader)
         if length is not None and sample >= length:
             return len(loader), 0
@@ -272,6 +277,38 @@ def _another_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ""
 
 
+def _compare_used(runner: Runner, saved: Mapping[str, Any], epoch: int, batch: int) -> None:
+    """Let the dataloader compare the batches that it leaves out with those that were trained.
+
+    Those of the checkpoint are batches of rank 0. There may be as many batches here, but of other
+    sizes, or in another order.
+    """
+    assert runner.train_loop is not None
+    expect = getattr(runner.train_loop.dataloader, "expect", None)
+    used, logger = saved.get("used"), runner.logger
+    if used is None or not callable(expect) or dist.get_rank() != 0:
+        return
+
+    def warn(here: Mapping[str, Any] | None) -> None:
+        start = (
+            f"the first {batch} batches of epoch {epoch + 1}, which the run has trained on, hold"
+        )
+        if here is None or here == used:
+            return
+        if here["samples"] != used["samples"]:
+            text = f"{start} {here['samples']} samples here, {used['samples']} in the checkpoint"
+        elif None in (here["indices"], used["indices"]):
+            return
+        else:
+            text = f"{start} other samples here than in the checkpoint"
+        logger.warning(
+            f"{text}. Samples of this epoch may be trained twice or not at all. The same batches, "
+            "or a checkpoint at the end of an epoch, resume exactly"
+        )
+
+    expect(epoch, batch, used, warn)
+
+
 def _by_batches(
     runner: Runner, meta: Mapping[str, Any], now: Mapping[str, Any], epoch: int, batch: int
 ) -> int:
@@ -287,6 +324,7 @@ def _by_batches(
         same = same and all(saved[kind] == now[kind] for kind in kinds)
         same = same and (saved["samples"] is None) == (now["samples"] is None)
     if same:
+        _compare_used(runner, saved or {}, epoch, batch)
         return batch
     start = batch
     if then and length:

@@ -52,7 +52,9 @@ class EarlyStop(Plugin, name="early_stop"):
         self._best = -math.inf
         self._read = MonitoredMetric(self.metric, "early_stop")
         self._waited = 0
-        self._stopped = False  # for a reason other than patience
+        self._values: list[float] = []  # of the validations since the best one
+        self._reason: str | None = None  # why training is to stop after the last validation
+        self._before: str | None = None  # why the resumed run had stopped
         self._asked = False  # this process has requested a stop
         self._another: str | None = None  # what was monitored before a resume
         if runner.train_cfg is not None and runner.val_cfg is None:
@@ -69,14 +71,26 @@ class EarlyStop(Plugin, name="early_stop"):
                 f"{self._monitored()}: the patience starts over"
             )
             self._another = None
-        ended = self._stopped or self._waited >= self.patience
-        if ended and self._asked:
-            self._waited, self._stopped = 0, False
-        elif ended:
-            reason = "early_stop: the run had stopped here before it was resumed"
+        before, self._before = self._before, None
+        if self._reason is None:
+            if before:
+                runner.logger.info(
+                    f"early_stop: the run had stopped here because {before}. With the options of "
+                    "this run, it continues"
+                )
+        elif self._asked:
+            self._start_over()
+        else:
+            if before:
+                reason = "early_stop: the run had stopped here before it was resumed"
+            else:
+                reason = f"early_stop: by the options of this run, {self._reason}"
             runner.stop(reason, now=True)
             runner.logger.info(f"{reason}; call train() again to continue")
             self._asked = True
+
+    def _start_over(self) -> None:
+        self._waited, self._values, self._reason = 0, [], None
 
     @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
@@ -86,31 +100,40 @@ class EarlyStop(Plugin, name="early_stop"):
         value = self._read.read(runner, metrics)
         if value is None:
             return
+        self._compare(value)
+        if self._reason is not None:
+            self._asked = True
+            runner.stop(f"early_stop: {self._reason}")
+
+    def _compare(self, value: float) -> None:
+        """Compare a value with the best one and with the options; determine the reason to stop."""
         score = self._sign * value
+        self._reason = None
         if self.check_finite and not math.isfinite(value):
-            self._stopped = self._asked = True
-            runner.stop(f"early_stop: {self.metric} is {value}")
+            self._reason = f"{self.metric} is {value}"
         elif self.threshold is not None and score >= self._sign * self.threshold:
-            self._stopped = self._asked = True
-            runner.stop(f"early_stop: {self.metric} {value:.6g} has reached {self.threshold:.6g}")
+            self._reason = f"{self.metric} {value:.6g} has reached {self.threshold:.6g}"
         elif score > self._best + self.min_delta:
-            self._best, self._waited = score, 0
+            self._best = score
+            self._start_over()
+            return
         else:
             self._waited += 1
             if self._waited >= self.patience:
-                self._asked = True
                 by = f" by more than {self.min_delta:g}" if self.min_delta else ""
-                runner.stop(
-                    f"early_stop: {self.metric} has not improved on "
+                self._reason = (
+                    f"{self.metric} has not improved on "
                     f"{self._sign * self._best:.6g}{by} for {self._waited} validations"
                 )
+        self._values.append(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value, the validations since it, and whether the run has stopped."""
+        """Return the best value, the values since it, and the reason if the run has stopped."""
         return {
             "best": self._best,
             "waited": self._waited,
-            "stopped": self._stopped,
+            "values": [*self._values],
+            "stopped": self._reason or self._before,
             "monitored": self._monitored(),
             "seen": self._read.seen,
         }
@@ -119,12 +142,25 @@ class EarlyStop(Plugin, name="early_stop"):
         return f"{self.metric} ({'greater' if self._sign > 0 else 'less'} is better)"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state saved by ``state_dict``, unless another metric was monitored."""
+        """Restore the state saved by ``state_dict``, unless another metric was monitored.
+
+        The values since the best one are compared again, with the options of this run. With other
+        options, a run that had stopped may therefore continue, or one that had not may stop.
+        """
         self._asked = False
+        self._start_over()
+        self._before = None
         before = state.get("monitored", self._monitored())
         if before != self._monitored():
             self._another = before
             return
-        self._best, self._waited = state["best"], state["waited"]
-        self._stopped = state["stopped"]
+        self._best = state["best"]
+        if "values" in state:
+            self._before = state["stopped"]
+            for value in state["values"]:
+                self._compare(value)
+        else:  # of an earlier version
+            self._waited = state["waited"]
+            if state["stopped"] or self._waited >= self.patience:
+                self._before = self._reason = "it had stopped"
         self._read.seen = state.get("seen", False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+import zlib
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
 
 from hookengine import (
+    BatchSizeError,
+    batch_size,
     copy_dataloader,
     dist,
     length_of,
@@ -74,6 +78,8 @@ class SeededLoader(Wrapped):
         self._sought: tuple[int, int] | None = None
         self.samples_per_batch = samples_per_batch(loader)
         self._cut: tuple[int, int, int] | None = None  # an epoch, a batch, its samples to leave out
+        self._passed: Passed | None = None
+        self._expected: tuple[int, int, Mapping[str, Any], Callable[[Any], object]] | None = None
         self._iterable = isinstance(loader.dataset, IterableDataset)
         self._piped = isinstance(loader.dataset, IterDataPipe)  # which torch seeds by itself
         wanted = loader.num_workers > 0 if per_sample is None else per_sample
@@ -135,6 +141,41 @@ class SeededLoader(Wrapped):
             self._cut = epoch, batch, left_out
         return batch
 
+    def used(self, epoch: int, batch: int) -> Mapping[str, Any] | None:
+        """Return what is in the batches before one of the current pass.
+
+        Returns:
+            ``samples``, their number, and ``indices``, a checksum, or None for an iterable dataset;
+            None if the pass has not begun, or if batches of one size come from torch's samplers.
+        """
+        if self._expected is not None and self._expected[:2] == (epoch, batch):
+            return self._expected[2]
+        passed = self._passed
+        return None if passed is None or passed.epoch != epoch else passed.before(batch)
+
+    def expect(
+        self, epoch: int, batch: int, used: Mapping[str, Any], found: Callable[[Any], object]
+    ) -> None:
+        """Compare the batches that a resumed pass leaves out with those that were trained.
+
+        Args:
+            epoch: The epoch that resumes.
+            batch: The batch that it resumes with.
+            used: What ``used`` returned when the state was saved.
+            found: Called with what ``used`` returns here, once the pass has begun.
+        """
+        self._expected = epoch, batch, used, found
+
+    def _record(self, epoch: int, start: int) -> Passed | None:
+        """Return the record of a training pass, unless its sizes and its order are known."""
+        known = all(_is_known(part) for part in samplers_of(self.loader))
+        if self.samples_per_batch is not None and known:
+            return None
+        expected, self._expected = self._expected, None
+        found = expected[3] if expected and expected[:2] == (epoch, start) else None
+        self._passed = Passed(epoch, start, self._iterable, found)
+        return self._passed
+
     def close(self) -> None:
         """Release persistent workers."""
         vars(self._inner)["_iterator"] = None
@@ -155,23 +196,28 @@ class SeededLoader(Wrapped):
         later = [(generator, generator.get_state()) for generator, _ in rewind]
         for generator, state in rewind:
             generator.set_state(state)
+        passed = None
         if sought is not None:
             self._begun = self._states()
+            passed = self._record(*sought)
         if self._iterable:
-            return self._iterate(seed, start)
+            return self._iterate(seed, start, passed)
 
         def begun() -> None:
             for generator, state in later:
                 generator.set_state(state)
 
         cut = self._cut[1:] if self._cut and self._cut[0] == epoch else (0, 0)
-        self._numbered.begin(seed, derive(seed, "sample", dist.get_rank()), start, begun, cut)
+        sample_seed = derive(seed, "sample", dist.get_rank())
+        self._numbered.begin(seed, sample_seed, start, begun, cut, passed)
         return _isolated(iter(self._inner)) if self._isolated else iter(self._inner)
 
-    def _iterate(self, seed: int, start: int) -> Iterator[Any]:
+    def _iterate(self, seed: int, start: int, passed: Passed | None) -> Iterator[Any]:
         """Yield the batches of an iterable dataset; fetch and drop those before ``start``."""
         with seeded(seed):
-            batches = iter(self._inner)
+            batches: Iterator[Any] = iter(self._inner)
+            if passed is not None:
+                batches = passed.watch(batches)
             first = list(islice(batches, start, start + 1))
         yield from first
         yield from batches
@@ -237,6 +283,10 @@ def _set(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) 
         generator.set_state(state)
 
 
+def _is_known(sampler: Any) -> bool:
+    return type(sampler).__module__.startswith(("torch.", "hookengine"))
+
+
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     """Find the generators that the user passed, each once."""
     owners = [loader, *samplers_of(loader)]
@@ -253,6 +303,55 @@ def _isolated(batches: Iterator[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
+
+
+class Passed:
+    """The batches of a training pass so far: how many samples, and which.
+
+    Args:
+        epoch: The epoch of the pass.
+        start: The batch that the pass starts with.
+        is_iterable: Whether to watch batches of samples instead of batches of indices.
+        found: Called with what the batches before ``start`` hold.
+    """
+
+    def __init__(
+        self, epoch: int, start: int, is_iterable: bool, found: Callable[[Any], object] | None
+    ) -> None:
+        self.epoch = epoch
+        self._start, self._is_iterable, self._found = start, is_iterable, found
+        self._totals: list[tuple[int | None, int | None]] = [(0, None if is_iterable else 0)]
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches, from the first one of the epoch on, and record them."""
+        for number, batch in enumerate(batches, 1):
+            self._totals.append(self._add(batch))
+            if number == self._start and self._found is not None:
+                self._found(self.before(number))
+                self._found = None
+            yield batch
+
+    def _add(self, batch: Any) -> tuple[int | None, int | None]:
+        samples, indices = self._totals[-1]
+        if samples is None:
+            return None, None
+        try:
+            samples += batch_size(batch) if self._is_iterable else len(batch)
+        except (BatchSizeError, TypeError):
+            return None, None
+        if indices is not None:
+            try:
+                indices = zlib.crc32(array("q", batch).tobytes(), indices)
+            except (TypeError, OverflowError):  # the indices are no numbers
+                indices = None
+        return samples, indices
+
+    def before(self, batch: int) -> dict[str, Any] | None:
+        """Return what the batches before one hold, or None if that is unknown."""
+        if batch >= len(self._totals) or self._totals[batch][0] is None:
+            return None
+        samples, indices = self._totals[batch]
+        return {"samples": samples, "indices": indices}
 
 
 class _Numbered:
@@ -277,6 +376,7 @@ class _Numbered:
         start: int,
         begun: Callable[[], object],
         cut: tuple[int, int] = (0, 0),
+        passed: Passed | None = None,
     ) -> None:
         """Prepare the next pass.
 
@@ -286,7 +386,9 @@ class _Numbered:
             start: The first batch.
             begun: Called when the sampler has drawn its order.
             cut: A batch, and how many of its first samples to leave out.
+            passed: Records the batches of the pass.
         """
+        self._passed = passed
         self._seed, self._sample_seed, self._start, self._begun = seed, sample_seed, start, begun
         self._cut = cut
 
@@ -302,6 +404,8 @@ class _Numbered:
         # A generator, so that it starts after torch has drawn the workers' seed, as torch's does.
         with seeded(self._seed):  # most samplers draw when a pass begins
             indices = iter(self._own)
+            if self._passed is not None and self._batched:
+                indices = self._passed.watch(indices)
             number = self._skip(indices)
             first = list(islice(indices, 1))
         self._begun()

@@ -111,6 +111,9 @@ def loader(samples: int = 1, batch_size: int = 1) -> Any:
         ([{"image": IMAGE}] * 3, 3),
         ([{"image": IMAGE, "id": 7}] * 4, 4),
         ([{"image": IMAGE, **BOXES}] * 4, 4),
+        ([(IMAGE, "caption")] * 4, 4),
+        ([(torch.zeros(7), SCALAR)] * 4, 4),
+        ([("text", 1)] * 4, 4),
         ([{"text": "a", "tokens": [1, 2]}, {"text": "b", "tokens": [1]}], 2),
         (["a", "b"], 2),
         ([["a", "b", "c"], [0, 1, 0]], 3),
@@ -120,6 +123,8 @@ def loader(samples: int = 1, batch_size: int = 1) -> Any:
         ((IMAGES[:0], LABELS[:0]), 0),
         (({"a": IMAGES[:0], "b": IMAGES[:0]}, LABELS[:0]), 0),
         (([], []), 0),
+        ([], 0),
+        ((), 0),
         ({"inputs": [], "data_samples": []}, 0),
     ],
 )
@@ -174,7 +179,6 @@ def test_tensors_that_disagree_are_an_error(batch: Any, shapes: str) -> None:
         {"x": SCALAR},
         (3, 4.0),
         {},
-        [],
         None,
         Graphs(),
         (Graphs(), Graphs()),
@@ -192,6 +196,7 @@ AMBIGUOUS: list[tuple[Any, int, int]] = [
     ({"inputs": [IMAGE] * 4}, 3, 4),  # four images, or four views of three images
     ([[IMAGES, IMAGES]], 5, 2),
     ([{"x": IMAGES}, {"x": IMAGES}], 5, 2),
+    ([(IMAGE, BOXES["boxes"][[0, 0, 0]])] * 4, 3, 4),  # an image and its three boxes
     (([IMAGE] * 4, [IMAGE] * 4), 3, 4),
     ([(torch.zeros(8, 3), torch.zeros(8, 2)), torch.zeros(2, 8)], 8, 2),  # targets of two heads
 ]
@@ -200,7 +205,7 @@ AMBIGUOUS: list[tuple[Any, int, int]] = [
 @pytest.mark.parametrize(("batch", "one", "other"), AMBIGUOUS)
 def test_a_batch_that_can_be_read_in_two_ways_is_an_error(batch: Any, one: int, other: int) -> None:
     low, high = sorted((one, other))
-    with pytest.raises(BatchSizeError, match=f"it could be {low} or {high}"):
+    with pytest.raises(BatchSizeError, match=f"it could be {low} or {high} "):
         batch_size(batch)
 
 
@@ -223,6 +228,81 @@ def test_tensors_that_agree_on_time_instead_of_samples_are_an_error() -> None:
     assert SampleCounter(loader(20, 5), None)(views) == 10
     empty = torch.zeros(0, 5), torch.zeros(0, 5)
     assert SampleCounter(loader(20, 5), None)(empty) == 0
+
+
+def flat(number: int) -> Any:
+    """Samples of three or four tokens, joined into one sequence."""
+    return torch.zeros(3 * number + 1, 3)
+
+
+RAGGED = [torch.zeros(3, width, width) for width in (5, 6, 5, 7)]
+UNCOLLATED: dict[str, Any] = {
+    "image, caption": lambda n: [(IMAGE, "caption")] * n,
+    "features, label": lambda n: [(torch.zeros(7), torch.tensor(1))] * n,
+    "tuple of tuples": lambda n: ((torch.zeros(7), torch.tensor(1)),) * n,
+    "image, targets": lambda n: [(IMAGE, {"boxes": torch.zeros(3, 4)})] * n,
+    "image, targets or None": lambda n: [(IMAGE, None), *[(IMAGE, torch.zeros(3, 4))] * (n - 1)],
+    "images": lambda n: RAGGED[:n],
+    "arrays": lambda n: [np.zeros((3, 5, 5))] * n,
+    "texts": lambda n: [("question", "answer", "hint")] * n,
+    "dicts": lambda n: [{"x": torch.zeros(4), "y": torch.zeros(4)}] * n,
+    "texts, tokens": lambda n: (["text"] * n, flat(n)),
+    "lengths, tokens": lambda n: {"lengths": [4] * n, "x": flat(n), "y": flat(n)[:, 0]},
+    "sequences joined into one": lambda n: {"x": flat(n)[None], "y": flat(n)[None]},
+}
+
+
+@pytest.mark.parametrize("name", UNCOLLATED)
+def test_the_batch_size_of_the_dataloader_tells_what_a_list_holds(name: str) -> None:
+    """The sizes of tensors that no collate function has stacked tell nothing."""
+    counts: list[int | None] = []
+    for sizes in ((4, 4), (4, 4, 2), (4, 4, 3), (2,), (3,)):  # the last two as after a resume
+        last = sizes[-1]
+        count = SampleCounter(loader(8 + last, 4), None)
+        for size in sizes:
+            try:
+                counts.append(count(UNCOLLATED[name](size)))
+                assert counts[-1] == size
+            except BatchSizeError:
+                counts.append(None)
+    if name == "sequences joined into one":
+        assert set(counts) == {None}
+    else:
+        assert counts[:4] == [4, 4, 4, 4]
+
+
+def test_a_list_whose_length_changes_is_one_of_samples() -> None:
+    """Each of its samples has as many features as there are samples in a full batch."""
+    count = SampleCounter(loader(11, 4), None)
+    assert [count(UNCOLLATED["dicts"](size)) for size in (4, 4, 3)] == [4, 4, 3]
+
+
+FIELDS: dict[str, Any] = {
+    "two tensors alike": lambda n: [torch.zeros(n, 4), torch.zeros(n, 4)],
+    "single rows": lambda n: {"x": torch.zeros(n, 10), "y": torch.zeros(n, 10)},
+    "pairs": lambda n: [[torch.zeros(n, 4), torch.zeros(n)], [torch.zeros(n, 4), torch.zeros(n)]],
+    "lists of images": lambda n: ([IMAGE] * n, [IMAGE] * n),
+    "names of classes": lambda n: {"classes": ["cat", "dog"], "x": torch.zeros(n, 4)},
+    "texts": lambda n: [("question",) * n, ("answer",) * n],
+}
+
+
+@pytest.mark.parametrize("collate", FIELDS.values(), ids=[*FIELDS])
+@pytest.mark.parametrize(("size", "last"), [(8, 1), (2, 1), (5, 4)])
+def test_batches_of_fields_are_counted_whatever_their_last_one_holds(
+    collate: Any, size: int, last: int
+) -> None:
+    count = SampleCounter(loader(2 * size + last, size), None)
+    assert [count(collate(n)) for n in (size, size, last)] == [size, size, last]
+    alone = SampleCounter(loader(last, size), None)
+    assert alone(collate(last)) == last
+
+
+def test_a_collate_function_may_make_more_or_fewer_samples() -> None:
+    count = SampleCounter(loader(21, 8), None)
+    assert [count((torch.zeros(n, 3), torch.zeros(n))) for n in (6, 16, 14, 10)] == [6, 16, 14, 10]
+    with pytest.raises(BatchSizeError, match="10 does not fit the batch_size"):
+        SampleCounter(loader(21, 8), None)((torch.zeros(10, 3), torch.zeros(10)))
 
 
 def test_objects_in_a_list_are_samples_if_the_dataloader_has_that_batch_size() -> None:

@@ -194,3 +194,66 @@ def test_a_state_of_the_version_before_is_that_of_the_same_metric(make: MakeRunn
     make(plugins=[plugin], validate=True, val_cfg=dict(loss=True))
     plugin.load_state_dict({"best": -0.5, "waited": 3, "stopped": False})
     assert (plugin._best, plugin._waited) == (-0.5, 3)
+
+
+LESS: dict[str, Any] = dict(rule="less")
+CHANGED: dict[str, Any] = {
+    # the values, the options of the first run, those of the second, in which epoch that one ends
+    "a raised threshold": ([1, 3, 4, 6, 7], dict(threshold=3), dict(threshold=6), 4),
+    "a lower one": ([5, 3, 2, 1], dict(threshold=3, **LESS), dict(threshold=1, **LESS), 4),
+    "no threshold": ([1, 3, 4], dict(threshold=3), {}, 3),
+    "the same threshold": ([1, 3, 4], dict(threshold=3), dict(threshold=3), 2),
+    "a threshold that is still reached": ([1, 3, 4], dict(threshold=3), dict(threshold=2), 2),
+    "not finite": ([1, NAN, 3], {}, dict(check_finite=False), 3),
+    "not finite, without patience": ([1, NAN, 3], {}, dict(check_finite=False, patience=1), 2),
+    "a raised patience": ([2, 1, 1, 1], dict(patience=2), dict(patience=3), 4),
+    "a smaller min_delta": ([2, 3, 4, 3, 3], dict(patience=2, min_delta=5), dict(patience=2), 5),
+    "a larger min_delta": ([2, 1, 1, 3], dict(patience=2), dict(patience=2, min_delta=9), 3),
+    "another rule": ([2, 1, 0, 0, 0], dict(patience=2), dict(patience=2, rule="less"), 5),
+}
+
+
+@pytest.mark.parametrize(("values", "first", "later", "epoch"), CHANGED.values(), ids=[*CHANGED])
+def test_options_that_undo_the_stop_let_a_resumed_run_continue(
+    make: MakeRunner,
+    capsys: pytest.CaptureFixture[str],
+    values: Any,
+    first: Any,
+    later: Any,
+    epoch: int,
+) -> None:
+    def run(options: dict[str, Any], state: Any = None) -> Any:
+        plugins = [EarlyStop(metric="accuracy", **options), Scripted(values=values), "logging"]
+        runner = make(plugins=plugins, validate=True, train_cfg=dict(max_epochs=len(values)))
+        if state is not None:
+            runner.load_state_dict(state)
+        runner.train()
+        return runner
+
+    stopped = run(first)
+    assert stopped.progress.stopped.startswith("early_stop: accuracy")
+    capsys.readouterr()
+    resumed = run(later, stopped.state_dict())
+    text = " ".join("".join(capsys.readouterr()).split())
+    assert resumed.progress.epoch == epoch
+    continues = epoch > stopped.progress.epoch
+    assert ("it continues" in text or "starts over" in text) is continues
+    assert ("call train() again to continue" in text) is not continues
+
+
+def test_options_that_a_resumed_run_does_not_fulfill_stop_it_with_their_reason(
+    make: MakeRunner,
+) -> None:
+    def build(patience: int, epochs: int) -> Any:
+        plugins = [Scripted(values=(2, 1, 1, 1)), EarlyStop(metric="accuracy", patience=patience)]
+        return make(plugins=plugins, validate=True, train_cfg=dict(max_epochs=epochs))
+
+    first, second = build(5, 3), build(1, 4)
+    first.train()
+    second.load_state_dict(first.state_dict())
+    second.train()
+    assert second.progress.stopped == (
+        "early_stop: by the options of this run, accuracy has not improved on 2 for 2 validations"
+    )
+    second.train()
+    assert second.progress.epoch == 4

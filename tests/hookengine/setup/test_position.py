@@ -14,11 +14,12 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
 )
 
-from hookengine import Plugin
+from hookengine import BaseModel, Plugin
 from tests.fixtures import MakeRunner
 
 
@@ -350,6 +351,137 @@ def test_unknown_batches_are_warned_about(
     two, _ = start(make, build(8), None, **options)
     assert "trained twice" not in logged(capsys)
     assert [len(batch) for batch in two.epochs[0]] == [8]
+
+
+class Batches(BatchSampler):
+    """Batches of given sizes, from samples in a given order."""
+
+    def __init__(self, sizes: list[int], order: list[int] | None = None) -> None:
+        super().__init__(range(sum(sizes)), 1, False)
+        self.sizes, self.order = sizes, order or [*range(sum(sizes))]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.order)
+        for size in self.sizes:
+            yield [next(order) for _ in range(size)]
+
+
+def own(sizes: list[int], order: list[int] | None = None) -> Any:
+    return DataLoader(numbered(sum(sizes)), batch_sampler=Batches(sizes, order))
+
+
+class Buckets(Sampler[int]):
+    """Batches of one size in an order that depends on a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(20, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+
+def buckets(seed: int) -> Any:
+    return DataLoader(numbered(20), batch_size=4, sampler=Buckets(seed))
+
+
+class Batched(IterableDataset[Any]):
+    """A stream that makes its batches."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Iterator[Any]:
+        inputs, labels = numbered(sum(self.sizes)).tensors
+        yield from zip(inputs.split(self.sizes), labels.split(self.sizes), strict=True)
+
+
+def batched(sizes: list[int]) -> Any:
+    return DataLoader(Batched(sizes), batch_size=None)
+
+
+SIZES = [4, 2, 6, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (own(SIZES), own([1, 1, 1, 8, 9]), "hold 3 samples here, 12 in the checkpoint"),
+        (own(SIZES), own(SIZES, [*range(19, -1, -1)]), "hold other samples here"),
+        (own(SIZES), own([2, 4, 6, 5, 3]), ""),  # the same samples in batches of other sizes
+        (own(SIZES), own(SIZES), ""),
+        (buckets(1), buckets(2), "hold other samples here"),
+        (buckets(1), buckets(1), ""),
+        (batched(SIZES), batched([1, 1, 1, 8, 9]), "hold 3 samples here, 12 in the checkpoint"),
+        (batched(SIZES), batched(SIZES), ""),
+    ],
+)
+def test_as_many_batches_of_other_samples_are_warned_about(
+    make: MakeRunner, before: Any, after: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, first = start(make, before, 3)
+    capsys.readouterr()
+    second = make(train_dataloader=after, plugins=["seed", "logging", seen := Seen()])
+    second.load_state_dict(first.state_dict(), allow=["dataset", "logging"])
+    again = second.state_dict()["meta"]["position"]["used"]
+    assert again == first.state_dict()["meta"]["position"]["used"]  # also before the pass begins
+    second.train()
+    text = logged(capsys)
+    assert ("trained twice" in text) is bool(message)
+    assert message in text
+    assert sorted(samples(one, seen)) == [*range(20)] or message
+
+
+class Opaque:
+    """A batch that only the model can count."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+
+class Counting(BaseModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: Opaque, mode: str) -> Any:
+        return {"loss": (batch.data * self.weight).mean()}
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        return self(data, mode)
+
+    def count_samples(self, batch: Opaque) -> int:
+        return len(batch.data)
+
+
+def test_the_model_counts_the_samples_of_a_list_of_batches(make: MakeRunner) -> None:
+    def run(sizes: list[int], stop_at: int | None, state: Any = None) -> list[int]:
+        data = torch.arange(20.0)[:, None].split(sizes)
+        runner = make(
+            model=Counting(), train_dataloader=[*map(Opaque, data)], train_cfg=dict(max_epochs=1)
+        )
+        trained: list[int] = []
+
+        @runner.on("before_train_iter")
+        def see(runner: Any, data_batch: Any) -> None:
+            trained.extend(data_batch.data[:, 0].int().tolist())
+            if runner.progress.iter + 1 == stop_at:
+                runner.stop("enough")
+
+        if state is not None:
+            runner.load_state_dict(state, allow=["dataset"])
+        runner.train()
+        states.append(runner.state_dict())
+        return trained
+
+    states: list[Any] = []
+    one = run(SIZES, 3)
+    assert sorted(one + run([4, 8, 4, 2, 2], None, states[0])) == [*range(20)]
 
 
 @pytest.mark.parametrize("plugins", [["seed"], []], ids=["seed", "no seed"])
