@@ -112,14 +112,14 @@ def check_is_no_event(plugin: str, method: str, known: Iterable[str]) -> None:
     if not (is_reserved or is_near):
         return
     text = answer(method)
-    hint = f"{text}." if text else f"Did you mean {near[0]!r}?" if near else ""
+    hint = f" {text}." if text else f" Did you mean {near[0]!r}?" if near else ""
     if is_reserved:
         raise TypeError(
-            f"plugin {plugin!r}: unknown event {method!r}. {hint} `hookengine events` lists all "
+            f"plugin {plugin!r}: unknown event {method!r}.{hint} `hookengine events` lists all "
             "events; other methods must not be named before_*, after_* or on_*"
         )
     warnings.warn(
-        f"plugin {plugin!r}: the method {method!r} is not an event and is never called. "
+        f"plugin {plugin!r}: the method {method!r} is not an event and is never called."
         f"{hint} To silence this warning, start its name with an underscore",
         stacklevel=3,
     )

@@ -46,7 +46,7 @@ def load_optimizer(
         for name, value in before.items():
             group.setdefault(name, value)  # an option that the checkpoint does not have
     wrapper.given = [{**now, **then} for now, then in zip(given, given_then, strict=True)]
-    return _describe(replaced, path)
+    return _describe(replaced, wrapper.param_groups, path)
 
 
 def _replaced(
@@ -73,19 +73,24 @@ def _initial(options: Options) -> Options:
     return {**options, "lr": options["initial_lr"]} if "initial_lr" in options else options
 
 
-def _describe(replaced: list[list[tuple[str, Any, Any]]], path: str) -> str:
+def _describe(replaced: list[list[tuple[str, Any, Any]]], own: list[Options], path: str) -> str:
     found = [(index, *option) for index, group in enumerate(replaced) for option in group]
     if not found:
         return ""
     alike = len(replaced) > 1 and all(group == replaced[0] for group in replaced)
-    lines = []
+    lines, changes = [], []
     for index, name, value, saved in found[: len(replaced[0])] if alike else found:
         where = "in all groups: " if alike else f"in group {index}: " if len(replaced) > 1 else ""
         lines.append(f"\n  {where}{name} {saved} from the checkpoint, instead of {value}")
-    index, name, value, _ = found[0]
-    change = f".update(lr={value}, initial_lr={value})" if name == "lr" else f"[{name!r}] = {value}"
+        key = "initial_lr" if name == "lr" and "initial_lr" in own[index] else name
+        groups = f"{path}.param_groups"
+        changes.append(
+            f"\n    for group in {groups}: group[{key!r}] = {value}"
+            if alike
+            else f"\n    {groups}[{index}][{key!r}] = {value}"
+        )
     return (
         "the run continues with other options of the optimizer than those in the script:"
-        f"{''.join(lines)}\nTo use a value of the script, set it once the Runner is created: "
-        f"{path}.param_groups[{index}]{change}"
+        f"{''.join(lines)}\nTo use the values of the script, set them once the Runner is created:"
+        f"{''.join(changes)}"
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("optimizer", "dataset", "world_size")
+_STARTS_OVER = "; if you allow this, the optimizer starts from scratch"
 
 
 def collect(runner: Runner) -> dict[str, Any]:
@@ -107,6 +108,10 @@ def load(runner: Runner, checkpoint: dict[str, Any], allow: Iterable[str] = ()) 
     differing = {name for name, _ in found}
     if runner.optim_wrapper is not None and "optimizer" not in differing:
         _load_optimizers(runner, checkpoint)
+    elif runner.optim_wrapper is not None:
+        text = next(text for name, text in found if name == "optimizer")
+        text = text.removesuffix(_STARTS_OVER)
+        runner.logger.warning(f"the optimizer's state is not loaded, as allowed: {text}")
     runner.progress.load_state_dict(resume_position(runner, checkpoint))
     runner.plugins.load_state_dict(checkpoint["plugins"])
     metrics = checkpoint.get("metrics")
@@ -146,7 +151,7 @@ def differences(runner: Runner, checkpoint: Mapping[str, Any]) -> Iterator[tuple
     if text := _weights(runner.bare_model, checkpoint["state_dict"]):
         yield "state_dict", text
     if text := _optimizers(runner, checkpoint, here["optimizers"]):
-        yield "optimizer", f"{text}; if you allow this, the optimizer starts from scratch"
+        yield "optimizer", f"{text}{_STARTS_OVER}"
     yield from _plugins(runner, checkpoint["plugins"], meta.get("plugins", ()))
     ranks, ranks_then = here["world_size"], meta.get("world_size", here["world_size"])
     for phase, then in meta.get("dataset", {}).items():

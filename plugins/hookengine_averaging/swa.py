@@ -218,7 +218,7 @@ class Swa(Plugin, name="swa"):
     def after_train(self, runner: Runner) -> None:
         """Warn if nothing was averaged, or training stopped before its limit; say how to finish."""
         if self._updates == 0:
-            self._warn_of_nothing(runner)
+            self._warn_of_nothing(runner, runner.progress.stopped is not None)
         elif not self._ready:
             what = "epochs" if self._timing.by_epoch else "values"
             runner.logger.warning(
@@ -230,14 +230,21 @@ class Swa(Plugin, name="swa"):
     def on_exception(self, runner: Runner, error: BaseException) -> None:
         """Warn if nothing has been averaged when training is interrupted."""
         if isinstance(error, KeyboardInterrupt) and self._updates == 0:
-            self._warn_of_nothing(runner)
+            self._warn_of_nothing(runner, stopped=True)
 
-    def _warn_of_nothing(self, runner: Runner) -> None:
-        if not self._told:
-            progress = runner.progress
+    def _warn_of_nothing(self, runner: Runner, stopped: bool) -> None:
+        if self._told:
+            return
+        progress = runner.progress
+        ended = f"{progress.iter} iterations ({progress.epoch} epochs, {progress.step} steps)"
+        if stopped:
             runner.logger.warning(
-                f"swa: nothing was averaged: {self._timing}; it ended after {progress.iter} "
-                f"iterations ({progress.epoch} epochs, {progress.step} steps)"
+                f"swa: nothing was averaged, because training was stopped after {ended}. Resume "
+                f"the run to continue: {self._timing.plan}"
+            )
+        else:
+            runner.logger.warning(
+                f"swa: nothing was averaged: {self._timing}; it ended after {ended}"
             )
 
     def finish(self, runner: Runner, batches: Iterable[Any] | None = None) -> None:

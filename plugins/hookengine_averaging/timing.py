@@ -114,11 +114,16 @@ class Timing:
             if [*self._interval] == state["interval"]:
                 self._begun, self._passed = state["begun"], state["passed"]
 
-    def __str__(self) -> str:
+    @property
+    def plan(self) -> str:
+        """When the first value is averaged, for messages."""
         return (
-            f"averaging begins after {self._begin}, and the first value would be averaged "
-            f"{self._interval} later, but this run ends after {self._end}"
+            f"averaging begins after {self._begin}, and the first value is averaged "
+            f"{self._interval} later"
         )
+
+    def __str__(self) -> str:
+        return f"{self.plan}, but this run ends after {self._end}"
 
 
 def _limit(epochs: int | None, iterations: int | None) -> Span:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from typing import Any
 
@@ -40,6 +41,11 @@ def resume(make: MakeRunner, caplog: pytest.LogCaptureFixture) -> Any:
     return load
 
 
+def run_advice(warning: str, runner: Any) -> None:
+    """Run the lines that the warning says to write."""
+    exec(inspect.cleandoc(warning.rpartition("created:")[2]), {"runner": runner})
+
+
 def trained(make: MakeRunner, **options: Any) -> Any:
     runner = make(**options)
     runner.train()
@@ -65,7 +71,7 @@ def test_each_changed_option_is_said(
     state = trained(make, **adam(**then))
     _, warning = resume(state, **adam(**now))
     assert said in warning
-    assert warning.count("\n  ") == 1
+    assert warning.count(" from the checkpoint") == 1
     assert resume(state, **adam(**then))[1] == ""
 
 
@@ -76,7 +82,7 @@ def test_the_advice_takes_the_value_of_the_script(
 ) -> None:
     runner, warning = resume(trained(make, **adam(**then)), **adam(**now))
     ((name, value),) = now.items()
-    exec(warning.rpartition("created: ")[2], {"runner": runner})
+    run_advice(warning, runner)
     found = runner.optim_wrapper.param_groups[0][name]
     assert found == (list(value) if isinstance(value, tuple) else value)
     runner.train(max_epochs=3)
@@ -88,8 +94,8 @@ def test_each_group_is_named(make: MakeRunner, resume: Any) -> None:
     _, warning = resume(state, **adam(dict(weight_decay=0.1), dict(weight_decay=0.0, lr=0.4)))
     assert "\n  in group 1: weight_decay 0.2 from the checkpoint, instead of 0.0" in warning
     assert "\n  in group 1: lr 0.3 from the checkpoint, instead of 0.4" in warning
-    assert warning.count("\n  ") == 2
-    assert "runner.optim_wrapper.param_groups[1]" in warning
+    assert warning.count(" from the checkpoint") == 2
+    assert warning.count("runner.optim_wrapper.param_groups[1]") == 2
     _, warning = resume(state, **adam(dict(weight_decay=0.5), dict(weight_decay=0.6, lr=0.3)))
     assert re.findall("in group (.):", warning) == ["0", "1"]
 
@@ -97,7 +103,7 @@ def test_each_group_is_named(make: MakeRunner, resume: Any) -> None:
 def test_the_same_change_in_all_groups_is_said_once(make: MakeRunner, resume: Any) -> None:
     state = trained(make, **adam({}, {}, eps=1e-8))
     _, warning = resume(state, **adam({}, {}, eps=1e-6))
-    assert warning.count("\n  ") == 1
+    assert warning.count(" from the checkpoint") == 1
     assert "in all groups: eps 1e-08" in warning
 
 
@@ -288,3 +294,36 @@ def test_an_optimizer_around_another_needs_no_defaults(make: MakeRunner) -> None
     before = runner.bare_model.net.weight.clone()
     runner.train()
     assert not torch.equal(runner.bare_model.net.weight, before)
+
+
+def test_the_advice_for_a_scheduled_rate_can_stay_in_the_script(make: MakeRunner) -> None:
+    """Each start of the script sets it again, and the rates are those of one run with it."""
+
+    def run(lr: float, until: int, state: Any = None) -> tuple[list[float], Any]:
+        schedule = dict(type="schedule", scheduler="CosineAnnealingLR", by_epoch=False)
+        runner = make(plugins=[schedule], train_cfg=dict(max_epochs=4), **adam(lr=lr))
+        if state is not None:
+            runner.load_state_dict(state)
+            runner.optim_wrapper.param_groups[0]["initial_lr"] = lr
+        seen: list[float] = []
+        runner.on("before_optim_step")(lambda runner: seen.extend(runner.optim_wrapper.get_lr()))
+        runner.on("after_train_epoch")(
+            lambda runner: runner.stop("requeue") if runner.progress.epoch == until else None
+        )
+        runner.train()
+        return seen, runner.state_dict()
+
+    expected, _ = run(0.05, 4)
+    first, state = run(0.1, 1)
+    assert first[0] == 0.1
+    second, state = run(0.05, 2, state)
+    third, _ = run(0.05, 4, state)
+    assert [*second, *third] == pytest.approx(expected[5:])
+
+
+def test_an_optimizer_that_starts_over_is_said(
+    make: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)))
+    runner.load_state_dict(trained(make, **adam()), allow=["optimizer"])
+    assert "is not loaded, as allowed: is SGD here, AdamW in the checkpoint" in caplog.text

@@ -383,7 +383,7 @@ def test_another_initial_rate_takes_effect_with_an_instance_too(
             stop_at(runner, 8)
         else:
             runner.load_state_dict(state)
-            runner.optim_wrapper.param_groups[0].update(lr=0.03, initial_lr=0.03)
+            runner.optim_wrapper.param_groups[0]["initial_lr"] = 0.03
         runner.train()
         return seen.seen, runner.state_dict()
 
@@ -456,7 +456,7 @@ def test_another_initial_rate_takes_effect_after_a_resume(
         return  # these two have their own rates, and ignore those of the groups
     expected = Adding(99)
     straight = build(make, expected, Schedule(**options))
-    straight.optim_wrapper.param_groups[0].update(lr=0.03, initial_lr=0.03)
+    straight.optim_wrapper.param_groups[0]["initial_lr"] = 0.03
     straight.train()
     first = build(make, Adding(99), Schedule(**options))
     stop_at(first, 8)
@@ -464,6 +464,6 @@ def test_another_initial_rate_takes_effect_after_a_resume(
     after = Adding(99)
     second = build(make, after, Schedule(**options))
     second.load_state_dict(first.state_dict())
-    second.optim_wrapper.param_groups[0].update(lr=0.03, initial_lr=0.03)
+    second.optim_wrapper.param_groups[0]["initial_lr"] = 0.03
     second.train()
     assert after.seen == [pytest.approx(known) for known in expected.seen[8:]]
