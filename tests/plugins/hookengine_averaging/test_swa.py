@@ -454,7 +454,7 @@ def test_a_state_of_an_earlier_release_can_be_resumed(tmp_path: Path) -> None:
     [
         (dict(max_epochs=6), dict(begin=9), "begins after 9 epochs, .*ends after 6 epochs"),
         (dict(max_epochs=6), dict(begin=6), "begins after 6 epochs"),
-        (dict(max_epochs=6), dict(begin=4, interval=3), "would be averaged 3 epochs later"),
+        (dict(max_epochs=6), dict(begin=4, interval=3), "is averaged 3 epochs later"),
         (dict(max_epochs=6), dict(begin="31 iterations"), "begins after 31 iterations"),
         (dict(max_epochs=6), dict(begin="26 iterations", interval="5 iterations"), "later"),
         (dict(max_epochs=6), dict(begin=5, interval="6 iterations"), "6 iterations later"),
