@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
 # Two workers: see tests/conftest.py for what runs where.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2
+PYTEST := $(BIN)/python -m pytest --numprocesses 3
 
 test: .venv/installed
 	$(PYTEST)

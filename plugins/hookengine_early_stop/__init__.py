@@ -52,7 +52,7 @@ class EarlyStop(Plugin, name="early_stop"):
         self._best = -math.inf
         self._read = MonitoredMetric(self.metric, "early_stop")
         self._waited = 0
-        self._values: list[float] = []  # of the validations since the best one
+        self._recent: list[float] = []  # of the validations since the best one
         self._reason: str | None = None  # why training is to stop after the last validation
         self._before: str | None = None  # why the resumed run had stopped
         self._asked = False  # this process has requested a stop
@@ -90,7 +90,7 @@ class EarlyStop(Plugin, name="early_stop"):
             self._asked = True
 
     def _start_over(self) -> None:
-        self._waited, self._values, self._reason = 0, [], None
+        self._waited, self._recent, self._reason = 0, [], None
 
     @hookimpl(after="*")  # other plugins may add metrics
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
@@ -125,14 +125,14 @@ class EarlyStop(Plugin, name="early_stop"):
                     f"{self.metric} has not improved on "
                     f"{self._sign * self._best:.6g}{by} for {self._waited} validations"
                 )
-        self._values.append(value)
+        self._recent.append(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, the values since it, and the reason if the run has stopped."""
         return {
             "best": self._best,
             "waited": self._waited,
-            "values": [*self._values],
+            "values": [*self._recent],
             "stopped": self._reason or self._before,
             "monitored": self._monitored(),
             "seen": self._read.seen,
