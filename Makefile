@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
-# Two workers: see tests/conftest.py for what runs where.
+# Three workers, as some tests wait: see tests/conftest.py for what runs where.
 PYTEST := $(BIN)/python -m pytest --numprocesses 3
 
 test: .venv/installed
