@@ -19,7 +19,7 @@ OWN = "hookengine"
 def distribution_of(point: EntryPoint) -> str:
     """Return the distribution that provides an entry point, as ``name version``."""
     name = _name_of(point)
-    return f"{name} {point.dist.version}" if name and point.dist else "an unnamed distribution"
+    return f"{name} {_version_in(point.dist)}" if name and point.dist else "an unnamed distribution"
 
 
 def exact_name(point: EntryPoint) -> str:
@@ -71,6 +71,11 @@ def load(point: EntryPoint, kind: str) -> Any:
 def _name_of(point: EntryPoint) -> str:
     """Return the name of an entry point's distribution, or "" if its metadata is broken."""
     return "" if point.dist is None else _name_in_metadata(point.dist)
+
+
+@functools.lru_cache
+def _version_in(dist: Distribution) -> str:
+    return dist.version
 
 
 @functools.lru_cache  # each look at the name reads and parses the metadata

@@ -239,7 +239,7 @@ def _main(events: list[str]) -> list[str]:
 
 def _check_known(text: str, other: str, meant: Collection[str]) -> None:
     """Reject a misspelled name. Another unknown one may be of a plugin that is not installed."""
-    if other in PLUGINS or other in PLUGIN_NAMES or other == "*":
+    if other == "*" or other in PLUGIN_NAMES or other in PLUGINS:
         return
     if near := did_you_mean(other, {*meant, *PLUGINS.names()}, cutoff=0.75):
         raise ValueError(f"{text}, but no plugin of that name is enabled or installed.{near}")

@@ -147,10 +147,13 @@ def options_of(plugin: object) -> dict[str, Any]:
     return {name: as_json(value) for name, value in values.items()}
 
 
+_ANYTHING = pydantic.TypeAdapter[Any](Any)
+
+
 def as_json(value: Any) -> Any:
     """Return a value in a form that JSON can hold, or its ``repr`` if there is none."""
     try:
-        return pydantic.TypeAdapter(Any).dump_python(as_plain(value), mode="json", fallback=_other)
+        return _ANYTHING.dump_python(as_plain(value), mode="json", fallback=_other)
     except (ValueError, RecursionError):  # bytes that are not text, or a cycle
         return repr(value)
 

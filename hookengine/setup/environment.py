@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,22 +39,25 @@ def describe_environment() -> dict[str, Any]:
 
     This is fast. With CUDA, it initializes ``torch.cuda`` to read the names of the devices.
     """
-    packages = {}
-    for name in ("hookengine", "torch", "torchvision", "numpy", "pluggy", "pydantic"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": dict(_versions()),
         "devices": devices,
         "cuda": torch.version.cuda,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "command": without_secrets(sys.argv),
     }
+
+
+@functools.cache  # each look reads and parses the metadata
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for name in ("hookengine", "torch", "torchvision", "numpy", "pluggy", "pydantic"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
