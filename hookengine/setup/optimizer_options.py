@@ -31,7 +31,7 @@ def load_optimizer(
     Returns:
         The text of a warning, or "".
     """
-    if "param_groups" not in state:  # a wrapper with a state of its own kind
+    if "param_groups" not in state:  # a wrapper that defines its own state
         wrapper.load_state_dict(dict(state))
         return ""
     groups = wrapper.param_groups

@@ -162,7 +162,7 @@ class SessionProcess:
         for line in self._stdout:
             self._lines.put(json.loads(line))
         self._lines.put(None)
-        if self._resting:  # nobody may call this object again, so this thread releases everything
+        if self._resting:  # no other call may follow, so this thread releases everything
             self._process.wait()
             self._close_pipes()
 

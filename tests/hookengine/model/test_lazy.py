@@ -1,4 +1,4 @@
-"""Lazy layers: what is unknown is said to be unknown, and a state holds only what has values."""
+"""Lazy layers: an unknown shape is described as unknown, and a state holds only tensors with values."""
 
 from __future__ import annotations
 
