@@ -1,4 +1,4 @@
-"""Lazy layers: an unknown shape is described as unknown, and a state holds only tensors with values."""
+"""Lazy layers: an unknown shape is described as such, and a state holds only what has values."""
 
 from __future__ import annotations
 
