@@ -113,7 +113,7 @@ class Delivery:
 
     @property
     def runner(self) -> RunInfo | None:
-        """The Runner that the records come from, or None if there is none or it is gone."""
+        """The Runner that the records come from; None before there is one and after it is gone."""
         return self._runner()
 
     @runner.setter

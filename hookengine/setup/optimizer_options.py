@@ -35,10 +35,10 @@ def load_optimizer(
         wrapper.load_state_dict(dict(state))
         return ""
     groups = wrapper.param_groups
-    given = given_options(wrapper)
+    given = given_options(wrapper)[: len(groups)]  # the script may have removed some
     own = [dict(group) for group in groups]
     saved = group_options(state["param_groups"])
-    given_then = [*given_then, *map(_initial, saved[len(given_then) :])]
+    given_then = [*given_then[: len(saved)], *map(_initial, saved[len(given_then) :])]
     pairs = zip(given, given_then, saved, own, strict=True)
     replaced = [[*_replaced(*pair)] for pair in pairs]
     wrapper.load_state_dict(dict(state))
@@ -85,9 +85,9 @@ def _describe(replaced: list[list[tuple[str, Any, Any]]], own: list[Options], pa
         key = "initial_lr" if name == "lr" and "initial_lr" in own[index] else name
         groups = f"{path}.param_groups"
         changes.append(
-            f"\n    for group in {groups}: group[{key!r}] = {value}"
+            f"\n    for group in {groups}: group[{key!r}] = {value!r}"
             if alike
-            else f"\n    {groups}[{index}][{key!r}] = {value}"
+            else f"\n    {groups}[{index}][{key!r}] = {value!r}"
         )
     return (
         "the run continues with other options of the optimizer than those in the script:"

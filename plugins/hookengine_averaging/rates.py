@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.swa_utils import SWALR
 
@@ -59,10 +60,11 @@ class Rates:
             )
         for group in groups[known:]:
             if isinstance(group["lr"], Tensor):
-                # Without a rate of its own it has the tensor of the others, which has changed.
+                # A group that was added without a rate shares the tensor of the others, which
+                # has been changed since.
                 shared = [g for g in groups[:known] if g["lr"] is group["lr"]]
                 first = shared[0]["initial_lr"] if shared else group["lr"]
-                group["lr"] = first.detach().clone()
+                group["lr"] = torch.as_tensor(first).to(group["lr"], copy=True)
             group["swa_lr"] = groups[0]["swa_lr"]
             ended = self.scheduler.last_epoch >= self.scheduler.anneal_epochs
             self._rates.append(float(group["swa_lr"] if ended else group["lr"]))

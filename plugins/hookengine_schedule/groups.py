@@ -83,7 +83,7 @@ def rescale(scheduler: LRScheduler, index: int, factor: float) -> None:
 
 
 def _separate_rate(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Give a group a learning rate of its own, if it shares the tensor of another group's.
+    """Copy the learning rate of a group if it is the same tensor as that of another group.
 
     The optimizer gives its default tensor to all groups without a learning rate.
     """

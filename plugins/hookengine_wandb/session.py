@@ -154,7 +154,7 @@ class Session:
             shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def rest(self, seconds: float, exit_code: int, files: list[str]) -> None:
-        """Do nothing: without a process there is none to end. See ``serve``."""
+        """Do nothing, because no process is running. See ``serve``."""
 
     def wake(self) -> dict[str, Any]:
         """Confirm that the run is still open."""

@@ -327,3 +327,14 @@ def test_an_optimizer_that_starts_over_is_said(
     runner = make(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)))
     runner.load_state_dict(trained(make, **adam()), allow=["optimizer"])
     assert "is not loaded, as allowed: is SGD here, AdamW in the checkpoint" in caplog.text
+
+
+def test_texts_can_be_pasted_and_removed_groups_are_no_error(make: MakeRunner, resume: Any) -> None:
+    runner, warning = resume(trained(make, **adam(dict(role="a"))), **adam(dict(role="b")))
+    run_advice(warning, runner)
+    assert runner.optim_wrapper.param_groups[0]["role"] == "b"
+    first = make(**adam({}, dict(eps=1e-7)))
+    del first.optim_wrapper.param_groups[1]
+    second = make(**adam({}, dict(eps=1e-7)))
+    del second.optim_wrapper.param_groups[1]
+    second.load_state_dict(first.state_dict())

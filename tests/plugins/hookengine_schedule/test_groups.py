@@ -300,6 +300,24 @@ def test_a_group_that_shares_a_tensor_with_another_gets_a_rate_of_its_own(
         assert run(torch.tensor(0.1), plugin) == [pytest.approx(n, rel=1e-5) for n in numbers]
 
 
+def test_swa_adds_a_group_after_the_script_has_set_the_initial_rate_to_a_number(
+    make: MakeRunner,
+) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    adding = Adding(10)
+    optimizer = torch.optim.SGD([model.net.weight], lr=torch.tensor(0.1))
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    adding.add = lambda runner: optimizer.add_param_group(  # type: ignore[method-assign]
+        dict(params=[model.net.bias])
+    )
+    swa = dict(type="swa", begin=1, lr=0.05, anneal_epochs=2)
+    options: dict[str, Any] = dict(train_cfg=dict(max_epochs=4), plugins=[adding, swa])
+    make(model=model, optim_wrapper=optimizer, **options).train()
+    assert adding.seen[10][1] == pytest.approx(0.1)
+    assert adding.seen[-1] == pytest.approx([0.05, 0.05])
+
+
 def test_a_function_that_returns_the_same_scheduler_is_refused(make: MakeRunner) -> None:
     made: list[Any] = []
 
@@ -313,7 +331,7 @@ def test_a_function_that_returns_the_same_scheduler_is_refused(make: MakeRunner)
 
 
 class Floors(lr_scheduler.LRScheduler):
-    """Keeps a value per group under a name of its own."""
+    """Keeps a value per group in an attribute that torch does not know."""
 
     def __init__(self, optimizer: Any) -> None:
         self.floors = [group["lr"] / 10 for group in optimizer.param_groups]
